@@ -1,0 +1,76 @@
+"""Frameloom: a small, exact engine that turns a prompt into a video with the Wan family of diffusion models.
+
+import frameloom
+with frameloom.load() as engine:
+    engine.generate("a red circle moving left").save("out.mp4")
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from frameloom import shapes
+from frameloom.errors import (
+    CheckpointError,
+    FrameloomError,
+    InputError,
+    InternalError,
+    OutputError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from frameloom.engine.engine import Engine
+    from frameloom.pipeline.media import Video
+    from frameloom.types import Progress
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Engine",
+    "FrameloomError",
+    "InputError",
+    "InternalError",
+    "OutputError",
+    "Progress",
+    "RequestError",
+    "Video",
+    "describe",
+    "load",
+    "shapes",
+]
+
+# Looked up on first use: `import frameloom` and every error at the door answer without loading torch.
+_LAZY = {
+    "Engine": "frameloom.engine.engine",
+    "Progress": "frameloom.types",
+    "Video": "frameloom.pipeline.media",
+    "build_engine": "frameloom.engine.build",
+    "describe_checkpoint": "frameloom.engine.describe",
+}
+
+
+def load(model: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: str = "auto") -> "Engine":
+    """Load a checkpoint in Diffusers layout, a folder or a hub id; without an argument the built-in model.
+
+    `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, float32, bfloat16 or float16. Use the engine in a `with`
+    statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
+    """
+    engine: Engine = _lazy("build_engine")(model or shapes.PATH, device=device, dtype=dtype)
+    return engine
+
+
+def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """What is in a checkpoint, without loading its weights: components, parameters, dtypes, bytes, defaults."""
+    facts: dict[str, Any] = _lazy("describe_checkpoint")(model or shapes.PATH)
+    return facts
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY and name in __all__:
+        return _lazy(name)
+    raise AttributeError(f"module 'frameloom' has no attribute {name!r}")
+
+
+def _lazy(name: str) -> Any:
+    return getattr(importlib.import_module(_LAZY[name]), name)

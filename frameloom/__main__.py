@@ -1,0 +1,5 @@
+"""`python -m frameloom` is the `frameloom` command."""
+
+from frameloom.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Builds the networks of a checkpoint and runs requests on them."""

@@ -1,0 +1,150 @@
+"""The assembler: a checkpoint becomes a running engine. Every choice is one line of the log."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from frameloom.attention.core import choose
+from frameloom.engine.engine import Engine
+from frameloom.errors import CheckpointError, InternalError
+from frameloom.models.defaults import Defaults, defaults_for
+from frameloom.models.encoders import (
+    TIED,
+    TextEncoder,
+    build_text_encoder,
+    load_tokenizer,
+    text_encoder_keeps_fp32,
+)
+from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.models.vae_blocks import AttentionBlock
+from frameloom.models.wan_dit import Attention, WanDiT
+from frameloom.models.wan_vae import WanVAE
+from frameloom.pipeline.wan import WanPipeline
+from frameloom.platform.device import DTYPES, choose_device, choose_dtype
+from frameloom.settings import LOGGER_NAME
+from frameloom.weights.load import load_module
+from frameloom.weights.source import Checkpoint, Component, open_checkpoint
+
+log = logging.getLogger(LOGGER_NAME)
+
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def build_engine(model: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> Engine:
+    """Open a checkpoint (folder or hub id), build its networks and fill them.
+
+    `device`: auto, cpu, cuda, cuda:N, mps. `dtype`: auto, float32, bfloat16, float16; auto takes the dtype the
+    checkpoint is meant for and keeps the VAE in float32, as the reference documents it. Raises CheckpointError for a
+    path or file, RequestError for a device or dtype.
+    """
+    where, why_device = choose_device(device)
+    log.info("device %s: %s", where, why_device)
+    checkpoint = open_checkpoint(model)
+    _check_text_to_video(checkpoint)
+    names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
+    specs = [_transformer_spec(checkpoint.components[name]) for name in names]
+    defaults = defaults_for(
+        specs[0],
+        two_experts=len(names) > 1,
+        expand_timesteps=checkpoint.expand_timesteps,
+        own=checkpoint.defaults,
+    )
+    preferred = _preferred_dtype(defaults, checkpoint.components[names[0]])
+    compute, why_dtype = choose_dtype(dtype, where, preferred=preferred)
+    vae_dtype = torch.float32 if dtype == "auto" else compute
+    log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
+
+    pipeline = WanPipeline(
+        text_encoder=_load_text_encoder(checkpoint, compute, where),
+        experts=tuple(
+            _load_transformer(checkpoint.components[n], s, compute, where) for n, s in zip(names, specs, strict=True)
+        ),
+        vae=_load_vae(checkpoint.components["vae"], vae_dtype, where),
+        scheduler=checkpoint.scheduler,
+        boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
+        expand_timesteps=checkpoint.expand_timesteps,
+        device=where,
+    )
+    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults)
+
+
+def _check_text_to_video(checkpoint: Checkpoint) -> None:
+    if checkpoint.pipeline != "WanPipeline":
+        raise CheckpointError(
+            f"'{checkpoint.name}' is a {checkpoint.pipeline}, which starts from an image; this version makes videos "
+            "from text: use a text-to-video checkpoint such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+
+
+def _transformer_spec(component: Component) -> TransformerSpec:
+    return TransformerSpec.from_config(component.config, where=str(component.folder / "config.json"))
+
+
+def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
+    """The dtype the checkpoint is documented for, else the one most of its transformer is stored in."""
+    if defaults.dtype is not None:
+        return DTYPES[defaults.dtype]
+    sizes: dict[str, int] = {}
+    for entry in transformer.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+    stored = max(sizes, key=sizes.__getitem__)
+    return _STORED.get(stored, torch.float32)
+
+
+def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+    component = checkpoint.components["text_encoder"]
+    model = build_text_encoder(component.config, where=str(component.folder / "config.json"))
+    _fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True)
+    return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
+
+
+def _load_transformer(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
+    with torch.device("meta"):
+        model = WanDiT(spec).eval()
+    _fill(model, component, dtype, device, keep=WanDiT.keep_in_fp32)
+    # Per block: self-attention and cross-attention.
+    _set_attention(model, Attention, expected=2 * spec.num_layers)
+    return model
+
+
+def _load_vae(component: Component, dtype: torch.dtype, device: torch.device) -> WanVAE:
+    spec = VaeSpec.from_config(component.config, where=str(component.folder / "config.json"))
+    with torch.device("meta"):
+        model = WanVAE(spec).eval()
+    _fill(model, component, dtype, device)
+    _set_attention(model, AttentionBlock, expected=2)  # one in the middle of the encoder, one of the decoder
+    return model
+
+
+def _fill(
+    model: nn.Module,
+    component: Component,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    tied: bool = False,
+) -> None:
+    report = load_module(model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None)
+    log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
+
+
+def _set_attention(model: nn.Module, kind: type[nn.Module], *, expected: int) -> None:
+    """Give every attention module its backend, and count them: one skipped in silence would be a bug."""
+    attend, reason = choose()
+    modules = [module for module in model.modules() if isinstance(module, kind)]
+    if len(modules) != expected:
+        raise InternalError(
+            f"{type(model).__name__} has {len(modules)} attention modules where {expected} were expected"
+        )
+    for module in modules:
+        module.attend = attend  # type: ignore[assignment]  # an attribute, not a submodule
+    log.debug("attention of %d modules in %s: %s", expected, type(model).__name__, reason)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,159 @@
+"""The engine: requests in, videos or latents out. Built by `build.build_engine`; use it in a with statement."""
+
+import difflib
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frameloom.config import resolve
+from frameloom.errors import RequestError
+from frameloom.models.defaults import Defaults
+from frameloom.pipeline.media import Video
+from frameloom.pipeline.stages import Frames
+from frameloom.pipeline.wan import StageClock, WanPipeline
+from frameloom.platform.device import peak_memory_bytes
+from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
+
+Prompts = list[str] | tuple[str, ...]
+
+
+def _silent(_: Progress) -> None:
+    """The progress callback of those who gave none."""
+
+
+class Engine:
+    """A loaded checkpoint that answers requests one at a time.
+
+    Attributes: `name` (as the user gave it), `defaults` (what a request gets where it is silent).
+    """
+
+    def __init__(self, *, name: str, pipeline: WanPipeline, defaults: Defaults) -> None:
+        self.name = name
+        self.defaults = defaults
+        self._pipeline: WanPipeline | None = pipeline
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the weights; further requests are refused."""
+        self._pipeline = None
+
+    def resolve(self, prompt: str | Prompts, **options: Unpack[GenerateOptions]) -> ResolvedRequest:
+        """Check a request and fill in what it leaves open, without computing anything. Raises RequestError."""
+        unknown = [name for name in options if name not in GenerateOptions.__annotations__]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], GenerateOptions.__annotations__, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(GenerateOptions.__annotations__)}"
+            raise RequestError(f"option '{unknown[0]}' is unknown; {hint}")
+        texts = tuple(prompt) if isinstance(prompt, list) else prompt
+        request = resolve(GenerateRequest(prompt=texts, **options), self.defaults, self._open.size_rules)
+        self._open.check_size(request)
+        return request
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        output: Literal["video"] = ...,
+        progress: ProgressCallback | None = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Video: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        output: Literal["video"] = ...,
+        progress: ProgressCallback | None = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Video]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Prompts,
+        *,
+        output: Literal["latents"],
+        progress: ProgressCallback | None = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Tensor: ...
+    def generate(
+        self,
+        prompt: str | Prompts,
+        *,
+        output: Literal["video", "latents"] = "video",
+        progress: ProgressCallback | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Video | list[Video] | Tensor:
+        """Turn a prompt into a Video; a list of prompts into a list of them, made as one batch.
+
+        Options, each from the checkpoint's defaults when absent or None: negative_prompt, width and height (pixels),
+        num_frames, steps, guidance_scale, guidance_scale_2 (low-noise expert), flow_shift, fps, seed (0).
+        `output="latents"` returns float32 (B, C, T', H', W'), normalised as the sampler sees them. `progress` is called
+        with a types.Progress after every step. Raises RequestError before anything is computed.
+        """
+        if output not in ("video", "latents"):
+            raise RequestError(f"output {output!r} is unknown; use 'video' or 'latents'")
+        request = self.resolve(prompt, **options)
+        report = progress or _silent
+        clock = StageClock(device=self._open.device)
+        latents = self._open.latents(request, clock, report)
+        if output == "latents":
+            return latents
+        frames = self._open.decode(latents, clock, report)
+        videos = [
+            Video(frames=f, fps=request.fps, metadata=self._metadata(request, i, clock)) for i, f in enumerate(frames)
+        ]
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
+        """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several."""
+        channels = self._open.vae.spec.z_dim
+        if not isinstance(latents, Tensor) or latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            shape = tuple(getattr(latents, "shape", ()))
+            raise RequestError(f"latents of shape {shape} cannot be decoded; give (1, {channels}, T, H, W)")
+        frames = self._open.decode(latents, StageClock(device=self._open.device), progress or _silent)
+        return frames[0] if len(frames) == 1 else frames
+
+    def encode(self, frames: Frames, *, progress: ProgressCallback | None = None) -> Tensor:
+        """Latents float32 (1, C, T', H', W') of frames uint8 (T, H, W, 3): the mode of the posterior, normalised."""
+        array = np.asarray(frames)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+            raise RequestError(
+                f"frames {array.dtype} of shape {array.shape} cannot be encoded; give uint8 (T, H, W, 3)"
+            )
+        self._open.vae.check_frames(*array.shape[:3])
+        return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
+
+    @property
+    def _open(self) -> WanPipeline:
+        if self._pipeline is None:
+            raise RequestError("this engine is closed; load the checkpoint again")
+        return self._pipeline
+
+    def _metadata(self, request: ResolvedRequest, index: int, clock: StageClock) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "prompt": request.prompts[index],
+            "negative_prompt": request.negative_prompts[index],
+            "width": request.width,
+            "height": request.height,
+            "num_frames": request.num_frames,
+            "steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "guidance_scale_2": request.guidance_scale_2,
+            "seed": request.seed,
+            "fps": request.fps,
+            "seconds": dict(clock.seconds),
+            "peak_memory_bytes": peak_memory_bytes(self._open.device),
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,125 @@
+"""What a network looks like, as data: one frozen dataclass per network, read from a checkpoint's config.json.
+
+Sources: the config.json files of the Diffusers repositories of Wan 2.1 and 2.2 (arXiv:2503.20314).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from frameloom.errors import CheckpointError
+
+JsonObject = Mapping[str, Any]
+
+
+def _known_fields(spec: type, config: JsonObject, *, where: str, fixed: JsonObject) -> dict[str, Any]:
+    """Fields of `spec` found in `config`; a key that is neither known nor at its only supported value is an error."""
+    names = {field.name for field in fields(spec)}
+    for key, value in config.items():
+        if key.startswith("_") or key in names:
+            continue
+        if key not in fixed:
+            raise CheckpointError(
+                f"{where} has '{key}', which this version does not know; use a Wan 2.1 or 2.2 checkpoint"
+            )
+        if value != fixed[key]:
+            raise CheckpointError(f"{where} has {key}={value!r}; only {fixed[key]!r} is supported")
+    found = {name: config[name] for name in names if name in config}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerSpec:
+    """The Wan DiT (reference: WanTransformer3DModel). Lengths in channels or tokens; patch in cells (t, h, w)."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream: heads x head_dim."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent cells per token."""
+        return math.prod(self.patch_size)
+
+    @classmethod
+    def from_config(cls, config: JsonObject, *, where: str = "transformer/config.json") -> Self:
+        """Read a Diffusers transformer config. Raises CheckpointError on a key or value we cannot compute."""
+        found = _known_fields(cls, config, where=where, fixed={"qk_norm": "rms_norm_across_heads"})
+        if found.get("out_channels", 0) is None:  # the reference lets null mean "as many as go in"
+            found["out_channels"] = found.get("in_channels", 16)
+        return cls(**found)
+
+
+# Statistics of the Wan 2.1 latents, the defaults of the reference's config (16 channels).
+_WAN21_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_WAN21_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeSpec:
+    """The 3D causal WanVAE, 2.1 and 2.2 (reference: AutoencoderKLWan); `temperal` is the config's spelling."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _WAN21_MEAN
+    latents_std: tuple[float, ...] = _WAN21_STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels per latent cell, in height and in width (derived, the config's own field is only checked)."""
+        return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
+
+    @property
+    def temporal_scale(self) -> int:
+        """Frames per latent frame after the first."""
+        return 1 << sum(self.temperal_downsample)
+
+    @classmethod
+    def from_config(cls, config: JsonObject, *, where: str = "vae/config.json") -> Self:
+        """Read a Diffusers VAE config. Raises CheckpointError on a key or value we cannot compute."""
+        fixed: JsonObject = {"attn_scales": [], "dropout": 0.0, "clip_output": config.get("clip_output")}
+        found = _known_fields(cls, config, where=where, fixed=fixed)
+        spec = cls(**found)
+        if len(spec.latents_mean) != spec.z_dim or len(spec.latents_std) != spec.z_dim:
+            raise CheckpointError(
+                f"{where} lists {len(spec.latents_mean)} latents_mean for z_dim {spec.z_dim}; one per channel is needed"
+            )
+        if len(spec.temperal_downsample) != len(spec.dim_mult) - 1:
+            raise CheckpointError(
+                f"{where}: temperal_downsample needs one entry per stage but the last ({len(spec.dim_mult) - 1})"
+            )
+        return spec

@@ -1,0 +1,250 @@
+"""The 3D causal WanVAE (2.1 and 2.2): video to latents and back, in one piece or in chunks of frames.
+
+Shapes: B batch, C colour channels, T frames, H height, W width; z has Z latent channels. Frames are in [-1, 1].
+Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file autoencoder_kl_wan.py (Diffusers).
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frameloom.errors import RequestError
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_blocks import (
+    AverageDown,
+    CausalConv3d,
+    CausalState,
+    DuplicateUp,
+    MidBlock,
+    Resample,
+    ResidualBlock,
+    RMSNorm,
+)
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder with their causal state handed in from outside.
+
+    `encode` and `decode` work on whole videos; `encode_chunk` and `decode_chunk` on the next frames of a video whose
+    past is in a CausalState. Any way of cutting a video into chunks computes the same function.
+    """
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.quant_conv = CausalConv3d(spec.z_dim * 2, spec.z_dim * 2, 1)
+        self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
+        self.decoder = Decoder(spec)
+
+    def encode(self, x_BCTHW: Tensor, *, frames_per_chunk: int = 4) -> Tensor:
+        """Posterior moments (B, 2Z, T', H', W'), mean then log-variance, of frames (B, 3, T, H, W) in [-1, 1].
+
+        T is 1 + temporal_scale * k. The mode of the posterior is the first Z channels. Raises RequestError on a shape
+        that the compression does not divide.
+        """
+        self.check_frames(*x_BCTHW.shape[2:])
+        state = CausalState()
+        return torch.cat([self.encode_chunk(x, state) for x in _chunks(x_BCTHW, frames_per_chunk)], dim=2)
+
+    def decode(self, z_BZTHW: Tensor, *, latents_per_chunk: int = 1) -> Tensor:
+        """Frames (B, 3, T, H, W) in [-1, 1] of latents (B, Z, T', H', W'); T = 1 + temporal_scale * (T' - 1)."""
+        return torch.cat(list(self.decode_stream(z_BZTHW, latents_per_chunk=latents_per_chunk)), dim=2)
+
+    def decode_stream(self, z_BZTHW: Tensor, *, latents_per_chunk: int = 1) -> Iterator[Tensor]:
+        """Yield the decoded frames (B, 3, t, H, W) chunk by chunk, so that the whole video need never be in memory."""
+        state = CausalState()
+        for z in _chunks(z_BZTHW, latents_per_chunk):
+            yield self.decode_chunk(z, state)
+
+    def encode_chunk(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        """Moments of the next frames: 1 + k * temporal_scale at the start of a video, k * temporal_scale later."""
+        if self.spec.patch_size is not None:
+            x_BCTHW = patchify(x_BCTHW, self.spec.patch_size)
+        moments: Tensor = self.quant_conv(self.encoder(x_BCTHW, state), state)
+        state.at_start = False
+        return moments
+
+    def decode_chunk(self, z_BZTHW: Tensor, state: CausalState) -> Tensor:
+        """Frames in [-1, 1] of the next latent frames, any number of them."""
+        x_BCTHW: Tensor = self.decoder(self.post_quant_conv(z_BZTHW, state), state)
+        state.at_start = False
+        if self.spec.patch_size is not None:
+            x_BCTHW = unpatchify(x_BCTHW, self.spec.patch_size)
+        return x_BCTHW.clamp(-1.0, 1.0)
+
+    def normalise(self, z_BZTHW: Tensor) -> Tensor:
+        """Latents as the sampler sees them: (z - mean) / std, per channel, in z's dtype."""
+        mean, std = self._statistics(z_BZTHW)
+        return (z_BZTHW - mean) * (1.0 / std)
+
+    def denormalise(self, z_BZTHW: Tensor) -> Tensor:
+        """The inverse of `normalise`, in the order of operations of the reference pipeline."""
+        mean, std = self._statistics(z_BZTHW)
+        return z_BZTHW / (1.0 / std) + mean
+
+    def check_frames(self, num_frames: int, height: int, width: int) -> None:
+        """Raise RequestError unless the compression divides the video."""
+        time, space = self.spec.temporal_scale, self.spec.spatial_scale
+        if num_frames < 1 or (num_frames - 1) % time:
+            near = 1 + time * max(0, round((num_frames - 1) / time))
+            raise RequestError(f"{num_frames} frames cannot be encoded: the VAE needs 1 + {time}k frames; use {near}")
+        for name, size in (("height", height), ("width", width)):
+            if size < space or size % space:
+                near = space * max(1, round(size / space))
+                raise RequestError(f"{name} {size} is not a multiple of {space} (VAE compression); use {near}")
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, self.spec.z_dim, 1, 1, 1)
+        mean = torch.tensor(self.spec.latents_mean, device=z.device, dtype=z.dtype).view(shape)
+        return mean, torch.tensor(self.spec.latents_std, device=z.device, dtype=z.dtype).view(shape)
+
+
+class Encoder(nn.Module):
+    """Frames to moments: conv, stages that each halve the picture, middle, conv."""
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        dims = [spec.base_dim * m for m in (1, *spec.dim_mult)]
+        self.conv_in = CausalConv3d(spec.in_channels, dims[0], 3)
+        self.down_blocks = nn.ModuleList()
+        for stage, (in_dim, out_dim) in enumerate(pairwise(dims)):
+            halve_time = spec.temperal_downsample[stage] if stage < len(spec.temperal_downsample) else None
+            if spec.is_residual:
+                self.down_blocks.append(ResidualDownStage(in_dim, out_dim, spec.num_res_blocks, halve_time))
+            else:  # Wan 2.1 keeps its stages in one flat list
+                self.down_blocks.extend(_residual_blocks(in_dim, out_dim, spec.num_res_blocks))
+                if halve_time is not None:
+                    self.down_blocks.append(Resample(out_dim, "downsample3d" if halve_time else "downsample2d"))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], spec.z_dim * 2, 3)
+
+    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        """(B, C, T, H, W) -> (B, 2Z, T', H', W')."""
+        h = self.conv_in(x_BCTHW, state)
+        for block in self.down_blocks:
+            h = block(h, state)
+        h = self.mid_block(h, state)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)), state)
+        return out
+
+
+class Decoder(nn.Module):
+    """Latents to frames: conv, middle, stages that each double the picture, conv."""
+
+    def __init__(self, spec: VaeSpec) -> None:
+        super().__init__()
+        base = spec.decoder_base_dim or spec.base_dim
+        dims = [base * m for m in (spec.dim_mult[-1], *reversed(spec.dim_mult))]
+        double_time = tuple(reversed(spec.temperal_downsample))
+        stage_type = ResidualUpStage if spec.is_residual else UpStage
+        self.conv_in = CausalConv3d(spec.z_dim, dims[0], 3)
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList()
+        for stage, (in_dim, out_dim) in enumerate(pairwise(dims)):
+            halved = stage > 0 and not spec.is_residual  # the 2.1 upsampler before this stage halved its channels
+            double = double_time[stage] if stage < len(double_time) else None
+            block_in = in_dim // 2 if halved else in_dim
+            self.up_blocks.append(stage_type(block_in, out_dim, spec.num_res_blocks + 1, double))
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], spec.out_channels, 3)
+
+    def forward(self, z_BZTHW: Tensor, state: CausalState) -> Tensor:
+        """(B, Z, T', H', W') -> (B, C, T, H, W), not clamped."""
+        h = self.mid_block(self.conv_in(z_BZTHW, state), state)
+        for block in self.up_blocks:
+            h = block(h, state)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)), state)
+        return out
+
+
+class UpStage(nn.Module):
+    """Wan 2.1: residual blocks, then an upsampler that halves the channels (none where `double_time` is None)."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, double_time: bool | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_residual_blocks(in_dim, out_dim, num_blocks))
+        self.upsamplers = nn.ModuleList()
+        if double_time is not None:
+            self.upsamplers.append(Resample(out_dim, "upsample3d" if double_time else "upsample2d"))
+
+    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', 2H, 2W)."""
+        for block in (*self.resnets, *self.upsamplers):
+            x_BCTHW = block(x_BCTHW, state)
+        return x_BCTHW
+
+
+class ResidualDownStage(nn.Module):
+    """Wan 2.2: residual blocks and a downsampler, beside a shortcut that averages."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, halve_time: bool | None) -> None:
+        super().__init__()
+        self.avg_shortcut = AverageDown(
+            in_dim, out_dim, time=2 if halve_time else 1, space=1 if halve_time is None else 2
+        )
+        self.resnets = nn.ModuleList(_residual_blocks(in_dim, out_dim, num_blocks))
+        self.downsampler = None
+        if halve_time is not None:
+            self.downsampler = Resample(out_dim, "downsample3d" if halve_time else "downsample2d")
+
+    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', H/2, W/2)."""
+        h = x_BCTHW
+        for block in self.resnets:
+            h = block(h, state)
+        if self.downsampler is not None:
+            h = self.downsampler(h, state)
+        out: Tensor = h + self.avg_shortcut(x_BCTHW)
+        return out
+
+
+class ResidualUpStage(nn.Module):
+    """Wan 2.2: residual blocks and an upsampler, beside a shortcut that duplicates."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, double_time: bool | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_residual_blocks(in_dim, out_dim, num_blocks))
+        self.upsampler, self.avg_shortcut = None, None
+        if double_time is not None:
+            self.avg_shortcut = DuplicateUp(in_dim, out_dim, time=2 if double_time else 1, space=2)
+            self.upsampler = Resample(out_dim, "upsample3d" if double_time else "upsample2d", out_dim=out_dim)
+
+    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', 2H, 2W)."""
+        h = x_BCTHW
+        for block in self.resnets:
+            h = block(h, state)
+        if self.upsampler is None or self.avg_shortcut is None:
+            return h
+        out: Tensor = self.upsampler(h, state) + self.avg_shortcut(x_BCTHW, state)
+        return out
+
+
+def patchify(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """(B, C, T, H, W) -> (B, C*patch*patch, T, H/patch, W/patch), columns before rows as the 2.2 checkpoints expect."""
+    b, c, t, h, w = x_BCTHW.shape
+    cells = x_BCTHW.reshape(b, c, t, h // patch, patch, w // patch, patch)
+    return cells.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * patch * patch, t, h // patch, w // patch)
+
+
+def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify`."""
+    b, c, t, h, w = x_BCTHW.shape
+    cells = x_BCTHW.reshape(b, c // (patch * patch), patch, patch, t, h, w)
+    return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (patch * patch), t, h * patch, w * patch)
+
+
+def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBlock]:
+    return [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(count)]
+
+
+def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
+    """The first frame, then `size` frames at a time."""
+    yield x[:, :, :1]
+    for start in range(1, x.shape[2], size):
+        yield x[:, :, start : start + size]

@@ -1,0 +1,88 @@
+"""Reading: a video, a picture or a folder of numbered frames becomes one uint8 RGB array (T, H, W, 3)."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from frameloom.errors import InputError
+from frameloom.pipeline.sinks import SWS_EXACT, Frames
+
+_STILLS: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def read_frames(path: str | os.PathLike[str]) -> tuple[Frames, float | None]:
+    """Read a video, a picture or a folder of numbered PNG files: uint8 RGB (T, H, W, 3), frames per second.
+
+    The rate is None where the file holds no time (pictures, folders). A camera's rotation is applied, and
+    transparency dropped. Raises InputError when there is nothing to read, or it is damaged.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source} does not exist; give a video, a picture or a folder of numbered PNG files")
+    try:
+        if source.is_dir():
+            return _read_folder(source), None
+        if source.suffix.lower() in _STILLS:
+            return _read_still(source)[None], None
+        return _read_video(source)
+    except (OSError, av.FFmpegError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{source} cannot be read as a video or a picture ({reason}); give another file") from error
+
+
+def _read_still(path: Path) -> Frames:
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{path} is an animation; convert it to mp4 or gif, or give one picture")
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{path} has more than 8 bits per channel; convert it to 8-bit RGB")
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _read_folder(folder: Path) -> Frames:
+    numbered = [path for path in folder.iterdir() if re.fullmatch(r"\d+\.png", path.name)]
+    if not numbered:
+        raise InputError(f"{folder} holds no numbered frames such as 0000.png; give a video or another folder")
+    frames = [_read_still(path) for path in sorted(numbered, key=lambda path: int(path.stem))]
+    if len({frame.shape for frame in frames}) > 1:
+        raise InputError(f"{folder} holds pictures of different sizes; give one size")
+    return np.stack(frames)
+
+
+def _read_video(path: Path) -> tuple[Frames, float]:
+    container: Any
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise InputError(f"{path} holds no video stream; give a video or a picture")
+        stream = container.streams.video[0]
+        frames: list[Frames] = []
+        ticks, end, whole = 0, 0, True
+        for packet in container.demux(stream):
+            whole = whole and not packet.is_corrupt
+            for frame in packet.decode():
+                picture = frame.to_ndarray(format="rgb24", interpolation=SWS_EXACT, threads=1)
+                frames.append(np.rot90(picture, frame.rotation // 90))
+                ticks += frame.duration
+                end = (frame.pts or 0) + frame.duration
+        rate = stream.average_rate
+        if container.format.name == "gif":  # delays are whole 1/100 s: 16 per second is 6, 7, 6, 6, ...
+            rate = len(frames) / (ticks * stream.time_base) if ticks else None
+        if not frames or not rate:
+            raise InputError(f"{path} holds no frames with a rate; convert it to mp4 with a fixed rate")
+        if not whole or _ends_early(path, container, float(end * stream.time_base + 0.75 / rate)):
+            raise InputError(f"{path} is cut off after {len(frames)} frames; copy or write it again")
+        return np.stack(frames), float(rate)
+
+
+def _ends_early(path: Path, container: Any, latest_s: float) -> bool:
+    """Whether a file promises more than `latest_s` seconds; FFmpeg itself reports a cut only in mp4."""
+    if container.format.name == "gif":
+        return not path.read_bytes().rstrip(b"\0").endswith(b";")  # the trailer byte that ends every GIF
+    if "matroska" not in container.format.name or len(container.streams) > 1:
+        return False  # with sound the promise may be about the sound
+    return bool((container.duration or 0) / av.time_base > latest_s)

@@ -1,0 +1,94 @@
+"""The stages of a request, one function each: noise, denoise, decode, encode. They hold no model and no state.
+
+Shapes: B prompts, C latent channels, T frames, H height, W width; latents are float32, normalised as the sampler sees
+them. Reference: Diffusers' WanPipeline, in its order of operations and of rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from frameloom.errors import InternalError
+from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_vae import WanVAE
+from frameloom.sampling.flow import Sampler
+from frameloom.sampling.guidance import ExpertSwitch, expand_timesteps, guide
+
+Frames = npt.NDArray[np.uint8]
+StepCallback = Callable[[int], None]
+
+
+def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Standard normal latents float32, drawn on the CPU so that a seed means the same noise on every machine.
+
+    The draw equals Diffusers' with `torch.Generator("cpu").manual_seed(seed)`.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
+
+
+@torch.inference_mode()
+def denoise(
+    experts: Sequence[WanDiT],
+    latents_BCTHW: Tensor,
+    *,
+    text_BSE: Tensor,
+    negative_BSE: Tensor | None,
+    sampler: Sampler,
+    switch: ExpertSwitch,
+    per_token: bool,
+    on_step: StepCallback,
+) -> Tensor:
+    """Walk the sampler's schedule from noise to latents; `negative_BSE` None means no guidance.
+
+    `per_token`: the network takes one timestep per token (TI2V-5B).
+    """
+    state = sampler.start()
+    timesteps = sampler.schedule.timesteps
+    patch = experts[0].spec.patch_size
+    for index, t in enumerate(timesteps):
+        which, scale = switch.for_timestep(t)
+        expert = experts[which]
+        timestep = t.expand(latents_BCTHW.shape[0]).to(latents_BCTHW.device)
+        if per_token:
+            _, _, frames, height, width = latents_BCTHW.shape
+            timestep = expand_timesteps(
+                t, (frames, height, width), patch_size=patch, batch_size=latents_BCTHW.shape[0]
+            ).to(latents_BCTHW.device)
+        velocity = expert(latents_BCTHW, timestep, text_BSE)
+        if negative_BSE is not None:
+            velocity = guide(velocity, expert(latents_BCTHW, timestep, negative_BSE), scale)
+        latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
+        on_step(index + 1)
+    return latents_BCTHW
+
+
+@torch.inference_mode()
+def decode(vae: WanVAE, latents_BCTHW: Tensor, on_latent: StepCallback) -> Iterator[Frames]:
+    """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole."""
+    weight = next(vae.parameters())
+    z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype))
+    for index, chunk in enumerate(vae.decode_stream(z)):
+        on_latent(index + 1)
+        yield to_uint8(chunk)
+
+
+@torch.inference_mode()
+def encode(vae: WanVAE, frames: Frames) -> Tensor:
+    """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W')."""
+    weight = next(vae.parameters())
+    x = torch.from_numpy(np.ascontiguousarray(frames)).to(weight.device)
+    x_BCTHW = (x.to(torch.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None].to(weight.dtype)
+    mode, _ = vae.encode(x_BCTHW).chunk(2, dim=1)
+    return vae.normalise(mode.to(torch.float32))
+
+
+def to_uint8(x_BCTHW: Tensor) -> Frames:
+    """Frames in [-1, 1] -> uint8 (B, T, H, W, 3), rounded as the reference does. A NaN is an InternalError."""
+    if not torch.isfinite(x_BCTHW).all():
+        raise InternalError("the decoder returned values that are no numbers; try dtype float32 or bfloat16")
+    scaled = (x_BCTHW.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()

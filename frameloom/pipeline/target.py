@@ -1,0 +1,110 @@
+"""Where a video goes: the output path, parsed and checked before anything is computed or written."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from frameloom.errors import OutputError
+
+Kind = Literal["mp4", "webm", "gif", "folder", "pattern"]
+
+_KINDS: Final[Mapping[str, Kind]] = {".mp4": "mp4", ".webm": "webm", ".gif": "gif", ".png": "pattern"}
+_POSSIBLE: Final = "a name ending in .mp4, .webm or .gif, a folder, or a pattern such as frames/%04d.png"
+_PLACEHOLDER: Final = re.compile(r"%(?:0\d)?d")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputTarget:
+    """A checked output: absolute `path` and what is written there. `os.fspath` gives the path."""
+
+    path: Path
+    kind: Kind
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that receives the file or the frames."""
+        return self.path if self.kind == "folder" else self.path.parent
+
+    @property
+    def home(self) -> Path:
+        """The folder that holds the partial output while it is written, on the same disk as the result."""
+        return self.path.parent if self.kind != "folder" or not self.path.exists() else self.path
+
+
+def check_output(path: str | os.PathLike[str]) -> OutputTarget:
+    """Check, before any work and without writing anything, that a video can be written to `path`.
+
+    `path` ends in .mp4, .webm or .gif (an existing file is replaced when the new one is whole); or is a
+    pattern such as frames/%04d.png; or is a folder: an existing one, a name without extension or with a
+    trailing slash. Frames are never mixed with older files: a folder must be missing or empty (hidden files
+    do not count), a pattern must match nothing yet. Raises OutputError.
+    """
+    given = os.fsdecode(path)
+    try:
+        target = path if isinstance(path, OutputTarget) else _parse(given)
+        _check_place(target, given)
+    except OSError as error:  # a name too long for the disk, a loop of links
+        raise OutputError(f"{given} cannot be an output ({error.strerror}); choose another path") from error
+    return target
+
+
+def _parse(given: str) -> OutputTarget:
+    if not given or "\0" in given:
+        raise OutputError(f"{given!r} is no path; give {_POSSIBLE}")
+    path = Path(os.path.realpath(given))  # realpath: a link keeps pointing at the file it names
+    extension = (path.suffix or path.name).lower()
+    if given.endswith((os.sep, "/")):
+        return OutputTarget(path=path, kind="folder")
+    if extension in _KINDS:
+        return OutputTarget(path=path, kind=_KINDS[extension])
+    if not path.suffix or path.is_dir():
+        return OutputTarget(path=path, kind="folder")
+    near = difflib.get_close_matches(extension, _KINDS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise OutputError(f"{given} ends in {path.suffix}, which is no known format; give {_POSSIBLE}{hint}")
+
+
+def _check_place(target: OutputTarget, given: str) -> None:
+    path, home = target.path, target.home
+    if target.kind == "folder" and path.exists() and not path.is_dir():
+        raise OutputError(f"{given} is a file where a folder is expected; give {_POSSIBLE}")
+    if not home.is_dir():
+        raise OutputError(f"{given} cannot be written because {home} is no existing folder; create it first")
+    if not os.access(home, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OutputError(f"{given} cannot be written because {home} is not writable; choose another folder")
+    if target.kind in ("folder", "pattern"):
+        _check_frame_place(target, given)
+    elif path.is_dir():
+        raise OutputError(f"{given} is a folder where a file is expected; give a file such as {path / 'video.mp4'}")
+    elif path.exists() and not path.is_file():
+        raise OutputError(f"{given} is a device or a pipe, and only files can be written; give {_POSSIBLE}")
+
+
+def _check_frame_place(target: OutputTarget, given: str) -> None:
+    name = target.path.name
+    if target.kind == "pattern" and (len(_PLACEHOLDER.findall(name)) != 1 or name.count("%") != 1):
+        raise OutputError(f"{given} names one picture for all frames; put one number in it, such as frame-%04d.png")
+    old = [entry.name for entry in _entries(target.folder) if _collides(entry.name, target)]
+    if old:
+        raise OutputError(
+            f"{given} already has {len(old)} files such as {min(old)}, and new frames are never mixed with "
+            "old files; name a new or an empty folder, or another pattern"
+        )
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _collides(name: str, target: OutputTarget) -> bool:
+    if target.kind == "folder":
+        return not name.startswith(".")
+    before, after = _PLACEHOLDER.split(target.path.name)
+    return re.fullmatch(re.escape(before) + r"\d+" + re.escape(after), name) is not None

@@ -1,0 +1,119 @@
+"""The text-to-video pipeline of Wan: the order of work, for one expert, two experts, and per-token timesteps."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frameloom.models.encoders import TextEncoder
+from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_vae import WanVAE
+from frameloom.pipeline import stages
+from frameloom.pipeline.stages import Frames
+from frameloom.platform.device import synchronise
+from frameloom.sampling.guidance import ExpertSwitch
+from frameloom.sampling.unipc import make_sampler
+from frameloom.types import Progress, ProgressCallback, ResolvedRequest, SizeRules, Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StageClock:
+    """Seconds per stage, honest on devices that work ahead of the host."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Time one stage."""
+        begun = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class WanPipeline:
+    """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise."""
+
+    text_encoder: TextEncoder
+    experts: tuple[WanDiT, ...]
+    vae: WanVAE
+    scheduler: Mapping[str, Any]
+    boundary_ratio: float | None
+    expand_timesteps: bool
+    device: torch.device
+
+    @property
+    def size_rules(self) -> SizeRules:
+        """The sizes this checkpoint can compute."""
+        _, patch_h, patch_w = self.experts[0].spec.patch_size
+        space = self.vae.spec.spatial_scale
+        return SizeRules(
+            width_multiple=space * patch_w,
+            height_multiple=space * patch_h,
+            temporal=self.vae.spec.temporal_scale,
+            reason=f"VAE {space} x patch {patch_w}" if patch_h == patch_w else "VAE x patch",
+        )
+
+    def check_size(self, request: ResolvedRequest) -> None:
+        """Raise RequestError for a size that the position table of the DiT does not reach."""
+        self.experts[0].token_grid(*self._latent_size(request))
+
+    def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
+        """Prompts to latents: float32 (B, C, T', H', W'), normalised."""
+        sampler = make_sampler(self.scheduler, request.steps, flow_shift=request.flow_shift)
+        switch = ExpertSwitch(
+            boundary_ratio=self.boundary_ratio,
+            guidance_scale=request.guidance_scale,
+            guidance_scale_2=request.guidance_scale_2,
+            num_train_timesteps=sampler.schedule.num_train_timesteps,
+        )
+        with clock.stage("text"):
+            report(Progress(stage="text", step=0, total=1))
+            text = self.text_encoder.encode_prompts(request.prompts)
+            negative = self.text_encoder.encode_prompts(request.negative_prompts) if switch.guided else None
+            report(Progress(stage="text", step=1, total=1))
+        channels = self.experts[0].spec.in_channels
+        shape = (len(request.prompts), channels, *self._latent_size(request))
+        with clock.stage("denoise"):
+            out = stages.denoise(
+                self.experts,
+                stages.initial_noise(shape, request.seed, self.device),
+                text_BSE=text,
+                negative_BSE=negative,
+                sampler=sampler,
+                switch=switch,
+                per_token=self.expand_timesteps,
+                on_step=_reporter(report, "denoise", request.steps),
+            )
+        return out.float()
+
+    def decode(self, latents_BCTHW: Tensor, clock: StageClock, report: ProgressCallback) -> Frames:
+        """Latents to frames uint8 (B, T, H, W, 3)."""
+        with clock.stage("decode"):
+            on_latent = _reporter(report, "decode", latents_BCTHW.shape[2])
+            return np.concatenate(list(stages.decode(self.vae, latents_BCTHW, on_latent)), axis=1)
+
+    def encode(self, frames: Frames, clock: StageClock, report: ProgressCallback) -> Tensor:
+        """Frames uint8 (T, H, W, 3) to latents (1, C, T', H', W')."""
+        with clock.stage("encode"):
+            report(Progress(stage="encode", step=0, total=1))
+            latents = stages.encode(self.vae, frames)
+            report(Progress(stage="encode", step=1, total=1))
+        return latents
+
+    def _latent_size(self, request: ResolvedRequest) -> tuple[int, int, int]:
+        spec = self.vae.spec
+        frames = 1 + (request.num_frames - 1) // spec.temporal_scale
+        return frames, request.height // spec.spatial_scale, request.width // spec.spatial_scale
+
+
+def _reporter(report: ProgressCallback, stage: Stage, total: int) -> Callable[[int], None]:
+    report(Progress(stage=stage, step=0, total=total))
+    return lambda step: report(Progress(stage=stage, step=step, total=total))

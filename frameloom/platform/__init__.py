@@ -1,0 +1,1 @@
+"""What the machine is: devices, their dtypes and their memory. No word of any model."""

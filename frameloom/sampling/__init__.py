@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: noise schedules, the Euler and UniPC samplers, guidance; state is explicit."""

@@ -1,0 +1,224 @@
+"""Trains the DiT of the built-in model together with its text encoder, on cached latents of the finished VAE.
+
+Run it through `python -m frameloom.shapes.train`. Flow matching: x_t = (1 - sigma) x + sigma noise, and the network
+predicts the velocity noise - x at timestep 1000 sigma (arXiv:2209.03003, arXiv:2403.03206).
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder, build_tokenizer
+from frameloom.models.spec import TransformerSpec
+from frameloom.models.vae_blocks import CausalState
+from frameloom.models.wan_dit import CrossAttention, WanDiT
+from frameloom.models.wan_vae import WanVAE
+from frameloom.shapes.tokens import pieces
+from frameloom.shapes.train_vae import Z_DIM
+from frameloom.shapes.training import Trainer, rng_for, to_video
+from frameloom.shapes.world import Scene, describe, random_scene, render
+
+TEXT_CONFIG: dict[str, Any] = {
+    "model_type": "umt5",
+    "vocab_size": 256,  # the tokenizer's pieces, and a few to spare
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+SPEC = TransformerSpec(
+    patch_size=(1, 4, 4),
+    num_attention_heads=8,
+    attention_head_dim=32,
+    in_channels=Z_DIM,
+    out_channels=Z_DIM,
+    text_dim=128,
+    freq_dim=128,
+    ffn_dim=1024,
+    num_layers=8,
+    cross_attn_norm=True,
+)
+BATCH = 32
+LEARNING_RATE = 1e-3
+PROMPT_DROP = 0.1  # how often the prompt is empty, so that guidance has an unconditional prediction
+ATTRIBUTE_DROP = 0.1  # how often a caption names only part of the scene
+CLIPS = 8192
+TEXT_TOKENS = 32  # positions computed one by one in training; the rest of the 512 are one key (see `PaddedText`)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentClips:
+    """Encoded training clips: float16 (N, Z, T', H', W') as the VAE gives them, their scenes and statistics."""
+
+    latents: Tensor
+    scenes: list[Scene]
+    mean: Tensor  # (Z,)
+    std: Tensor  # (Z,)
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """Normalised latents, float32."""
+        shape = (1, -1, 1, 1, 1)
+        return (self.latents[indices].float() - self.mean.view(shape)) / self.std.view(shape)
+
+
+@torch.no_grad()
+def encode_clips(vae: WanVAE, count: int, *, first: int = 0) -> LatentClips:
+    """Render and encode `count` training clips; clip i depends on i alone."""
+    scenes, latents, begun = [], [], time.monotonic()
+    for start in range(first, first + count, 32):
+        rngs = [rng_for(i, salt=2) for i in range(start, min(start + 32, first + count))]
+        batch = [random_scene(rng) for rng in rngs]
+        frames = to_video(render(scene, rng) for scene, rng in zip(batch, rngs, strict=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.encode_chunk(frames, CausalState())
+        latents.append(moments[:, :Z_DIM].half())
+        scenes += batch
+    z = torch.cat(latents)
+    print(f"encoded {count} clips in {time.monotonic() - begun:.0f} s", flush=True)
+    channels = z.float().transpose(0, 1).flatten(1)
+    return LatentClips(latents=z, scenes=scenes, mean=channels.mean(1), std=channels.std(1))
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A training caption: sometimes empty, sometimes of one attribute or two, sometimes capitalised."""
+    if rng.random() < PROMPT_DROP:
+        return ""
+    text = describe(scene, rng)
+    if rng.random() < ATTRIBUTE_DROP:
+        partial = (
+            f"a {scene.colour} {scene.shape}",
+            f"a {scene.shape}",
+            scene.colour,
+            f"something {scene.colour}",
+        )
+        text = partial[rng.integers(len(partial))]
+    return text.capitalize() if rng.random() < 0.3 else text
+
+
+class TextAndVideo(nn.Module):
+    """The text encoder and the DiT as one trainable module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = build_text_encoder(TEXT_CONFIG).to_empty(device="cpu")
+        self.text_encoder.tie_weights()  # type: ignore[operator]  # a method of the transformers model
+        self.transformer = WanDiT(SPEC)
+        _initialise_text(self.text_encoder)
+        _initialise_dit(self.transformer)
+        bias = torch.zeros(TEXT_TOKENS + 1)
+        bias[-1] = math.log(TEXT_LENGTH - TEXT_TOKENS)
+        for module in self.transformer.modules():
+            if isinstance(module, CrossAttention):
+                module.attend = PaddedText(bias)
+
+    def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Velocity, float32, for prompts of TEXT_TOKENS token ids."""
+        embedded = self.text_encoder(ids_BS, mask_BS).last_hidden_state * mask_BS[..., None]
+        text_BSE = F.pad(embedded, (0, 0, 0, 1))
+        velocity: Tensor = self.transformer(x_BCTHW, timestep_B, text_BSE)
+        return velocity.float()
+
+
+class PaddedText:
+    """Cross-attention to a prompt whose padding is one key: n equal keys weigh as much as one with log(n) added."""
+
+    def __init__(self, bias_S: Tensor) -> None:
+        self.bias_S = bias_S
+
+    def __call__(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
+        """As `attention.core.sdpa`, with the bias on the keys."""
+        q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_S.to(q.dtype)[None, None, None]).transpose(
+            1, 2
+        )
+
+
+def train_dit(
+    folder: Path, vae: WanVAE, *, total_steps: int, compile_model: bool = True
+) -> tuple[TextAndVideo, LatentClips, float]:
+    """Train or go on; returns the averaged networks, the clips and the seconds spent (in `folder`/dit.pt)."""
+    torch.manual_seed(1)
+    torch.set_flush_denormal(True)
+    clips = encode_clips(vae, CLIPS)
+    model = TextAndVideo()
+    trainer = Trainer(
+        model, path=folder / "dit.pt", total_steps=total_steps, learning_rate=LEARNING_RATE, ema_decay=0.9995
+    )
+    run = torch.compile(model, dynamic=False) if compile_model else model
+    tokenizer = build_tokenizer(pieces())
+    saved = shown = time.monotonic()
+    losses: list[float] = []
+    while trainer.step < total_steps:
+        loss = _loss(run, clips, tokenizer, rng_for(trainer.step, salt=3))
+        trainer.update(loss)
+        losses.append(float(loss.detach()))
+        now = time.monotonic()
+        if now - shown > 30:
+            print(
+                f"dit {trainer.step}/{total_steps} loss {np.mean(losses):.4f} {trainer.elapsed_s / 60:.1f} min",
+                flush=True,
+            )
+            shown, losses = now, []
+        if now - saved > 180:
+            trainer.save()
+            saved = now
+    trainer.save()
+    trainer.use_average()
+    return model, clips, trainer.elapsed_s
+
+
+def _loss(run: Any, clips: LatentClips, tokenizer: Any, rng: np.random.Generator) -> Tensor:
+    indices = rng.integers(len(clips.scenes), size=BATCH).tolist()
+    x = clips.batch(indices)
+    prompts = [caption(clips.scenes[i], rng) for i in indices]
+    tokens = tokenizer(prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    logits = torch.from_numpy(
+        rng.normal(0.4, 1.0, BATCH).astype(np.float32)
+    )  # towards the noisy end, where motion is decided
+    uniform = torch.from_numpy(rng.random(BATCH, dtype=np.float32))
+    sigma = torch.where(torch.from_numpy(rng.random(BATCH)) < 0.2, uniform, logits.sigmoid())
+    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    mix = sigma.view(-1, 1, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = run((1 - mix) * x + mix * noise, sigma * 1000, tokens.input_ids, tokens.attention_mask)
+    return F.mse_loss(velocity, noise - x)
+
+
+def _initialise_text(model: nn.Module) -> None:
+    """T5's initialisation: its attention has no 1/sqrt(d), the queries start small instead."""
+    width, head = TEXT_CONFIG["d_model"], TEXT_CONFIG["d_kv"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif "shared" in name or "relative" in name:
+                parameter.normal_(0, 1.0 if "shared" in name else width**-0.5)
+            else:
+                fan_in = parameter.shape[1] * (head if name.endswith(".q.weight") else 1)
+                parameter.normal_(0, fan_in**-0.5)
+
+
+def _initialise_dit(model: WanDiT) -> None:
+    """Blocks start as near-identities and the output at zero, as the original's init_weights does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "scale_shift_table" not in name:
+                nn.init.xavier_uniform_(parameter.flatten(1))
+            elif name.endswith("bias"):
+                parameter.zero_()
+        model.proj_out.weight.zero_()

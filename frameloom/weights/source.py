@@ -1,0 +1,450 @@
+"""Opens a Wan checkpoint in Diffusers layout, a local folder or a hub id, and checks it at the door.
+
+Reads JSON and the headers of the safetensors files only, so it is quick and needs no torch; load.py reads the
+weights. Everything in a checkpoint is untrusted: nothing is unpickled, no name leaves its folder.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from frameloom.errors import CheckpointError
+
+JsonObject = Mapping[str, Any]
+
+MAX_JSON_BYTES = 4 * 2**20  # the largest real one, the index of a 14B transformer, is about 0.1 MB
+MAX_HEADER_BYTES = 16 * 2**20  # real headers stay under 0.3 MB; the format itself allows 100 MB
+
+# Bytes per element of the safetensors dtypes that occur in Wan checkpoints.
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+}  # fmt: skip
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+# Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
+_MODEL_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "transformer": ("WanTransformer3DModel",),
+    "transformer_2": ("WanTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
+    "text_encoder": ("UMT5EncoderModel",),
+    "image_encoder": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+}
+_PROCESSOR_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+    "image_processor": (
+        "CLIPImageProcessor",
+        "CLIPImageProcessorFast",
+        "CLIPImageProcessorPil",
+        "CLIPProcessor",
+    ),
+}
+_REQUIRED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_SETTINGS = (
+    "boundary_ratio",
+    "expand_timesteps",
+)  # entries of model_index.json that are values, not components
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# Groups: the variant ("fp16"), in either of the two places where libraries write it.
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `size_bytes` bytes of little-endian `dtype`, `offset` bytes into `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Component:
+    """One folder of a checkpoint. A tokenizer or image processor has no weight files and an empty config."""
+
+    name: str
+    folder: Path
+    class_name: str
+    config: JsonObject
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(entry.size_bytes for entry in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checked checkpoint: what its JSON files say, where its tensors lie. `name` is as the user gave it."""
+
+    path: Path
+    name: str
+    index: JsonObject
+    pipeline: str
+    boundary_ratio: float | None  # part of the noise schedule done by `transformer`, the rest by `transformer_2`
+    expand_timesteps: bool  # one timestep per token (Wan 2.2 TI2V-5B)
+    scheduler: JsonObject
+    defaults: JsonObject  # frameloom.json, unchecked (see models/defaults.py); empty when there is none
+    components: Mapping[str, Component]
+
+
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+    """Open a local folder or a hub id ("owner/name", downloaded first) in Diffusers layout.
+
+    Raises CheckpointError, one sentence that says what to do, for what is missing, damaged or not supported.
+    """
+    name = os.fspath(model)
+    try:
+        folder = _local_folder(name)
+        root = folder or _download(name, ["model_index.json", "frameloom.json"])
+        index = _read_index(root)
+        classes = _component_classes(index, where=root / "model_index.json")
+        if folder is None:
+            root = _download(name, _component_patterns(classes))
+        return _checkpoint(root, name, index=index, classes=classes)
+    except OSError as error:
+        raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object of at most MAX_JSON_BYTES. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; download the checkpoint again")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than a configuration needs; download it again")
+    return _parse_object(path.read_bytes(), where=path)
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """List the tensors of one safetensors file without reading their data. Raises CheckpointError.
+
+    Format: 8 bytes header length (little endian), a JSON header, then the tensors without gaps
+    (https://huggingface.co/docs/safetensors, "Format"). Every promise of the header is held against the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(9)
+        length = int.from_bytes(head[:8], "little")
+        if head[8:] != b"{" or length > MAX_HEADER_BYTES:
+            raise CheckpointError(_what_instead(path, head))
+        if 8 + length > size:
+            raise CheckpointError(f"{path} is cut off inside its header ({size} bytes); download it again")
+        file.seek(8)
+        header = _parse_object(file.read(length), where=path)
+    header.pop("__metadata__", None)
+    entries = {key: _entry(path, key, info, start=8 + length) for key, info in header.items()}
+    _check_extent(path, entries.values(), start=8 + length, size=size)
+    return entries
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """List the tensors of several safetensors files, each name once. Raises CheckpointError."""
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        for key, entry in read_header(file).items():
+            if key in found:
+                raise CheckpointError(f"'{key}' is in both {found[key].file} and {file}; remove the older download")
+            found[key] = entry
+    return found
+
+
+def _checkpoint(root: Path, name: str, *, index: JsonObject, classes: Mapping[str, str]) -> Checkpoint:
+    own = root / "frameloom.json"
+    checkpoint = Checkpoint(
+        path=root,
+        name=name,
+        index=index,
+        pipeline=index["_class_name"],
+        boundary_ratio=_boundary_ratio(index, where=root / "model_index.json"),
+        expand_timesteps=_expand_timesteps(index, where=root / "model_index.json"),
+        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+        defaults=read_json(own) if own.exists() else {},
+        components={part: _component(root / part, class_name=classes[part]) for part in classes if part != "scheduler"},
+    )
+    _check_parts(checkpoint)
+    return checkpoint
+
+
+# --- where the folder is ---
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder `name` means, or None when it can only be a hub id."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"'{name}' is a file; give the folder that holds model_index.json")
+    if name and path.is_dir():
+        return path
+    if _HUB_ID.fullmatch(name):
+        return None
+    raise CheckpointError(
+        f"there is no folder '{name}'{_suggestion(path)}; give a checkpoint folder or a hub id 'owner/name'"
+    )
+
+
+def _suggestion(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
+
+
+def _component_patterns(classes: Iterable[str]) -> list[str]:
+    """Files to fetch: of the listed components only, and never a pickle."""
+    suffixes = ("*.json", "*.safetensors")
+    return ["model_index.json", "frameloom.json", "tokenizer/*.model", "tokenizer/*.txt"] + [
+        f"{part}/{suffix}" for part in classes for suffix in suffixes
+    ]
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    hint = _suggestion(Path(name))
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError:
+        problem = "asks for its licence to be accepted; accept it on its page, then log in with 'hf auth login'"
+    except (RepositoryNotFoundError, HFValidationError):
+        problem = f"is no local folder and no public hub repository{hint}; check the name, or log in if private"
+    except Exception as error:  # hub, OS and HTTP library each raise their own kinds: all mean "no files"
+        kind = type(error).__name__
+        problem = f"cannot be downloaded ({kind}){hint}; check the network, or give a local folder"
+    raise CheckpointError(f"'{name}' {problem}")
+
+
+# --- model_index.json ---
+
+
+def _read_index(root: Path) -> JsonObject:
+    path = root / "model_index.json"
+    if not path.is_file():
+        raise CheckpointError(f"'{root}' has no model_index.json{_layout_hint(root)}")
+    index = read_json(path)
+    if index.get("_class_name") not in PIPELINES:
+        raise CheckpointError(
+            f"{path} asks for {index.get('_class_name')!r}; supported pipelines are {' and '.join(PIPELINES)}"
+        )
+    return index
+
+
+def _layout_hint(root: Path) -> str:
+    parent = root.resolve().parent
+    if (parent / "model_index.json").is_file():
+        return f"; it is one part of a checkpoint: give the parent '{parent}'"
+    inside = sorted(entry.parent for entry in root.glob("*/model_index.json"))
+    if inside:
+        return f"; did you mean '{inside[0]}'?"
+    return "; give a checkpoint in Diffusers layout (its name usually ends in -Diffusers)"
+
+
+def _component_classes(index: JsonObject, *, where: Path) -> dict[str, str]:
+    """Class name per component that is present (not [null, null]), all of them known."""
+    classes: dict[str, str] = {}
+    for part, value in index.items():
+        if part.startswith("_") or part in _SETTINGS:
+            continue
+        if not (isinstance(value, list) and len(value) == 2):
+            raise CheckpointError(f"{where} has '{part}', unknown to this version; use a Wan 2.1 or 2.2 checkpoint")
+        if value[1] is not None:
+            classes[part] = _known_class(part, value[1], where=where)
+    missing = [part for part in _REQUIRED if part not in classes]
+    if missing:
+        raise CheckpointError(f"{where} lists no {', '.join(missing)}; a Wan checkpoint needs {', '.join(_REQUIRED)}")
+    return classes
+
+
+def _known_class(part: str, class_name: object, *, where: Path) -> str:
+    if part == "scheduler" and isinstance(class_name, str):
+        return class_name  # judged by sampling, which knows what it can compute
+    known = _MODEL_CLASSES.get(part) or _PROCESSOR_CLASSES.get(part)
+    if known is None:
+        raise CheckpointError(
+            f"{where} lists the component '{part}', unknown to this version; use a Wan 2.1 or 2.2 checkpoint"
+        )
+    if not isinstance(class_name, str) or class_name not in known:
+        raise CheckpointError(f"{where} asks for {class_name!r} as {part}; supported is {' or '.join(known)}")
+    return class_name
+
+
+def _boundary_ratio(index: JsonObject, *, where: Path) -> float | None:
+    value = index.get("boundary_ratio")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise CheckpointError(f"{where} has boundary_ratio {value!r}; it must be null or between 0 and 1, as 0.875")
+    return float(value)
+
+
+def _expand_timesteps(index: JsonObject, *, where: Path) -> bool:
+    value = index.get("expand_timesteps")
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{where} has expand_timesteps {value!r}; it must be true or false")
+    return bool(value)
+
+
+def _check_parts(checkpoint: Checkpoint) -> None:
+    """Parts that only make sense together."""
+    parts = checkpoint.components
+    where = checkpoint.path / "model_index.json"
+    if ("transformer_2" in parts) != (checkpoint.boundary_ratio is not None):
+        raise CheckpointError(f"{where}: transformer_2 and boundary_ratio belong together, but only one is given")
+    wants_image = parts["transformer"].config.get("image_dim") is not None
+    has_image = {"image_encoder", "image_processor"} <= parts.keys()
+    if wants_image and not has_image:
+        raise CheckpointError(
+            f"{where} lists no image_encoder and image_processor, but the transformer has an image_dim"
+        )
+
+
+# --- one component ---
+
+
+def _component(folder: Path, *, class_name: str) -> Component:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing, though model_index.json lists it; download the checkpoint again")
+    name, is_model = folder.name, folder.name in _MODEL_CLASSES
+    files = _weight_files(folder) if is_model else ()
+    return Component(
+        name=name,
+        folder=folder,
+        class_name=class_name,
+        config=_config(folder / "config.json", class_name) if is_model else {},
+        files=files,
+        tensors=read_tensors(files),
+    )
+
+
+def _config(path: Path, class_name: str) -> JsonObject:
+    config = read_json(path)
+    if config.get("_class_name", class_name) != class_name:
+        raise CheckpointError(
+            f"{path} is for {config['_class_name']!r}, model_index.json says {class_name}; download both"
+        )
+    return config
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weight files of one component: without a variant if there is such a set, else its only variant."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):  # an index wins over a single file
+        if match := _WEIGHTS.fullmatch(path.name):
+            found[match[1] or match[2] or ""] = path
+    if not found:
+        raise CheckpointError(_no_weights(folder))
+    if "" not in found and len(found) > 1:
+        raise CheckpointError(f"{folder} holds the variants {', '.join(sorted(found))}; keep one of them")
+    chosen = found.get("") or next(iter(found.values()))
+    return _shards(chosen) if chosen.suffix == ".json" else (chosen,)
+
+
+def _shards(index_path: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map; download it again")
+    for (
+        value
+    ) in weight_map.values():  # these are file names from outside: nothing but a plain name in this folder will do
+        if not isinstance(value, str) or not _SHARD.fullmatch(value) or ".." in value:
+            raise CheckpointError(
+                f"{index_path} names the weight file {value!r}; only plain *.safetensors names are opened"
+            )
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index_path.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index_path.parent} lacks {_some(missing)}, listed in {index_path.name}; download the rest"
+        )
+    return tuple(index_path.parent / name for name in names)
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        return f"{folder} holds only pickles ({_some(pickles)}), which can run code; convert them to safetensors"
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return f"{folder} holds {_some(shards)} but no *.safetensors.index.json listing them; download it again"
+    return f"{folder} holds no diffusion_pytorch_model.safetensors or model.safetensors; download it again"
+
+
+def _some(names: list[str]) -> str:
+    """The first three of `names` as text."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- JSON and safetensors headers ---
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object without repeated keys: two readers could otherwise see two different files."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("repeated key")
+    return found
+
+
+def _parse_object(text: bytes, *, where: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{where} holds no readable JSON; download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, an object is needed; download it again")
+    return value
+
+
+def _what_instead(path: Path, head: bytes) -> str:
+    """Sentence about a file that is named safetensors and is none, by its first bytes."""
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return f"{path} is a PyTorch pickle in spite of its name, which can run code; convert it to safetensors"
+    if head.startswith(b"version "):
+        return f"{path} is only a Git LFS pointer; fetch the real file with 'git lfs pull'"
+    if head.startswith(b"GGUF"):
+        return f"{path} is a GGUF file in spite of its name; give a checkpoint in safetensors"
+    return f"{path} is not a safetensors file (no valid header); download it again"
+
+
+def _entry(path: Path, name: str, info: Any, *, start: int) -> TensorEntry:
+    damaged = CheckpointError(f"{path} has a damaged entry for '{name}'; download it again")
+    try:
+        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise damaged from None
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise damaged
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{path} stores '{name}' as {dtype!r}; readable are {', '.join(DTYPE_BYTES)}")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise damaged
+    return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, size_bytes=end - begin)
+
+
+def _check_extent(path: Path, entries: Iterable[TensorEntry], *, start: int, size: int) -> None:
+    """The tensors follow one another without gap or overlap and end with the file."""
+    end = start
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{path} has a damaged header ('{entry.name}' overlaps or leaves a gap); download it again"
+            )
+        end += entry.size_bytes
+    if size != end:
+        kind = "cut off" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path} is {kind} ({size} of {end} bytes); download it again")
