@@ -71,14 +71,14 @@ class TextEncoder:
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = TEXT_LENGTH) -> Tensor:
         """Embed prompts as (B, max_sequence_length, D) in the encoder's dtype, zeros past each prompt.
 
-        Longer prompts are cut, as the reference does. The encoder runs on the longest prompt, not on
-        `max_sequence_length` tokens: masked keys weigh exactly nothing, so only rounding differs.
+        Longer prompts are cut. The encoder runs on all `max_sequence_length` tokens, as the reference does: masked
+        keys weigh exactly nothing, but a shorter run rounds differently, and that grows over the denoising steps.
         """
         if not prompts:
             raise RequestError("no prompt was given; give at least one, it may be empty")
         tokens = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
-            padding="longest",
+            padding="max_length",
             truncation=True,
             max_length=max_sequence_length,
             return_attention_mask=True,
@@ -87,8 +87,7 @@ class TextEncoder:
         table = self.model.get_parameter("shared.weight")
         mask_BL = tokens.attention_mask.to(table.device)
         x_BLD = self.model(tokens.input_ids.to(table.device), mask_BL).last_hidden_state.to(table.dtype)
-        x_BLD = x_BLD.masked_fill(mask_BL[..., None] == 0, 0)
-        return nn.functional.pad(x_BLD, (0, 0, 0, max_sequence_length - x_BLD.shape[1]))
+        return x_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,7 +57,7 @@ BATCH = 32
 LEARNING_RATE = 1e-3
 PROMPT_DROP = 0.1  # how often the prompt is empty, so that guidance has an unconditional prediction
 ATTRIBUTE_DROP = 0.1  # how often a caption names only part of the scene
-CLIPS = 8192
+CLIPS = 6144
 TEXT_TOKENS = 32  # positions computed one by one in training; the rest of the 512 are one key (see `PaddedText`)
 
 
@@ -77,21 +77,26 @@ class LatentClips:
 
 
 @torch.no_grad()
-def encode_clips(vae: WanVAE, count: int, *, first: int = 0) -> LatentClips:
-    """Render and encode `count` training clips; clip i depends on i alone."""
-    scenes, latents, begun = [], [], time.monotonic()
-    for start in range(first, first + count, 32):
-        rngs = [rng_for(i, salt=2) for i in range(start, min(start + 32, first + count))]
-        batch = [random_scene(rng) for rng in rngs]
-        frames = to_video(render(scene, rng) for scene, rng in zip(batch, rngs, strict=True))
-        with torch.autocast("cpu", torch.bfloat16):
-            moments = vae.encode_chunk(frames, CausalState())
-        latents.append(moments[:, :Z_DIM].half())
-        scenes += batch
-    z = torch.cat(latents)
-    print(f"encoded {count} clips in {time.monotonic() - begun:.0f} s", flush=True)
+def encode_clips(vae: WanVAE, count: int, cache: Path) -> LatentClips:
+    """Render and encode `count` training clips, or read them from `cache`; clip i depends on i alone."""
+    scenes = [random_scene(rng_for(i, salt=2)) for i in range(count)]
+    if cache.exists():
+        z = torch.load(cache, weights_only=True)
+    else:
+        begun = time.monotonic()
+        z = torch.cat([_encode(vae, range(start, min(start + 32, count))) for start in range(0, count, 32)])
+        torch.save(z, cache)
+        print(f"encoded {count} clips in {time.monotonic() - begun:.0f} s", flush=True)
     channels = z.float().transpose(0, 1).flatten(1)
     return LatentClips(latents=z, scenes=scenes, mean=channels.mean(1), std=channels.std(1))
+
+
+def _encode(vae: WanVAE, numbers: range) -> Tensor:
+    rngs = [rng_for(i, salt=2) for i in numbers]
+    frames = to_video(render(random_scene(rng), rng) for rng in rngs)
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = vae.encode_chunk(frames, CausalState())
+    return moments[:, :Z_DIM].half()
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -154,7 +159,7 @@ def train_dit(
     """Train or go on; returns the averaged networks, the clips and the seconds spent (in `folder`/dit.pt)."""
     torch.manual_seed(1)
     torch.set_flush_denormal(True)
-    clips = encode_clips(vae, CLIPS)
+    clips = encode_clips(vae, CLIPS, folder / "latents.pt")
     model = TextAndVideo()
     trainer = Trainer(
         model, path=folder / "dit.pt", total_steps=total_steps, learning_rate=LEARNING_RATE, ema_decay=0.9995

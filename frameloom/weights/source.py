@@ -188,7 +188,7 @@ def _checkpoint(root: Path, name: str, *, index: JsonObject, classes: Mapping[st
 
 def _local_folder(name: str) -> Path | None:
     """The folder `name` means, or None when it can only be a hub id."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # pathlib raises for an unknown ~user
     if path.is_file():
         raise CheckpointError(f"'{name}' is a file; give the folder that holds model_index.json")
     if name and path.is_dir():

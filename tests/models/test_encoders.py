@@ -107,24 +107,15 @@ def test_embeds_prompts_as_the_reference_does(pair, prompts, length):
     assert relative_error(empty.expand_as(negative), negative) <= 1e-6
 
 
-def test_a_prompt_of_full_length_is_equal_bit_by_bit(pair):
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:4], PROMPTS[1:2]])
+def test_embeddings_are_equal_bit_by_bit(pair, prompts):
     with torch.no_grad():
-        wanted = pair[0].encode_prompt(PROMPTS, max_sequence_length=512)[0]
-    assert torch.equal(pair[1].encode_prompts(PROMPTS), wanted)
-
-
-def test_the_short_run_differs_by_rounding_only(folder):
-    """In float64 the distance falls with the rounding: both compute the same function."""
-    pipe, encoder = reference(folder), ours(folder, torch.float64)
-    pipe.text_encoder.double()
-    with torch.no_grad():
-        wanted = pipe.encode_prompt(PROMPTS[:4], max_sequence_length=512)[0]
-    assert relative_error(encoder.encode_prompts(PROMPTS[:4]), wanted) <= 1e-13
+        wanted = pair[0].encode_prompt(prompts, max_sequence_length=512)[0]
+    assert torch.equal(pair[1].encode_prompts(prompts), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_the_truth_as_the_reference(folder, pair, dtype):
-    """The short run sums in another order: other rounding errors, not larger ones (1.5: two random draws)."""
     pipe, encoder = reference(folder, dtype), ours(folder, dtype)
     kinds = {name: value.dtype for name, value in encoder.model.state_dict().items()}
     assert kinds == {name: value.dtype for name, value in pipe.text_encoder.state_dict().items()}
@@ -133,16 +124,8 @@ def test_half_precision_is_as_near_the_truth_as_the_reference(folder, pair, dtyp
         exact = pair[0].encode_prompt(PROMPTS[:4], max_sequence_length=512)[0]
     x_BLD = encoder.encode_prompts(PROMPTS[:4])
     assert x_BLD.dtype == wanted.dtype
-    assert relative_error(x_BLD, exact) <= 1.5 * relative_error(wanted, exact)
-
-
-def test_runs_the_encoder_on_the_longest_prompt_only(folder):
-    encoder = ours(folder)
-    lengths = []
-    embed = encoder.model.get_submodule("encoder.embed_tokens")
-    embed.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    encoder.encode_prompts(["", "ab", "abc"])
-    assert lengths == [5]  # word mark, three letters, end of sequence
+    assert torch.equal(x_BLD, wanted)
+    assert relative_error(x_BLD, exact) < 0.1
 
 
 def test_text_weights_are_shared_and_eval(folder):

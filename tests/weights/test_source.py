@@ -151,7 +151,7 @@ def test_needs_no_torch():
 # --- where the folder is ---
 
 
-@pytest.mark.parametrize("name", ["", "no such folder", "a/b/c", "./nothing", "/nothing/here", "a\0b"])
+@pytest.mark.parametrize("name", ["", "no such folder", "~nobody-here", "a/b/c", "./nothing", "/nothing/here", "a\0b"])
 def test_refuses_what_is_neither_folder_nor_hub_id(name):
     with pytest.raises(CheckpointError, match="give a checkpoint folder or a hub id 'owner/name'"):
         open_checkpoint(name)
