@@ -86,7 +86,7 @@ class TextEncoder:
         )
         table = self.model.get_parameter("shared.weight")
         mask_BL = tokens.attention_mask.to(table.device)
-        x_BLD = self.model(tokens.input_ids.to(table.device), mask_BL).last_hidden_state.to(table.dtype)
+        x_BLD: Tensor = self.model(tokens.input_ids.to(table.device), mask_BL).last_hidden_state.to(table.dtype)
         return x_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 

@@ -137,7 +137,7 @@ class WanDiT(nn.Module):
         if key not in self._rope_tables:
             if len(self._rope_tables) == ROPE_TABLES_KEPT:
                 del self._rope_tables[next(iter(self._rope_tables))]  # the oldest
-            with torch.inference_mode(mode=False):  # so that a later training step may use it too
+            with torch.inference_mode(False):  # so that a later training step may use it too
                 self._rope_tables[key] = rotary_table(grid, self.spec.attention_head_dim, device=device)
         return self._rope_tables[key]
 

@@ -44,7 +44,7 @@ class Trainer:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
+        self.optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self._started = time.monotonic()
         if path.exists():
             self._resume()

@@ -139,6 +139,7 @@ def test_cleans_prompts_as_the_reference_does():
         *PROMPTS,
         "“quoted” ﬁne ＦＵＬＬ",
         "&amp;quot;",
+        "a < b &amp;amp; c",
         "a\u3000b\u00a0c\u200bd\x85e\x1cf",
         "\x1b[31mred",
     ]:
