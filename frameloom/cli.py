@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 our fault, 2 what was asked cannot be done (nothing was written), 130 interrupted.
 """
 
+import io
 import json
 import logging
 import sys
@@ -117,8 +118,10 @@ def inspect(
     if as_json:
         print(json.dumps(facts))
         return
-    console = Console()
-    table = Table("component", "class", "parameters", "dtypes", "size", "files")
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width: wrap nothing
+    table = Table()
+    for heading in ("component", "class", "parameters", "dtypes", "size", "files"):
+        table.add_column(heading, no_wrap=True)
     for part in facts["components"]:
         size, count = _bytes(part["bytes"]), f"{part['parameters']:,}"
         table.add_row(part["name"], part["class"], count, ", ".join(part["dtypes"]), size, str(part["files"]))
@@ -131,6 +134,8 @@ def inspect(
 def main() -> NoReturn:
     """Run the command; every error of ours is one line and an exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # progress through a pipe arrives as it happens
         _set_up_log()
         app(standalone_mode=False)
         sys.exit(0)
@@ -155,7 +160,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def _set_up_log() -> None:
     quiet = any(flag in sys.argv for flag in ("--quiet", "-q", "--json"))
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("frameloom: %(message)s"))
+    handler.setFormatter(logging.Formatter("[frameloom] %(message)s"))
     logger = logging.getLogger(LOGGER_NAME)
     logger.addHandler(handler)
     logger.setLevel(log_level(quiet=quiet))

@@ -1,14 +1,14 @@
 """Fixtures of the whole suite: small checkpoints, written once."""
 
-import os
-
-# Two torch threads fight over two cores with parallel test processes; the numbers do not depend on it.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 from pathlib import Path
 
+import diffusers.utils.logging
 import pytest
+import transformers.utils.logging
 from checkpoints import Kind, save_checkpoint
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _check_place(target: OutputTarget, given: str) -> None:
         raise OutputError(f"{given} is a file where a folder is expected; give {_POSSIBLE}")
     if not home.is_dir():
         raise OutputError(f"{given} cannot be written because {home} is no existing folder; create it first")
-    if not os.access(home, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not _is_writable(home):
         raise OutputError(f"{given} cannot be written because {home} is not writable; choose another folder")
     if target.kind in ("folder", "pattern"):
         _check_frame_place(target, given)
@@ -85,6 +86,15 @@ def _check_place(target: OutputTarget, given: str) -> None:
         raise OutputError(f"{given} is a folder where a file is expected; give a file such as {path / 'video.mp4'}")
     elif path.exists() and not path.is_file():
         raise OutputError(f"{given} is a device or a pipe, and only files can be written; give {_POSSIBLE}")
+
+
+def _is_writable(folder: Path) -> bool:
+    """Asked of the disk, with a nameless file: permission bits say nothing of read-only mounts, or to root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _check_frame_place(target: OutputTarget, given: str) -> None:
