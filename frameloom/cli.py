@@ -31,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_INTERRUPTED = 130
 _STAGE_NAMES = {
     "text": "reading the prompt",
     "denoise": "denoising",
@@ -137,14 +138,16 @@ def main() -> NoReturn:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # progress through a pipe arrives as it happens
         _set_up_log()
-        app(standalone_mode=False)
-        sys.exit(0)
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # the parser turns Ctrl-C into this return value
+            _fail("interrupted; nothing was written", _INTERRUPTED)
+        sys.exit(code)
     except FrameloomError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted; nothing was written", _INTERRUPTED)
     except Exception as error:
         code = getattr(error, "exit_code", None)  # a usage error of the command line parser
         if code is None or not hasattr(error, "format_message"):

@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_no_half_file(checkpoint_of, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
     )
     assert process.stdout is not None
     while "reading the prompt" not in (line := process.stdout.readline()):

@@ -154,7 +154,8 @@ class SmallAttention:
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         if self.bias_S is not None:
             scores = scores + self.bias_S
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        out: Tensor = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        return out
 
 
 def train_dit(

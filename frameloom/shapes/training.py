@@ -85,7 +85,9 @@ class Trainer:
 
     def use_average(self) -> nn.Module:
         """Put the averaged weights into the model, for evaluation and export."""
-        self.model.load_state_dict(self.average, strict=True)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.average[name])
         return self.model.eval()
 
     def _resume(self) -> None:
