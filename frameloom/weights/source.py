@@ -5,8 +5,6 @@ weights. Everything in a checkpoint is untrusted: nothing is unpickled, no name 
 """
 
 import difflib
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,17 +16,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from frameloom.errors import CheckpointError
+from frameloom.weights.header import TensorEntry, read_json, read_tensors
 
 JsonObject = Mapping[str, Any]
-
-MAX_JSON_BYTES = 4 * 2**20  # the largest real one, the index of a 14B transformer, is about 0.1 MB
-MAX_HEADER_BYTES = 16 * 2**20  # real headers stay under 0.3 MB; the format itself allows 100 MB
-
-# Bytes per element of the safetensors dtypes that occur in Wan checkpoints.
-DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-}  # fmt: skip
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 # Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
@@ -49,28 +39,13 @@ _PROCESSOR_CLASSES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 _REQUIRED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-_SETTINGS = (
-    "boundary_ratio",
-    "expand_timesteps",
-)  # entries of model_index.json that are values, not components
+_SETTINGS = ("boundary_ratio", "expand_timesteps")  # entries of model_index.json that are values, not components
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Groups: the variant ("fp16"), in either of the two places where libraries write it.
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies: `size_bytes` bytes of little-endian `dtype`, `offset` bytes into `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,49 +96,6 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         return _checkpoint(root, name, index=index, classes=classes)
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object of at most MAX_JSON_BYTES. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; download the checkpoint again")
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than a configuration needs; download it again")
-    return _parse_object(path.read_bytes(), where=path)
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """List the tensors of one safetensors file without reading their data. Raises CheckpointError.
-
-    Format: 8 bytes header length (little endian), a JSON header, then the tensors without gaps
-    (https://huggingface.co/docs/safetensors, "Format"). Every promise of the header is held against the file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(9)
-        length = int.from_bytes(head[:8], "little")
-        if head[8:] != b"{" or length > MAX_HEADER_BYTES:
-            raise CheckpointError(_what_instead(path, head))
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is cut off inside its header ({size} bytes); download it again")
-        file.seek(8)
-        header = _parse_object(file.read(length), where=path)
-    header.pop("__metadata__", None)
-    entries = {key: _entry(path, key, info, start=8 + length) for key, info in header.items()}
-    _check_extent(path, entries.values(), start=8 + length, size=size)
-    return entries
-
-
-def read_tensors(files: Iterable[Path]) -> dict[str, TensorEntry]:
-    """List the tensors of several safetensors files, each name once. Raises CheckpointError."""
-    found: dict[str, TensorEntry] = {}
-    for file in files:
-        for key, entry in read_header(file).items():
-            if key in found:
-                raise CheckpointError(f"'{key}' is in both {found[key].file} and {file}; remove the older download")
-            found[key] = entry
-    return found
 
 
 def _checkpoint(root: Path, name: str, *, index: JsonObject, classes: Mapping[str, str]) -> Checkpoint:
@@ -357,9 +289,7 @@ def _shards(index_path: Path) -> tuple[Path, ...]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map; download it again")
-    for (
-        value
-    ) in weight_map.values():  # these are file names from outside: nothing but a plain name in this folder will do
+    for value in weight_map.values():  # file names from outside: only a plain name in this folder will do
         if not isinstance(value, str) or not _SHARD.fullmatch(value) or ".." in value:
             raise CheckpointError(
                 f"{index_path} names the weight file {value!r}; only plain *.safetensors names are opened"
@@ -387,64 +317,3 @@ def _no_weights(folder: Path) -> str:
 def _some(names: list[str]) -> str:
     """The first three of `names` as text."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# --- JSON and safetensors headers ---
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object without repeated keys: two readers could otherwise see two different files."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("repeated key")
-    return found
-
-
-def _parse_object(text: bytes, *, where: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{where} holds no readable JSON; download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, an object is needed; download it again")
-    return value
-
-
-def _what_instead(path: Path, head: bytes) -> str:
-    """Sentence about a file that is named safetensors and is none, by its first bytes."""
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return f"{path} is a PyTorch pickle in spite of its name, which can run code; convert it to safetensors"
-    if head.startswith(b"version "):
-        return f"{path} is only a Git LFS pointer; fetch the real file with 'git lfs pull'"
-    if head.startswith(b"GGUF"):
-        return f"{path} is a GGUF file in spite of its name; give a checkpoint in safetensors"
-    return f"{path} is not a safetensors file (no valid header); download it again"
-
-
-def _entry(path: Path, name: str, info: Any, *, start: int) -> TensorEntry:
-    damaged = CheckpointError(f"{path} has a damaged entry for '{name}'; download it again")
-    try:
-        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise damaged from None
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise damaged
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{path} stores '{name}' as {dtype!r}; readable are {', '.join(DTYPE_BYTES)}")
-    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise damaged
-    return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, size_bytes=end - begin)
-
-
-def _check_extent(path: Path, entries: Iterable[TensorEntry], *, start: int, size: int) -> None:
-    """The tensors follow one another without gap or overlap and end with the file."""
-    end = start
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
-        if entry.offset != end:
-            raise CheckpointError(
-                f"{path} has a damaged header ('{entry.name}' overlaps or leaves a gap); download it again"
-            )
-        end += entry.size_bytes
-    if size != end:
-        kind = "cut off" if size < end else "longer than its header says"
-        raise CheckpointError(f"{path} is {kind} ({size} of {end} bytes); download it again")

@@ -13,8 +13,9 @@ from torch import nn
 import frameloom
 from frameloom.errors import CheckpointError, InternalError
 from frameloom.weights import load
+from frameloom.weights.header import read_tensors
 from frameloom.weights.load import load_module
-from frameloom.weights.source import Component, read_tensors
+from frameloom.weights.source import Component
 
 
 class Net(nn.Module):

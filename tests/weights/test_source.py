@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from frameloom.errors import CheckpointError
-from frameloom.weights import source
-from frameloom.weights.source import open_checkpoint, read_header, read_json, read_tensors
+from frameloom.weights import header, source
+from frameloom.weights.header import read_header, read_json, read_tensors
+from frameloom.weights.source import open_checkpoint
 
 INDEX = {
     "_class_name": "WanPipeline",
@@ -237,7 +238,7 @@ def test_refuses_an_image_branch_without_encoder(root):
         (b'{"a": 1, "a": 2}', "no readable JSON"),
         (b"[1]", "a JSON list, an object is needed"),
         (b"", "no readable JSON"),
-        (b" " * (source.MAX_JSON_BYTES + 1), "more than a configuration needs"),
+        (b" " * (header.MAX_JSON_BYTES + 1), "more than a configuration needs"),
     ],
 )
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
@@ -413,7 +414,7 @@ GOOD = safetensors({"w": (2, 3)})
         (b"\0" * 7, "not a safetensors file"),
         (bytes(64), "not a safetensors file"),
         ((2**63).to_bytes(8, "little") + b"{}", "not a safetensors file"),
-        ((source.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        ((header.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "not a safetensors file"),
         (GOOD[:40], "cut off inside its header"),
         (GOOD[:-1], r"cut off \(\d+ of \d+ bytes\); download it again"),
         (GOOD + b"\0", "longer than its header says"),
