@@ -19,7 +19,7 @@ from frameloom.engine.engine import Engine
 from frameloom.pipeline.media import Video, contact_sheet
 from frameloom.shapes import PATH
 from frameloom.shapes.reader import Reading, read_clip
-from frameloom.shapes.world import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Scene, describe, random_scene
+from frameloom.shapes.world import HELD_OUT_WORDINGS, TRAINING_WORDINGS, Scene, describe, random_scene, render
 
 SEED = 7
 ATTRIBUTES = ("colour", "shape", "motion")
@@ -66,6 +66,17 @@ def share_right(readings: list[tuple[Trial, Reading]]) -> dict[str, float]:
     return {name: right[name] / max(1, len(readings)) for name in ATTRIBUTES}
 
 
+def reconstruction_psnr(engine: Engine, count: int, *, seed: int = SEED) -> float:
+    """Mean PSNR (dB) of held-out clips that go through the VAE and back, against the drawn frames."""
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(count):
+        frames = render(random_scene(rng, held_out=True), rng)
+        error = engine.decode(engine.encode(frames)).astype(np.float64) - frames
+        values.append(10 * np.log10(255**2 / np.square(error).mean()))
+    return float(np.mean(values))
+
+
 def main() -> None:
     """Print the table, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,6 +87,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first eight prompts to this PNG")
     arguments = parser.parse_args()
     with build_engine(arguments.model) as engine:
+        psnr = reconstruction_psnr(engine, max(1, arguments.prompts // 4), seed=arguments.seed)
         results = run(engine, trials(arguments.prompts, seed=arguments.seed))
     readings = [(trial, reading) for trial, _, reading in results]
     groups = {
@@ -87,6 +99,7 @@ def main() -> None:
     for name, group in groups.items():
         table.add_row(name, str(len(group)), *(f"{share:.1%}" for share in share_right(group).values()))
     Console().print(table)
+    print(f"VAE reconstruction of held-out clips: {psnr:.1f} dB")
     misses = [
         {"prompt": t.prompt, "seed": t.seed, "read": [r.colour, r.shape, r.motion]}
         for t, r in readings
@@ -96,7 +109,8 @@ def main() -> None:
         print(miss)
     if arguments.json:
         shares = {name: share_right(group) for name, group in groups.items()}
-        arguments.json.write_text(json.dumps({"shares": shares, "misses": misses}, indent=1), encoding="utf-8")
+        record = {"seed": arguments.seed, "prompts": len(readings), "psnr_db": psnr, "shares": shares, "misses": misses}
+        arguments.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
     if arguments.sheet:
         some = results[:8]
         contact_sheet([v for _, v, _ in some], [t.prompt for t, _, _ in some], columns=2).save(arguments.sheet)

@@ -96,7 +96,7 @@ def test_video_refuses_what_is_no_video(frames, fps, message):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("out.mp4", "h264"), ("out.webm", "vp9")])
-@pytest.mark.parametrize("fps", [16, 24, 23.976, Fraction(30000, 1001)])
+@pytest.mark.parametrize("fps", [16, 2.5, 23.976, Fraction(30000, 1001)])
 def test_video_file_holds_what_was_asked(tmp_path, name, codec, fps):
     frames = moving_disk()
     path = Video(frames=frames, fps=fps).save(tmp_path / name)
@@ -400,6 +400,24 @@ def test_files_that_come_meanwhile_are_never_mixed(tmp_path):
         writer.close()
     assert everything_in(tmp_path) == ["out", "out/0000.png"]
     assert (tmp_path / "out" / "0000.png").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("moves", [0, 2])
+def test_failing_moves_are_undone_and_frame_0_comes_last(tmp_path, monkeypatch, moves):
+    move, moved = os.rename, []
+
+    def fail_later(source, target):
+        if len(moved) == moves:
+            assert not (tmp_path / "0.png").exists()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        moved.append(target.name)
+        move(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_later)
+    with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+        Video(frames=moving_disk(4), fps=16).save(tmp_path / "%d.png")
+    assert moved == ["3.png", "2.png"][:moves]
+    assert everything_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", FILES)
