@@ -61,9 +61,9 @@ def _read_video(path: Path) -> tuple[Frames, float]:
             raise InputError(f"{path} holds no video stream; give a video or a picture")
         stream = container.streams.video[0]
         frames: list[Frames] = []
-        ticks, end, whole = 0, 0, True
+        ticks, end, missing = 0, 0, 0
         for packet in container.demux(stream):
-            whole = whole and not packet.is_corrupt
+            missing -= packet.size > 0 and not packet.is_corrupt
             for frame in packet.decode():
                 picture = frame.to_ndarray(format="rgb24", interpolation=SWS_EXACT, threads=1)
                 frames.append(np.rot90(picture, frame.rotation // 90))
@@ -74,13 +74,14 @@ def _read_video(path: Path) -> tuple[Frames, float]:
             rate = len(frames) / (ticks * stream.time_base) if ticks else None
         if not frames or not rate:
             raise InputError(f"{path} holds no frames with a rate; convert it to mp4 with a fixed rate")
-        if not whole or _ends_early(path, container, float(end * stream.time_base + 0.75 / rate)):
+        missing += len(stream.index_entries) if "mp4" in container.format.name else 0
+        if missing > 0 or _ends_early(path, container, float(end * stream.time_base + 0.75 / rate)):
             raise InputError(f"{path} is cut off after {len(frames)} frames; copy or write it again")
         return np.stack(frames), float(rate)
 
 
 def _ends_early(path: Path, container: Any, latest_s: float) -> bool:
-    """Whether a file promises more than `latest_s` seconds; FFmpeg itself reports a cut only in mp4."""
+    """Whether a file promises more than `latest_s` seconds; for files whose index does not tell the packets."""
     if container.format.name == "gif":
         return not path.read_bytes().rstrip(b"\0").endswith(b";")  # the trailer byte that ends every GIF
     if "matroska" not in container.format.name or len(container.streams) > 1:

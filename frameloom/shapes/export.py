@@ -13,7 +13,7 @@ from torch import Tensor
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.wan_vae import WanVAE
 from frameloom.shapes.tokens import write_tokenizer
-from frameloom.shapes.train_dit import TEXT_CONFIG, LatentClips, TextAndVideo
+from frameloom.shapes.train_dit import NOISE_SHIFT, TEXT_CONFIG, LatentClips, TextAndVideo
 from frameloom.shapes.world import FPS, NUM_FRAMES, SIZE
 
 _DIFFUSERS = "0.35.0"  # the layout's version, as a reader of the files expects one
@@ -24,7 +24,7 @@ DEFAULTS = {
     "fps": FPS,
     "steps": 20,
     "guidance_scale": 4.0,
-    "flow_shift": 3.0,
+    "flow_shift": NOISE_SHIFT,
 }
 INDEX = {
     "_class_name": "WanPipeline",
@@ -46,7 +46,7 @@ SCHEDULER = {
     "beta_start": 0.0001,
     "disable_corrector": [],
     "final_sigmas_type": "zero",
-    "flow_shift": 3.0,
+    "flow_shift": NOISE_SHIFT,
     "lower_order_final": True,
     "num_train_timesteps": 1000,
     "predict_x0": True,
