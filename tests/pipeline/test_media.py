@@ -269,6 +269,7 @@ def test_same_frames_give_same_bytes_in_any_process(tmp_path):
         ("out.xyz", r"ends in \.xyz, which is no known format"),
         ("out.png", r"one picture for all frames.*%04d\.png"),
         ("a%db%d.png", "one picture for all frames"),
+        ("50%-%04d.png", "one picture for all frames"),
         ("missing/out.mp4", "missing is no existing folder; create it first"),
         ("missing/out", "missing is no existing folder; create it first"),
         ("missing/%04d.png", "missing is no existing folder; create it first"),
@@ -534,6 +535,37 @@ def test_reader_never_takes_a_cut_file_for_a_whole_one(tmp_path, name):
             read_frames(path)
 
 
+def packet_ends(path):
+    with av.open(str(path)) as container:
+        return sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif"])
+def test_reader_notices_a_cut_between_two_frames(tmp_path, name):
+    path = Video(frames=moving_disk(6), fps=16).save(tmp_path / name)
+    data, ends = path.read_bytes(), packet_ends(path)
+    for end in ends[:-1]:
+        path.write_bytes(data[:end])
+        with pytest.raises(InputError):
+            read_frames(path)
+
+
+def test_reader_notices_a_cut_that_the_decoder_conceals(tmp_path):
+    path = tmp_path / "out.mp4"
+    with av.open(str(path), "w", container_options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number, frame in enumerate(moving_disk(4)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = number, Fraction(1, 16)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    assert read_frames(path)[0].shape == (4, 48, 64, 3)
+    path.write_bytes(path.read_bytes()[: packet_ends(path)[-1] - 2])
+    with pytest.raises(InputError, match="is cut off"):
+        read_frames(path)
+
+
 # -------------------- contact sheet
 
 
@@ -554,8 +586,15 @@ def test_contact_sheet_caption_is_drawn_and_cut_to_its_width():
     unbroken = contact_sheet([video], ["w" * 500])
     assert short.size[0] == long.size[0] == unbroken.size[0]
     assert long.size[1] - short.size[1] == 2 * 25
-    margin = np.asarray(unbroken)[:, -30:]
-    assert (margin == margin[0, 0]).all()
+    dotted = [np.asarray(contact_sheet([video], ["w" * count + " ..."])) for count in range(1, 20)]
+    assert sum(np.array_equal(image, unbroken) for image in dotted) == 1
+
+
+def test_contact_sheet_keeps_the_pixels_of_small_frames():
+    frame = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    sheet = np.asarray(contact_sheet([Video(frames=frame, fps=16)], ["noise"]))
+    blocks = sheet[-36 - 192 : -36, 36 : 36 + 192].reshape(16, 12, 16, 12, 3)
+    assert (blocks == frame[0][:, None, :, None]).all()
 
 
 def test_contact_sheet_columns():
