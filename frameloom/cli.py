@@ -141,7 +141,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # the parser turns Ctrl-C into this return value
             _fail("interrupted; nothing was written", _INTERRUPTED)
-        sys.exit(code)
+        sys.exit(code or 0)
     except FrameloomError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as done:
