@@ -435,8 +435,9 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, name):
 
 
 WRITE_FOR_EVER = """
-    import sys, numpy as np
+    import signal, sys, numpy as np
     from frameloom.pipeline.media import open_writer
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: a background job ignores it
     frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with open_writer(sys.argv[1], width=64, height=64, fps=16) as writer:
         while True:
@@ -453,7 +454,8 @@ def interrupt(target, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "running\n"
+    if process.stdout.readline() != "running\n":
+        raise AssertionError(f"exit code {process.wait()}: {process.stderr.read()}")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     return errors
