@@ -16,6 +16,7 @@ from rich.table import Table
 
 from frameloom.engine.build import build_engine
 from frameloom.engine.engine import Engine
+from frameloom.errors import FrameloomError
 from frameloom.pipeline.media import Video, contact_sheet
 from frameloom.shapes import PATH
 from frameloom.shapes.reader import Reading, read_clip
@@ -77,6 +78,59 @@ def reconstruction_psnr(engine: Engine, count: int, *, seed: int = SEED) -> floa
     return float(np.mean(values))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What an evaluation found."""
+
+    seed: int
+    psnr_db: float
+    readings: list[tuple[Trial, Reading]]
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Per group of prompts and per attribute, the share of the readings that is right (0..1)."""
+        return {name: share_right(group) for name, group in self.groups.items()}
+
+    @property
+    def groups(self) -> dict[str, list[tuple[Trial, Reading]]]:
+        """All readings, and those of either kind of wording."""
+        return {
+            "all": self.readings,
+            "wordings seen in training": [(t, r) for t, r in self.readings if not t.new_wording],
+            "wordings never seen": [(t, r) for t, r in self.readings if t.new_wording],
+        }
+
+    @property
+    def misses(self) -> list[dict[str, object]]:
+        """Every prompt whose video does not show what it asks for, with its noise's seed and what was read."""
+        return [
+            {"prompt": t.prompt, "seed": t.seed, "read": [r.colour, r.shape, r.motion]}
+            for t, r in self.readings
+            if (r.colour, r.shape, r.motion) != t.scene.combination
+        ]
+
+    def show(self) -> None:
+        """Print the table, the VAE's figure and the misses."""
+        table = Table("held-out combinations", "prompts", *ATTRIBUTES, title=f"seed {self.seed}")
+        for name, group in self.groups.items():
+            table.add_row(name, str(len(group)), *(f"{share:.1%}" for share in self.shares[name].values()))
+        Console().print(table)
+        print(f"VAE reconstruction of held-out clips: {self.psnr_db:.1f} dB")
+        for miss in self.misses:
+            print(miss)
+
+    def write(self, path: Path) -> None:
+        """Write the shares and the misses as JSON."""
+        record = {
+            "seed": self.seed,
+            "prompts": len(self.readings),
+            "psnr_db": self.psnr_db,
+            "shares": self.shares,
+            "misses": self.misses,
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Print the table, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,31 +140,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the shares and every miss to this file")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first eight prompts to this PNG")
     arguments = parser.parse_args()
-    with build_engine(arguments.model) as engine:
-        psnr = reconstruction_psnr(engine, max(1, arguments.prompts // 4), seed=arguments.seed)
+    if arguments.prompts < 1:
+        parser.error(f"--prompts {arguments.prompts}: at least one is needed")
+    for path in (arguments.json, arguments.sheet):
+        if path and not path.parent.is_dir():
+            parser.error(f"the folder {path.parent} is not there; create it first")
+    try:
+        engine = build_engine(arguments.model)
+    except FrameloomError as error:
+        parser.error(str(error))
+    with engine:
+        psnr_db = reconstruction_psnr(engine, max(1, arguments.prompts // 4), seed=arguments.seed)
         results = run(engine, trials(arguments.prompts, seed=arguments.seed))
-    readings = [(trial, reading) for trial, _, reading in results]
-    groups = {
-        "all": readings,
-        "wordings seen in training": [(t, r) for t, r in readings if not t.new_wording],
-        "wordings never seen": [(t, r) for t, r in readings if t.new_wording],
-    }
-    table = Table("held-out combinations", "prompts", *ATTRIBUTES, title=f"seed {arguments.seed}")
-    for name, group in groups.items():
-        table.add_row(name, str(len(group)), *(f"{share:.1%}" for share in share_right(group).values()))
-    Console().print(table)
-    print(f"VAE reconstruction of held-out clips: {psnr:.1f} dB")
-    misses = [
-        {"prompt": t.prompt, "seed": t.seed, "read": [r.colour, r.shape, r.motion]}
-        for t, r in readings
-        if (r.colour, r.shape, r.motion) != t.scene.combination
-    ]
-    for miss in misses:
-        print(miss)
+    report = Report(seed=arguments.seed, psnr_db=psnr_db, readings=[(trial, reading) for trial, _, reading in results])
+    report.show()
     if arguments.json:
-        shares = {name: share_right(group) for name, group in groups.items()}
-        record = {"seed": arguments.seed, "prompts": len(readings), "psnr_db": psnr, "shares": shares, "misses": misses}
-        arguments.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        report.write(arguments.json)
     if arguments.sheet:
         some = results[:8]
         contact_sheet([v for _, v, _ in some], [t.prompt for t, _, _ in some], columns=2).save(arguments.sheet)

@@ -16,6 +16,7 @@ from frameloom.shapes.tokens import write_tokenizer
 from frameloom.shapes.train_dit import NOISE_SHIFT, TEXT_CONFIG, LatentClips, TextAndVideo
 from frameloom.shapes.world import FPS, NUM_FRAMES, SIZE
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DIFFUSERS = "0.35.0"  # the layout's version, as a reader of the files expects one
 DEFAULTS = {
     "width": SIZE,
@@ -68,9 +69,8 @@ def export(folder: Path, vae: WanVAE, networks: TextAndVideo, clips: LatentClips
     _write_json(folder / "vae" / "config.json", _vae_config(vae.spec) | latents)
     _write_json(folder / "transformer" / "config.json", _transformer_config(networks.transformer.spec))
     _write_json(folder / "text_encoder" / "config.json", TEXT_CONFIG | {"architectures": ["UMT5EncoderModel"]})
-    weights = "diffusion_pytorch_model.safetensors"
-    _write_weights(folder / "vae" / weights, vae.state_dict())
-    _write_weights(folder / "transformer" / weights, networks.transformer.state_dict(), dtype=torch.float16)
+    _write_weights(folder / "vae" / WEIGHTS, vae.state_dict())
+    _write_weights(folder / "transformer" / WEIGHTS, networks.transformer.state_dict(), dtype=torch.float16)
     text = {k: v for k, v in networks.text_encoder.state_dict().items() if "embed_tokens" not in k}
     _write_weights(folder / "text_encoder" / "model.safetensors", text)
     write_tokenizer(folder / "tokenizer")

@@ -1,9 +1,10 @@
-"""Trains the VAE of the built-in model: single frames first, then short crops, then whole clips.
+"""Trains the VAE of the built-in model: single frames first, then short crops, then windows, then whole clips.
 
 Run it through `python -m frameloom.shapes.train`; the recipe stands in `STAGES` and `SPEC`.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import CausalState
 from frameloom.models.wan_vae import WanVAE
-from frameloom.shapes.training import Trainer, rng_for, to_video
+from frameloom.shapes.training import Trainer, mixed_precision, rng_for, to_video
 from frameloom.shapes.world import NUM_FRAMES, SIZE, Frames, random_scene, render
 
 Z_DIM = 8
@@ -30,7 +31,7 @@ SPEC = VaeSpec(
     scale_factor_temporal=4,
     scale_factor_spatial=4,
 )
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
 KL_WEIGHT = 1e-6  # a whiff: at 1e-4 the posterior collapses before the decoder has learnt anything
 
 
@@ -48,23 +49,24 @@ class Stage:
 STAGES = (
     Stage(steps=600, batch=32, pieces_per_clip=4, frames=1, size=64),
     Stage(steps=1000, batch=16, pieces_per_clip=4, frames=9, size=32),
-    Stage(steps=2600, batch=4, frames=NUM_FRAMES, size=SIZE),
+    Stage(steps=3600, batch=4, frames=NUM_FRAMES, size=40),
+    Stage(steps=800, batch=4, frames=NUM_FRAMES, size=SIZE),
 )
 
 
-def stage_at(step: int) -> Stage:
+def stage_at(step: int, stages: tuple[Stage, ...] = STAGES) -> Stage:
     """The stage that a step of the run belongs to."""
-    for stage in STAGES:
+    for stage in stages:
         if step < stage.steps:
             return stage
         step -= stage.steps
-    return STAGES[-1]
+    return stages[-1]
 
 
 def cut(clip: Frames, stage: Stage, rng: np.random.Generator) -> Frames:
-    """A random piece of a clip: frames and a square window, as the stage asks."""
+    """A random piece of a clip: frames and a square window, as the stage asks, more often near the middle."""
     start = rng.integers(NUM_FRAMES - stage.frames + 1)
-    y, x = rng.integers(0, SIZE - stage.size + 1, 2)
+    y, x = rng.integers(0, SIZE - stage.size + 1, (2, 2)).sum(0) // 2
     return clip[start : start + stage.frames, y : y + stage.size, x : x + stage.size]
 
 
@@ -78,27 +80,40 @@ def reconstruct(vae: WanVAE, x_BCTHW: Tensor, noise_BZTHW: Tensor) -> tuple[Tens
     return x.float(), kl
 
 
-def train_vae(folder: Path, *, compile_model: bool = True) -> tuple[WanVAE, float]:
-    """Train or go on; returns the averaged VAE and the seconds spent (checkpoint in `folder`/vae.pt)."""
+def train_vae(
+    folder: Path, device: torch.device, *, start: Mapping[str, Tensor] | None = None, compile_model: bool = True
+) -> tuple[WanVAE, float]:
+    """Train or go on; returns the averaged VAE and the seconds spent (checkpoint in `folder`/vae.pt).
+
+    `start` gives the weights to begin from; they have learnt what single frames and crops teach, so those are left out.
+    """
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # the optimiser's squared gradients underflow: ten times slower without it
     vae = WanVAE(SPEC)
     with torch.no_grad():  # start from a sharp posterior: with unit noise the decoder learns to ignore the latents
         vae.quant_conv.weight[Z_DIM:].zero_()
         vae.quant_conv.bias[Z_DIM:] = -8.0  # type: ignore[index]
+    if start is not None:
+        vae.load_state_dict(start)
+    vae.to(device)
+    stages = STAGES if start is None else tuple(stage for stage in STAGES if stage.frames == NUM_FRAMES)
     trainer = Trainer(
-        vae, path=folder / "vae.pt", total_steps=sum(s.steps for s in STAGES), learning_rate=LEARNING_RATE
+        vae,
+        path=folder / "vae.pt",
+        total_steps=sum(s.steps for s in stages),
+        learning_rate=LEARNING_RATE,
+        plain=("gamma", "encoder.conv_in", "decoder.conv_out"),
     )
     run = torch.compile(reconstruct, dynamic=False) if compile_model else reconstruct
     saved = shown = time.monotonic()
     while trainer.step < trainer.total_steps:
-        stage, rng = stage_at(trainer.step), rng_for(trainer.step, salt=1)
+        stage, rng = stage_at(trainer.step, stages), rng_for(trainer.step, salt=1)
         clips = [render(random_scene(rng), rng) for _ in range(stage.batch // stage.pieces_per_clip)]
         pieces = [cut(clip, stage, rng) for clip in clips for _ in range(stage.pieces_per_clip)]
-        x = to_video(pieces)
+        x = to_video(pieces).to(device)
         latent = (stage.batch, Z_DIM, 1 + (stage.frames - 1) // 4, stage.size // 4, stage.size // 4)
-        noise = torch.from_numpy(rng.standard_normal(latent, dtype=np.float32))
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = torch.from_numpy(rng.standard_normal(latent, dtype=np.float32)).to(device)
+        with mixed_precision(device):
             y, kl = run(vae, x, noise)
         squared = F.mse_loss(y, x)
         trainer.update(F.l1_loss(y, x) + 4 * squared + KL_WEIGHT * kl)

@@ -184,20 +184,18 @@ def _draw_background(names: tuple[str, ...]) -> Field:
 def _trajectory(motion: str, rng: np.random.Generator) -> list[Pose]:
     times = np.linspace(0, 1, NUM_FRAMES)
     middle = SIZE / 2
-    size, aside, along = rng.uniform(8, 11), rng.uniform(-6, 6), rng.uniform(-6, 6)
-    reach = rng.uniform(24, 28)
+    size, aside, along = rng.uniform(10, 13), rng.uniform(-6, 6), rng.uniform(-6, 6)
+    reach = rng.uniform(18, 22)
     paths: dict[str, Callable[[float], Pose]] = {
         "left": lambda t: Pose(x=middle + reach * (0.5 - t), y=middle + aside, size=size),
         "right": lambda t: Pose(x=middle - reach * (0.5 - t), y=middle + aside, size=size),
         "up": lambda t: Pose(x=middle + aside, y=middle + reach * (0.5 - t), size=size),
         "down": lambda t: Pose(x=middle + aside, y=middle - reach * (0.5 - t), size=size),
-        "growing": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=4.5 + 8 * t),
-        "shrinking": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=12.5 - 8 * t),
-        "spinning": lambda t: Pose(
-            x=middle + aside, y=middle + along, size=size + 1, angle=math.radians(8.5 * reach) * t
-        ),
+        "growing": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=6 + 8 * t),
+        "shrinking": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=14 - 8 * t),
+        "spinning": lambda t: Pose(x=middle + aside, y=middle + along, size=size, angle=math.radians(11 * reach) * t),
         "bouncing": lambda t: Pose(
-            x=middle + aside * 2, y=46 - (reach - 4) * abs(math.sin(2 * math.pi * t)), size=size - 1.5
+            x=middle + aside, y=41 - (reach - 4) * abs(math.sin(2 * math.pi * t)), size=size - 1
         ),
     }
     return [paths[motion](float(t)) for t in times]

@@ -12,7 +12,7 @@ from frameloom.attention.core import sdpa
 from frameloom.models.wan_dit import CrossAttention
 from frameloom.shapes.train_dit import TEXT_TOKENS, SmallAttention, TextAndVideo, caption
 from frameloom.shapes.train_vae import SPEC, STAGES, cut, stage_at
-from frameloom.shapes.training import Trainer, rng_for, to_video
+from frameloom.shapes.training import Trainer, orthogonalise, rng_for, to_video
 from frameloom.shapes.world import random_scene, render
 
 
@@ -41,6 +41,24 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     assert all(torch.equal(whole.average[name], second.average[name]) for name in whole.average)
     assert second.elapsed_s >= first.seconds
     assert [path.name for path in tmp_path.iterdir()] == ["parts.pt"]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
+def test_a_step_moves_all_directions_alike(shape):
+    torch.manual_seed(0)
+    uneven = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[2]))
+    before, after = torch.linalg.svdvals(uneven), torch.linalg.svdvals(orthogonalise(uneven))
+    assert (before.amax(1) / before.amin(1)).min() > 4
+    assert after.min() > 0.5
+    assert after.max() < 1.3
+
+
+def test_matrices_and_the_rest_have_an_optimiser_each(tmp_path):
+    model = nn.Sequential(nn.Conv3d(2, 3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    muon, adam = Trainer(model, path=tmp_path / "x.pt", total_steps=1, learning_rate=0.1, plain=("2.",)).optimisers
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [[names[id(p)] for group in o.param_groups for p in group["params"]] for o in (muon, adam)]
+    assert found == [["0.weight"], ["0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]]
 
 
 def test_the_average_follows_the_weights_and_can_replace_them(tmp_path):
