@@ -56,14 +56,23 @@ def load(model: str | os.PathLike[str] | None = None, *, device: str = "auto", d
     `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, float32, bfloat16 or float16. Use the engine in a `with`
     statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
-    engine: Engine = _lazy("build_engine")(model or shapes.PATH, device=device, dtype=dtype)
+    engine: Engine = _lazy("build_engine")(_named(model), device=device, dtype=dtype)
     return engine
 
 
 def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """What is in a checkpoint, without loading its weights: components, parameters, dtypes, bytes, defaults."""
-    facts: dict[str, Any] = _lazy("describe_checkpoint")(model or shapes.PATH)
+    facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model))
     return facts
+
+
+def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """The model to open; only None means the built-in one, an empty name (an unset variable) does not."""
+    if model is None:
+        return shapes.PATH
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise CheckpointError(f"{model!r} names no model; give a folder, a hub id, or nothing for the built-in model")
+    return model
 
 
 def __getattr__(name: str) -> Any:

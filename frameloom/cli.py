@@ -19,11 +19,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 import frameloom
+from frameloom.config import check_request
 from frameloom.errors import FrameloomError
 from frameloom.pipeline.target import check_output
 from frameloom.settings import LOGGER_NAME, log_level
 from frameloom.shapes.advice import advice
-from frameloom.types import Progress
+from frameloom.types import GenerateRequest, Progress
 
 app = typer.Typer(
     help="Turn a prompt into a video with the Wan family of diffusion models.",
@@ -46,9 +47,19 @@ ModelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"frameloom {frameloom.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keep `generate` a named command even when it is the only one used."""
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
@@ -57,7 +68,11 @@ def generate(
     model: ModelOption = None,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", help="video.mp4, .gif, .webm, a folder of PNG files, or a %04d.png pattern."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="video.mp4, .gif or .webm (replaced if it exists), a new folder of PNG files, or a %04d.png pattern.",
+        ),
     ] = "frameloom.mp4",
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
@@ -89,13 +104,14 @@ def generate(
         "seed": seed,
         "fps": fps,
     }
-    check_output(output)
+    check_request(GenerateRequest(prompt=prompt, **options))
+    check_output(output, fps=fps, quality=quality)
     if model is None and (hint := advice(prompt)):
-        console.print(f"[yellow]{hint}[/yellow]")
+        console.print(hint, style="yellow")
     begun = time.perf_counter()
     with frameloom.load(model, device=device, dtype=dtype) as engine:
         loaded_s = time.perf_counter() - begun
-        engine.resolve(prompt, **options)
+        check_output(output, fps=engine.resolve(prompt, **options).fps)
         with _progress(console) as report:
             video = engine.generate(prompt, progress=report, **options)
     begun = time.perf_counter()
@@ -106,7 +122,7 @@ def generate(
         print(json.dumps(record))
     else:
         console.print(_timing_table(record))
-        console.print(f"The video is at [bold]{saved}[/bold]", soft_wrap=True)
+        console.print(f"The video is at {saved}", style="bold", soft_wrap=True)
 
 
 @app.command()
@@ -119,7 +135,8 @@ def inspect(
     if as_json:
         print(json.dumps(facts))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width: wrap nothing
+    width = None if sys.stdout.isatty() else 120  # a pipe has no width: wrap nothing
+    console = Console(width=width, markup=False, highlight=False)
     table = Table()
     for heading in ("component", "class", "parameters", "dtypes", "size", "files"):
         table.add_column(heading, no_wrap=True)
@@ -136,7 +153,8 @@ def main() -> NoReturn:
     """Run the command; every error of ours is one line and an exit code."""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # progress through a pipe arrives as it happens
+            # Progress through a pipe arrives as it happens; a name that the terminal cannot show is still told.
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         _set_up_log()
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # the parser turns Ctrl-C into this return value
@@ -152,7 +170,10 @@ def main() -> NoReturn:
         code = getattr(error, "exit_code", None)  # a usage error of the command line parser
         if code is None or not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()}; see frameloom --help", code)
+        message = error.format_message()
+        if not message:  # no command was given: the help is already printed
+            sys.exit(code)
+        _fail(f"{message}; see frameloom --help", code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -170,7 +191,7 @@ def _set_up_log() -> None:
 
 
 def _console(*, quiet: bool) -> Console:
-    return Console(stderr=False, quiet=quiet, highlight=False)
+    return Console(quiet=quiet, highlight=False, markup=False)  # a path in brackets is no markup
 
 
 @contextmanager

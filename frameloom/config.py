@@ -1,6 +1,7 @@
 """Checks a request at the door and fills in what it leaves open. Torch-free."""
 
-import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import RequestError
@@ -9,6 +10,19 @@ from frameloom.types import GenerateRequest, ResolvedRequest, SizeRules
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
+
+# Per number of a request: its kind, the lowest and the highest value that any checkpoint could compute.
+_LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
+    "width": (int, 1, MAX_PIXELS),
+    "height": (int, 1, MAX_PIXELS),
+    "num_frames": (int, 1, MAX_FRAMES),
+    "steps": (int, 1, MAX_STEPS),
+    "guidance_scale": (float, 0, 1000),
+    "guidance_scale_2": (float, 0, 1000),
+    "flow_shift": (float, 1e-3, 1000),
+    "fps": (float, 0.1, 240),
+    "seed": (int, 0, 2**63 - 1),
+}
 
 
 class GenerationDefaults(Protocol):
@@ -60,25 +74,29 @@ class GenerationDefaults(Protocol):
         ...
 
 
+def check_request(request: GenerateRequest) -> None:
+    """Refuse what no checkpoint could compute, before one is opened. Raises RequestError as `resolve` does."""
+    _prompts(request.prompt)
+    for name in _LIMITS:
+        _limited(name, getattr(request, name))
+
+
 def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeRules) -> ResolvedRequest:
     """Fill in and check a request. Raises RequestError: one sentence with the value, what is possible, what to do."""
     prompts = _prompts(request.prompt)
-    scale = _or(request.guidance_scale, defaults.guidance_scale)
     own_scale_2 = defaults.guidance_scale_2 if request.guidance_scale is None else None
-    scale_2 = _or(request.guidance_scale_2, own_scale_2)
-    shift = _or(request.flow_shift, defaults.flow_shift)
     return ResolvedRequest(
         prompts=prompts,
         negative_prompts=_negatives(_or(request.negative_prompt, defaults.negative_prompt), len(prompts)),
         width=_side("width", _or(request.width, defaults.width), rules.width_multiple, rules.reason),
         height=_side("height", _or(request.height, defaults.height), rules.height_multiple, rules.reason),
         num_frames=_frames(_or(request.num_frames, defaults.num_frames), rules.temporal),
-        steps=_whole("steps", _or(request.steps, defaults.steps), low=1, high=MAX_STEPS),
-        guidance_scale=_number("guidance scale", scale, low=0, high=1000),
-        guidance_scale_2=None if scale_2 is None else _number("guidance scale 2", scale_2, low=0, high=1000),
-        flow_shift=None if shift is None else _number("flow shift", shift, low=1e-3, high=1000),
-        fps=_number("fps", _or(request.fps, defaults.fps), low=0.1, high=240),
-        seed=_whole("seed", request.seed, low=0, high=2**63 - 1),
+        steps=_limited("steps", _or(request.steps, defaults.steps)),
+        guidance_scale=_limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale)),
+        guidance_scale_2=_limited("guidance_scale_2", _or(request.guidance_scale_2, own_scale_2)),
+        flow_shift=_limited("flow_shift", _or(request.flow_shift, defaults.flow_shift)),
+        fps=_limited("fps", _or(request.fps, defaults.fps)),
+        seed=_limited("seed", _or(request.seed, 0)),
     )
 
 
@@ -89,7 +107,8 @@ def _or(value: Any, default: Any) -> Any:
 def _prompts(prompt: object) -> tuple[str, ...]:
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, (list, tuple)) else None
     if prompts is None or not all(isinstance(text, str) for text in prompts):
-        raise RequestError(f"the prompt is {type(prompt).__name__}; give a text, or a list of texts")
+        odd = prompt if prompts is None else next(text for text in prompts if not isinstance(text, str))
+        raise RequestError(f"the prompt is {odd!r}; give a text, or a list of texts")
     if not prompts or not all(text.strip() for text in prompts):
         raise RequestError("the prompt is empty; say what the video should show, such as 'a red circle moving left'")
     return prompts
@@ -106,7 +125,7 @@ def _negatives(negative: object, count: int) -> tuple[str, ...]:
 
 
 def _side(name: str, value: object, multiple: int, reason: str) -> int:
-    size = _whole(name, value, low=1, high=MAX_PIXELS)
+    size: int = _limited(name, value)
     if size % multiple == 0:
         return size
     below, above = size // multiple * multiple, (size // multiple + 1) * multiple
@@ -115,7 +134,7 @@ def _side(name: str, value: object, multiple: int, reason: str) -> int:
 
 
 def _frames(value: object, temporal: int) -> int:
-    frames = _whole("frames", value, low=1, high=MAX_FRAMES)
+    frames: int = _limited("num_frames", value)
     if (frames - 1) % temporal == 0:
         return frames
     below = 1 + (frames - 1) // temporal * temporal
@@ -124,15 +143,16 @@ def _frames(value: object, temporal: int) -> int:
     )
 
 
-def _whole(name: str, value: object, *, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _limited(name: str, value: Any) -> Any:
+    """`value` as the plain number its place in _LIMITS asks for (numpy's numbers too), or None for None."""
+    if value is None:
+        return None
+    kind, low, high = _LIMITS[name]
+    is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        noun = "whole number" if kind is int else "number"
         top = f"up to {high}" if high < 2**32 else "below 2^63"
-        raise RequestError(f"{name} {value!r} is not possible; use a whole number from {low} {top}")
-    return value
-
-
-def _number(name: str, value: object, *, low: float, high: float) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
-        raise RequestError(f"{name} {value!r} is not possible; use a number from {low} to {high}")
-    return float(value)  # type: ignore[arg-type]
+        said = {"num_frames": "frames"}.get(name, name.replace("_", " "))
+        given = value if isinstance(value, Real) else repr(value)
+        raise RequestError(f"{said} {given} is not possible; use a {noun} from {low} {top}")
+    return kind(value)

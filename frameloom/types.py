@@ -1,6 +1,6 @@
 """What crosses the engine's doors: the request, its resolved form, and news of progress. Torch-free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -14,8 +14,8 @@ class GenerateRequest:
     Sizes in pixels. Several prompts make one batch: they start from one draw of noise, as in the reference pipeline.
     """
 
-    prompt: str | tuple[str, ...]
-    negative_prompt: str | tuple[str, ...] | None = None
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
@@ -24,13 +24,13 @@ class GenerateRequest:
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     fps: float | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
     """The fields of a GenerateRequest besides the prompt, as keyword arguments."""
 
-    negative_prompt: str | tuple[str, ...] | None
+    negative_prompt: str | Sequence[str] | None
     width: int | None
     height: int | None
     num_frames: int | None
@@ -39,7 +39,7 @@ class GenerateOptions(TypedDict, total=False):
     guidance_scale_2: float | None
     flow_shift: float | None
     fps: float | None
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -252,3 +253,64 @@ def test_ctrl_c_leaves_no_half_file(checkpoint_of, tmp_path):
     assert "Traceback" not in err
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "a.mp4", "--quality", "500"], "quality 500"),
+        (["-o", "a.gif", "--quality", "50"], "only mp4 and webm"),
+        (["-o", "a.gif", "--fps", "60"], "in a gif"),
+        (["--steps", "0"], "steps 0"),
+        (["--frames", "0"], "frames 0"),
+        (["--guidance", "nan"], "guidance scale nan"),
+        (["--seed", "-1"], "seed -1"),
+    ],
+)
+def test_what_no_checkpoint_could_do_is_refused_before_one_is_opened(arguments, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(frameloom, "load", lambda *_, **__: pytest.fail("a checkpoint was opened"))
+    refused(run("generate", "a cat", "--model", "owner/name", *arguments), words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_default_rate_too_fast_for_a_gif_is_refused_before_the_work(run, broken, tmp_path):
+    (broken / "frameloom.json").write_text('{"fps": 60}')
+    said = run("generate", "a cat", "--model", broken, "-o", tmp_path / "a.gif", *SMALL)
+    refused(said, "60 frames per second", "in a gif")
+    assert "denoising" not in said[1]
+
+
+def test_an_empty_model_name_is_not_the_built_in_model(run, tmp_path):
+    refused(run("generate", "a red circle", "--model", "", "-o", tmp_path / "a.mp4"), "names no model")
+    refused(run("inspect", ""), "names no model")
+
+
+def test_brackets_in_names_are_no_markup(run, broken, tmp_path):
+    for name in ("clip[final].mp4", "d[/b].mp4"):
+        code, out, _ = run("generate", "a cat", "--model", broken, "-o", tmp_path / name, *SMALL)
+        assert code == 0
+        assert str(tmp_path / name) in out
+    (broken / "frameloom.json").write_text('{"negative_prompt": "[/x]"}')
+    code, out, _ = run("inspect", broken)
+    assert code == 0
+    assert "[/x]" in out
+
+
+def test_a_name_the_terminal_cannot_show_is_told_in_escapes(checkpoint_of, tmp_path):
+    command = [sys.executable, "-m", "frameloom", "generate", "a cat", "--model", str(checkpoint_of()), *SMALL]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "-o", "\u7ea2.mp4"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\u7ea2.mp4" in done.stdout
+    assert (tmp_path / "\u7ea2.mp4").is_file()
+
+
+def test_the_version_and_the_bare_command(run):
+    assert run("--version") == (0, f"frameloom {frameloom.__version__}\n", "")
+    code, out, err = run()
+    assert code == 2
+    assert "generate" in out
+    assert err == ""

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from frameloom.models.vae_blocks import AttentionBlock
 from frameloom.models.wan_dit import Attention, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.pipeline.wan import WanPipeline
-from frameloom.platform.device import DTYPES, choose_device, choose_dtype
+from frameloom.platform.device import DTYPES, check_dtype_name, choose_device, choose_dtype, memory_errors
+from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.load import load_module
 from frameloom.weights.source import Checkpoint, Component, open_checkpoint
@@ -43,10 +44,15 @@ def build_engine(model: str | os.PathLike[str], *, device: str = "auto", dtype: 
     """
     where, why_device = choose_device(device)
     log.info("device %s: %s", where, why_device)
+    check_dtype_name(dtype)
     checkpoint = open_checkpoint(model)
     _check_text_to_video(checkpoint)
+    make_sampler(checkpoint.scheduler, 1)  # so that a scheduler we cannot compute is refused before weights are read
     names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
     specs = [_transformer_spec(checkpoint.components[name]) for name in names]
+    vae = checkpoint.components["vae"]
+    vae_spec = VaeSpec.from_config(vae.config, where=str(vae.folder / "config.json"))
+    _check_fit(checkpoint, dict(zip(names, specs, strict=True)), vae_spec)
     defaults = defaults_for(
         specs[0],
         two_experts=len(names) > 1,
@@ -58,17 +64,19 @@ def build_engine(model: str | os.PathLike[str], *, device: str = "auto", dtype: 
     vae_dtype = torch.float32 if dtype == "auto" else compute
     log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
 
-    pipeline = WanPipeline(
-        text_encoder=_load_text_encoder(checkpoint, compute, where),
-        experts=tuple(
-            _load_transformer(checkpoint.components[n], s, compute, where) for n, s in zip(names, specs, strict=True)
-        ),
-        vae=_load_vae(checkpoint.components["vae"], vae_dtype, where),
-        scheduler=checkpoint.scheduler,
-        boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
-        expand_timesteps=checkpoint.expand_timesteps,
-        device=where,
-    )
+    with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
+        pipeline = WanPipeline(
+            text_encoder=_load_text_encoder(checkpoint, compute, where),
+            experts=tuple(
+                _load_transformer(checkpoint.components[name], spec, compute, where)
+                for name, spec in zip(names, specs, strict=True)
+            ),
+            vae=_load_vae(vae, vae_spec, vae_dtype, where),
+            scheduler=checkpoint.scheduler,
+            boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
+            expand_timesteps=checkpoint.expand_timesteps,
+            device=where,
+        )
     return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults)
 
 
@@ -78,6 +86,30 @@ def _check_text_to_video(checkpoint: Checkpoint) -> None:
             f"'{checkpoint.name}' is a {checkpoint.pipeline}, which starts from an image; this version makes videos "
             "from text: use a text-to-video checkpoint such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
+
+
+def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], vae: VaeSpec) -> None:
+    """Raise CheckpointError for parts that each are valid and do not belong together."""
+    first = experts["transformer"]
+    text_width = checkpoint.components["text_encoder"].config.get("d_model")
+    picture = 3 * (vae.patch_size or 1) ** 2
+    pairs: list[tuple[str, object, str, object]] = [
+        ("vae in_channels", vae.in_channels, "the channels of a picture", picture),
+        ("vae out_channels", vae.out_channels, "the channels of a picture", picture),
+    ]
+    for name, spec in experts.items():
+        pairs += [
+            (f"{name} in_channels", spec.in_channels, "vae z_dim", vae.z_dim),
+            (f"{name} out_channels", spec.out_channels, "vae z_dim", vae.z_dim),
+            (f"{name} text_dim", spec.text_dim, "text_encoder d_model", text_width),
+            (f"{name} patch_size", spec.patch_size, "transformer patch_size", first.patch_size),
+        ]
+    for what, value, other, expected in pairs:
+        if value != expected:
+            raise CheckpointError(
+                f"'{checkpoint.name}' is put together from parts that do not fit: {what} is {value}, {other} "
+                f"{expected}; take all parts from one checkpoint"
+            )
 
 
 def _transformer_spec(component: Component) -> TransformerSpec:
@@ -91,7 +123,7 @@ def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
     sizes: dict[str, int] = {}
     for entry in transformer.tensors.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
-    stored = max(sizes, key=sizes.__getitem__)
+    stored = max(sizes, key=sizes.__getitem__, default="F32")
     return _STORED.get(stored, torch.float32)
 
 
@@ -111,8 +143,7 @@ def _load_transformer(component: Component, spec: TransformerSpec, dtype: torch.
     return model
 
 
-def _load_vae(component: Component, dtype: torch.dtype, device: torch.device) -> WanVAE:
-    spec = VaeSpec.from_config(component.config, where=str(component.folder / "config.json"))
+def _load_vae(component: Component, spec: VaeSpec, dtype: torch.dtype, device: torch.device) -> WanVAE:
     with torch.device("meta"):
         model = WanVAE(spec).eval()
     _fill(model, component, dtype, device)

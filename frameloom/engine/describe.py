@@ -11,8 +11,11 @@ from frameloom.weights.source import Component, open_checkpoint
 
 
 def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """Facts of a checkpoint as plain data: pipeline, components, defaults. Raises CheckpointError."""
-    checkpoint = open_checkpoint(model)
+    """Facts of a checkpoint as plain data: pipeline, components, defaults. Raises CheckpointError.
+
+    Of a hub id only the JSON files and the headers of the weight files are fetched.
+    """
+    checkpoint = open_checkpoint(model, fetch_weights=False)
     parts = checkpoint.components
     facts: dict[str, Any] = {
         "model": checkpoint.name,

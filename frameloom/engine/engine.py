@@ -14,7 +14,7 @@ from frameloom.models.defaults import Defaults
 from frameloom.pipeline.media import Video
 from frameloom.pipeline.stages import Frames
 from frameloom.pipeline.wan import StageClock, WanPipeline
-from frameloom.platform.device import peak_memory_bytes
+from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
 
 Prompts = list[str] | tuple[str, ...]
@@ -54,8 +54,11 @@ class Engine:
             near = difflib.get_close_matches(unknown[0], GenerateOptions.__annotations__, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(GenerateOptions.__annotations__)}"
             raise RequestError(f"option '{unknown[0]}' is unknown; {hint}")
-        texts = tuple(prompt) if isinstance(prompt, list) else prompt
-        request = resolve(GenerateRequest(prompt=texts, **options), self.defaults, self._open.size_rules)
+        request = resolve(GenerateRequest(prompt=prompt, **options), self.defaults, self._open.size_rules)
+        if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
+            raise RequestError(
+                f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
+            )
         self._open.check_size(request)
         return request
 
@@ -106,10 +109,12 @@ class Engine:
         request = self.resolve(prompt, **options)
         report = progress or _silent
         clock = StageClock(device=self._open.device)
-        latents = self._open.latents(request, clock, report)
-        if output == "latents":
-            return latents
-        frames = self._open.decode(latents, clock, report)
+        what = f"{request.num_frames} frames of {request.width}x{request.height}"
+        with memory_errors(f"{what} on {self._open.device}", "ask for a smaller or a shorter video"):
+            latents = self._open.latents(request, clock, report)
+            if output == "latents":
+                return latents
+            frames = self._open.decode(latents, clock, report)
         videos = [
             Video(frames=f, fps=request.fps, metadata=self._metadata(request, i, clock)) for i, f in enumerate(frames)
         ]
@@ -118,21 +123,31 @@ class Engine:
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
         """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several."""
         channels = self._open.vae.spec.z_dim
-        if not isinstance(latents, Tensor) or latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
-            shape = tuple(getattr(latents, "shape", ()))
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise RequestError(f"latents of type {kind} cannot be decoded; give (1, {channels}, T, H, W) of floats")
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            shape = tuple(latents.shape)
             raise RequestError(f"latents of shape {shape} cannot be decoded; give (1, {channels}, T, H, W)")
-        frames = self._open.decode(latents, StageClock(device=self._open.device), progress or _silent)
+        if not torch.isfinite(latents).all():
+            raise RequestError("the latents hold values that are no finite numbers and cannot be decoded; check them")
+        with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
+            frames = self._open.decode(latents, StageClock(device=self._open.device), progress or _silent)
         return frames[0] if len(frames) == 1 else frames
 
     def encode(self, frames: Frames, *, progress: ProgressCallback | None = None) -> Tensor:
         """Latents float32 (1, C, T', H', W') of frames uint8 (T, H, W, 3): the mode of the posterior, normalised."""
-        array = np.asarray(frames)
+        try:
+            array = np.asarray(frames)
+        except ValueError:  # lists of unequal lengths
+            raise RequestError("these frames are no array; give numpy uint8 (T, H, W, 3)") from None
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
             raise RequestError(
                 f"frames {array.dtype} of shape {array.shape} cannot be encoded; give uint8 (T, H, W, 3)"
             )
         self._open.vae.check_frames(*array.shape[:3])
-        return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
+        with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
+            return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
 
     @property
     def _open(self) -> WanPipeline:

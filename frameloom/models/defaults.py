@@ -5,7 +5,6 @@ wan/configs of the original Wan 2.1 and 2.2 repositories, [C] the checkpoint's o
 """
 
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -95,12 +94,15 @@ def defaults_for(
     return replace(found, **_checked(own or {}))
 
 
+_LARGEST = 1_000_000  # of any number here; NaN is above and below nothing
+
+
 def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
 
 
 def _is_guidance(value: object) -> bool:

@@ -60,6 +60,8 @@ class TextEncoder:
     tokenizer: Any
 
     def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise CheckpointError("the tokenizer has no pad_token, which fills prompts up; download it again")
         rows = self.model.get_parameter("shared.weight").shape[0]
         if len(self.tokenizer) > rows:
             raise CheckpointError(
@@ -178,6 +180,12 @@ def _only(config: Any, names: tuple[str, ...], *, where: str) -> JsonObject:
     for name, value in found.items():
         if isinstance(value, int) and value < 1 and not name.endswith("_token_id"):
             raise CheckpointError(f"{where} has {name} {value!r}; it must be 1 or more")
+    buckets, distance = (found.get(f"relative_attention_{name}") for name in ("num_buckets", "max_distance"))
+    if isinstance(buckets, int) and isinstance(distance, int) and distance <= buckets // 4:
+        raise CheckpointError(
+            f"{where} has relative_attention_max_distance {distance}; it must be above {buckets // 4}, "
+            "a quarter of relative_attention_num_buckets"
+        )
     return found
 
 

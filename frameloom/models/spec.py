@@ -6,11 +6,15 @@ Sources: the config.json files of the Diffusers repositories of Wan 2.1 and 2.2 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from frameloom.errors import CheckpointError
 
 JsonObject = Mapping[str, Any]
+
+MAX_LAYERS = 1000
+_LARGEST = 1_000_000  # of any number in a config: ten times the widest Wan layer, and nothing overflows
 
 
 def _known_fields(spec: type, config: JsonObject, *, where: str, fixed: JsonObject) -> dict[str, Any]:
@@ -26,7 +30,45 @@ def _known_fields(spec: type, config: JsonObject, *, where: str, fixed: JsonObje
         if value != fixed[key]:
             raise CheckpointError(f"{where} has {key}={value!r}; only {fixed[key]!r} is supported")
     found = {name: config[name] for name in names if name in config}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    for name, kind in get_type_hints(spec).items():
+        if name in plain and not _fits(plain[name], kind):
+            raise CheckpointError(f"{where} has {name} {config[name]!r}; it must be {_wanted(kind)}")
+    return plain
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value (lists as tuples) is what a field's annotation says; numbers must also be sensible."""
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if kinds[-1] is Ellipsis:
+            return all(_fits(item, kinds[0]) for item in value)
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is int:
+        return type(value) is int and 1 <= value <= _LARGEST
+    if kind is float:
+        return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
+    return type(value) is kind
+
+
+def _wanted(kind: Any) -> str:
+    """`kind` in the words of JSON."""
+    if get_origin(kind) is UnionType:
+        return " or ".join(_wanted(one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        first, *rest = get_args(kind)
+        items = {int: "whole numbers above 0", float: "numbers", bool: "true and false"}[first]
+        return f"a list of {items}" if rest == [Ellipsis] else f"a list of {len(rest) + 1} {items}"
+    return {
+        int: f"a whole number from 1 to {_LARGEST}",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "null",
+    }[kind]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +104,16 @@ class TransformerSpec:
     @classmethod
     def from_config(cls, config: JsonObject, *, where: str = "transformer/config.json") -> Self:
         """Read a Diffusers transformer config. Raises CheckpointError on a key or value we cannot compute."""
-        found = _known_fields(cls, config, where=where, fixed={"qk_norm": "rms_norm_across_heads"})
-        if found.get("out_channels", 0) is None:  # the reference lets null mean "as many as go in"
-            found["out_channels"] = found.get("in_channels", 16)
-        return cls(**found)
+        if config.get("out_channels", 0) is None:  # the reference lets null mean "as many as go in"
+            config = {**config, "out_channels": config.get("in_channels", 16)}
+        spec = cls(**_known_fields(cls, config, where=where, fixed={"qk_norm": "rms_norm_across_heads"}))
+        if spec.num_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"{where} has num_layers {spec.num_layers}; Wan has 40, more than {MAX_LAYERS} is a slip"
+            )
+        if not spec.eps > 0:
+            raise CheckpointError(f"{where} has eps {spec.eps}; it must be above 0, as 1e-06")
+        return spec
 
 
 # Statistics of the Wan 2.1 latents, the defaults of the reference's config (16 channels).
@@ -100,7 +148,7 @@ class VaeSpec:
 
     @property
     def spatial_scale(self) -> int:
-        """Pixels per latent cell, in height and in width (derived, the config's own field is only checked)."""
+        """Pixels per latent cell, in height and in width (from the stages; scale_factor_spatial is not used)."""
         return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
 
     @property
@@ -122,4 +170,6 @@ class VaeSpec:
             raise CheckpointError(
                 f"{where}: temperal_downsample needs one entry per stage but the last ({len(spec.dim_mult) - 1})"
             )
+        if not all(std > 0 for std in spec.latents_std):
+            raise CheckpointError(f"{where} has latents_std {list(spec.latents_std)}; each must be above 0")
         return spec

@@ -4,13 +4,11 @@ Frames are uint8 RGB arrays of shape (T, H, W, 3).
 """
 
 import contextlib
-import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from frameloom.errors import InternalError, OutputError
 from frameloom.pipeline.reader import read_frames
 from frameloom.pipeline.sinks import Frames, GifFile, PngFolder, Sink, Spec, YuvFile, sync
-from frameloom.pipeline.target import OutputTarget, check_output
+from frameloom.pipeline.target import OutputTarget, check_output, check_quality, exact_fps
 
 __all__ = [
     "DEFAULT_QUALITY",
@@ -40,7 +38,6 @@ DEFAULT_QUALITY: Final = 70  # CRF 16 (VP9: 20); FFmpeg's guide calls 17 to 18 n
 
 _FOLDER_PATTERN: Final = "%04d.png"
 _MAX_SIDE: Final = 16384  # pixels; the limit of H.264 level 6.2, which the other formats share here
-_MAX_FPS: Final[Mapping[str, int]] = {"gif": 50}  # browsers slow a GIF delay under 2/100 s down to 10/100 s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,7 +56,7 @@ class Video:
         _check_frames(self.frames)
         if self.frames.ndim != 4 or self.num_frames < 1:
             raise OutputError(f"frames of shape {self.frames.shape} are no video; give (T, H, W, 3) with T >= 1")
-        _exact_fps(self.fps)
+        exact_fps(self.fps)
 
     @property
     def num_frames(self) -> int:
@@ -97,12 +94,6 @@ def _check_frames(frames: object) -> None:
         raise OutputError(f"frames of shape {frames.shape} cannot be written; give RGB as (T, H, W, 3)")
 
 
-def _exact_fps(fps: float, limit: int = 240) -> Fraction:
-    if not math.isfinite(fps) or not 0.1 <= fps <= limit:
-        raise OutputError(f"{fps} frames per second cannot be written; give a number from 0.1 to {limit}")
-    return Fraction(float(fps)).limit_denominator(1001)  # 1001: the divisor of the NTSC rates, 24000/1001
-
-
 def open_writer(
     path: str | os.PathLike[str], *, width: int, height: int, fps: float, quality: int = DEFAULT_QUALITY
 ) -> "FrameWriter":
@@ -114,12 +105,11 @@ def open_writer(
     for H.264, 63 to 1 for VP9; GIF and PNG have no such dial. Raises OutputError (see `check_output`).
     """
     target = check_output(path)
-    if not isinstance(quality, int) or not 0 <= quality <= 100:
-        raise OutputError(f"quality {quality!r} is out of range; give a whole number from 0 (small) to 100 (best)")
+    check_quality(quality)
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise OutputError(f"a video of {width}x{height} pixels cannot be written; give 1 to {_MAX_SIDE} each way")
-    exact = _exact_fps(fps, _MAX_FPS.get(target.kind, 240))
-    return FrameWriter(target, Spec(width=width, height=height, fps=exact, quality=quality))
+    exact = exact_fps(fps, target.kind)
+    return FrameWriter(target, Spec(width=width, height=height, fps=exact, quality=int(quality)))
 
 
 class FrameWriter:

@@ -80,7 +80,7 @@ def decode(vae: WanVAE, latents_BCTHW: Tensor, on_latent: StepCallback) -> Itera
 def encode(vae: WanVAE, frames: Frames) -> Tensor:
     """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W')."""
     weight = next(vae.parameters())
-    x = torch.from_numpy(np.ascontiguousarray(frames)).to(weight.device)
+    x = torch.from_numpy(np.array(frames)).to(weight.device)  # a copy: read-only arrays would warn
     x_BCTHW = (x.to(torch.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None].to(weight.dtype)
     mode, _ = vae.encode(x_BCTHW).chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))

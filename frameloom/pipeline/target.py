@@ -6,14 +6,17 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from frameloom.errors import OutputError
 
 Kind = Literal["mp4", "webm", "gif", "folder", "pattern"]
 
 _KINDS: Final[Mapping[str, Kind]] = {".mp4": "mp4", ".webm": "webm", ".gif": "gif", ".png": "pattern"}
+_MAX_FPS: Final[Mapping[Kind | None, int]] = {"gif": 50}  # browsers slow a delay under 2/100 s down to 10/100 s
 _POSSIBLE: Final = "a name ending in .mp4, .webm or .gif, a folder, or a pattern such as frames/%04d.png"
 _PLACEHOLDER: Final = re.compile(r"%(?:0\d)?d")
 
@@ -39,13 +42,14 @@ class OutputTarget:
         return self.path.parent if self.kind != "folder" or not self.path.exists() else self.path
 
 
-def check_output(path: str | os.PathLike[str]) -> OutputTarget:
+def check_output(path: str | os.PathLike[str], *, fps: float | None = None, quality: int | None = None) -> OutputTarget:
     """Check, before any work and without writing anything, that a video can be written to `path`.
 
     `path` ends in .mp4, .webm or .gif (an existing file is replaced when the new one is whole); or is a
     pattern such as frames/%04d.png; or is a folder: an existing one, a name without extension or with a
     trailing slash. Frames are never mixed with older files: a folder must be missing or empty (hidden files
-    do not count), a pattern must match nothing yet. Raises OutputError.
+    do not count), a pattern must match nothing yet. `fps` and `quality` are checked where they are given; only mp4
+    and webm have a quality. Raises OutputError.
     """
     given = os.fsdecode(path)
     try:
@@ -53,7 +57,30 @@ def check_output(path: str | os.PathLike[str]) -> OutputTarget:
         _check_place(target, given)
     except OSError as error:  # a name too long for the disk, a loop of links
         raise OutputError(f"{given} cannot be an output ({error.strerror}); choose another path") from error
+    if quality is not None:
+        if target.kind not in ("mp4", "webm"):
+            raise OutputError(f"{given} has no quality to set, only mp4 and webm do; leave the quality out")
+        check_quality(quality)
+    if fps is not None:
+        exact_fps(fps, target.kind)
     return target
+
+
+def check_quality(quality: Any) -> None:
+    """Raise OutputError unless `quality` is a whole number from 0 to 100."""
+    is_whole = isinstance(quality, Integral) and not isinstance(quality, bool)
+    if not is_whole or not 0 <= quality <= 100:
+        raise OutputError(f"quality {quality!r} is out of range; give a whole number from 0 (small) to 100 (best)")
+
+
+def exact_fps(fps: Any, kind: Kind | None = None) -> Fraction:
+    """Frames per second as a file of this kind can hold them. Raises OutputError."""
+    limit = _MAX_FPS.get(kind, 240)
+    is_number = isinstance(fps, Real) and not isinstance(fps, bool)
+    if not is_number or not 0.1 <= fps <= limit:
+        what = f"in a {kind}" if kind else "in a video"
+        raise OutputError(f"{fps} frames per second are not possible {what}; give a number from 0.1 to {limit}")
+    return Fraction(float(fps)).limit_denominator(1001)  # 1001: the divisor of the NTSC rates, 24000/1001
 
 
 def _parse(given: str) -> OutputTarget:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from frameloom.errors import RequestError
 from frameloom.models.encoders import TextEncoder
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
@@ -63,7 +64,22 @@ class WanPipeline:
 
     def check_size(self, request: ResolvedRequest) -> None:
         """Raise RequestError for a size that the position table of the DiT does not reach."""
-        self.experts[0].token_grid(*self._latent_size(request))
+        spec, rules = self.experts[0].spec, self.size_rules
+        patch_t = spec.patch_size[0]
+        latent_frames, _, _ = self._latent_size(request)
+        if latent_frames % patch_t:
+            raise RequestError(
+                f"{request.num_frames} frames make {latent_frames} latent frames, not a multiple of the patch {patch_t}"
+            )
+        reach = spec.rope_max_seq_len
+        limits = {
+            "frames": (request.num_frames, 1 + rules.temporal * (reach * patch_t - 1)),
+            "height": (request.height, rules.height_multiple * reach),
+            "width": (request.width, rules.width_multiple * reach),
+        }
+        for name, (asked, limit) in limits.items():
+            if asked > limit:
+                raise RequestError(f"{name} {asked} is past the last position of this checkpoint; use {limit} or less")
 
     def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
         """Prompts to latents: float32 (B, C, T', H', W'), normalised."""
@@ -92,7 +108,7 @@ class WanPipeline:
                 per_token=self.expand_timesteps,
                 on_step=_reporter(report, "denoise", request.steps),
             )
-        return out.float()
+        return _plain(out)
 
     def decode(self, latents_BCTHW: Tensor, clock: StageClock, report: ProgressCallback) -> Frames:
         """Latents to frames uint8 (B, T, H, W, 3)."""
@@ -106,12 +122,17 @@ class WanPipeline:
             report(Progress(stage="encode", step=0, total=1))
             latents = stages.encode(self.vae, frames)
             report(Progress(stage="encode", step=1, total=1))
-        return latents
+        return _plain(latents)
 
     def _latent_size(self, request: ResolvedRequest) -> tuple[int, int, int]:
         spec = self.vae.spec
         frames = 1 + (request.num_frames - 1) // spec.temporal_scale
         return frames, request.height // spec.spatial_scale, request.width // spec.spatial_scale
+
+
+def _plain(latents: Tensor) -> Tensor:
+    """float32, and out of inference mode, so that its owner may write to it or train with it."""
+    return torch.empty(latents.shape, dtype=torch.float32, device=latents.device).copy_(latents)
 
 
 def _reporter(report: ProgressCallback, stage: Stage, total: int) -> Callable[[int], None]:

@@ -2,6 +2,8 @@
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +18,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 def choose_device(name: str = "auto") -> tuple[torch.device, str]:
     """The device called `name` (auto, cpu, cuda, cuda:1, mps) and why. Raises RequestError if it is not there."""
+    if not isinstance(name, str):
+        raise RequestError(f"device {name!r} is no name; use auto or one of {', '.join(available_devices())}")
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0), f"found {torch.cuda.get_device_name(0)}"
@@ -40,14 +44,19 @@ def available_devices() -> list[str]:
     return [*cuda, *mps, "cpu"]
 
 
+def check_dtype_name(name: str) -> None:
+    """Raise RequestError unless `name` is auto or a dtype that can be computed in."""
+    if name != "auto" and (not isinstance(name, str) or name not in DTYPES):
+        raise RequestError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+
+
 def choose_dtype(name: str, device: torch.device, *, preferred: torch.dtype) -> tuple[torch.dtype, str]:
     """The dtype called `name`, or for auto the preferred one if the device computes well in it, and why.
 
     Raises RequestError on an unknown name.
     """
+    check_dtype_name(name)
     if name != "auto":
-        if name not in DTYPES:
-            raise RequestError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
         return DTYPES[name], "asked for"
     if preferred is torch.float16 and device.type == "cpu":
         return torch.float32, "CPUs compute float16 slowly"
@@ -72,6 +81,19 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(line.partition(":")[2].split())
+
+
+@contextmanager
+def memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn an allocation that failed into a RequestError: no memory for `what`; `remedy`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RequestError(f"there is not enough memory for {what}; {remedy}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU allocator has no error class of its own
+            raise
+        raise RequestError(f"there is not enough memory for {what}; {remedy}") from error
 
 
 def synchronise(device: torch.device) -> None:

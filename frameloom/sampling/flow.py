@@ -141,7 +141,7 @@ class SamplerState:
                 f"{path} cannot be read as a sampler state ({error}); delete it and start the run again"
             ) from error
         step = metadata.get("step", "")
-        if metadata.get("format") != _STATE_FORMAT or not (step.isascii() and step.isdigit()):
+        if metadata.get("format") != _STATE_FORMAT or not (step.isascii() and step.isdigit() and len(step) < 10):
             raise CheckpointError(f"{path} is not a '{_STATE_FORMAT}' file; pass one that SamplerState.save wrote")
         return cls(step=int(step), sampler=metadata.get("sampler", ""), history=history)
 

@@ -4,7 +4,6 @@ Reference: diffusers UniPCMultistepScheduler with predict_x0, flow sigmas and a 
 """
 
 import difflib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -280,15 +279,17 @@ def _nearest(name: object, known: Collection[str]) -> str:
     return difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
 
 
+_LARGEST = 1_000_000  # of any number in the config
+
+
 def _positive(
     options: Mapping[str, Any], key: str, *, kinds: tuple[type[int] | type[float], ...] = (int, float)
 ) -> float:
     value: Any = options[key]
-    if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+    if isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= _LARGEST:
         return float(value)
-    raise CheckpointError(
-        f"{_WHERE} has {key}={value!r}; it must be a positive {'number' if float in kinds else 'integer'}"
-    )
+    noun = "number" if float in kinds else "whole number"
+    raise CheckpointError(f"{_WHERE} has {key}={value!r}; it must be a positive {noun} up to {_LARGEST}")
 
 
 def _step_numbers(value: object) -> tuple[int, ...]:

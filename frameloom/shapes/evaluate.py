@@ -140,11 +140,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the shares and every miss to this file")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first eight prompts to this PNG")
     arguments = parser.parse_args()
-    if arguments.prompts < 1:
-        parser.error(f"--prompts {arguments.prompts}: at least one is needed")
-    for path in (arguments.json, arguments.sheet):
-        if path and not path.parent.is_dir():
-            parser.error(f"the folder {path.parent} is not there; create it first")
+    if arguments.prompts < 1 or arguments.seed < 0:
+        parser.error("--prompts must be 1 or more, --seed 0 or more")
+    for path, suffix in ((arguments.json, ".json"), (arguments.sheet, ".png")):
+        if path and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{path} cannot be written: give a file ending in {suffix} in a folder that is there")
     try:
         engine = build_engine(arguments.model)
     except FrameloomError as error:

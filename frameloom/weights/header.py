@@ -5,7 +5,7 @@ All of it is untrusted: sizes are bounded, keys unique, extents inside the file.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Format: 8 bytes header length (little endian), a JSON header, then the tensors without gaps
     (https://huggingface.co/docs/safetensors, "Format"). Every promise of the header is held against the file.
     """
+    if not path.is_file():  # a link to nothing, a folder, or a pipe that would never end
+        raise CheckpointError(f"{path} is no regular file; download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
@@ -60,17 +62,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{path} is cut off inside its header ({size} bytes); download it again")
         file.seek(8)
         header = _parse_object(file.read(length), where=path)
-    header.pop("__metadata__", None)
-    entries = {key: _entry(path, key, info, start=8 + length) for key, info in header.items()}
+    entries = tensor_entries(path, header, start=8 + length)
     _check_extent(path, entries.values(), start=8 + length, size=size)
     return entries
 
 
-def read_tensors(files: Iterable[Path]) -> dict[str, TensorEntry]:
+def tensor_entries(path: Path, header: Mapping[str, Any], *, start: int) -> dict[str, TensorEntry]:
+    """The tensors that a parsed header lists, each entry checked; `start` is where the data begin in the file."""
+    return {key: _entry(path, key, info, start=start) for key, info in header.items() if key != "__metadata__"}
+
+
+def read_tensors(
+    files: Iterable[Path], read: Callable[[Path], Mapping[str, TensorEntry]] = read_header
+) -> dict[str, TensorEntry]:
     """List the tensors of several safetensors files, each name once. Raises CheckpointError."""
     found: dict[str, TensorEntry] = {}
     for file in files:
-        for key, entry in read_header(file).items():
+        for key, entry in read(file).items():
             if key in found:
                 raise CheckpointError(f"'{key}' is in both {found[key].file} and {file}; remove the older download")
             found[key] = entry

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
 from frameloom.errors import CheckpointError
-from frameloom.weights.header import TensorEntry, read_json, read_tensors
+from frameloom.weights.header import TensorEntry, read_header, read_json, read_tensors
+from frameloom.weights.hub import RemoteFiles, download
 
 JsonObject = Mapping[str, Any]
 
@@ -80,25 +78,34 @@ class Checkpoint:
     components: Mapping[str, Component]
 
 
-def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str], *, fetch_weights: bool = True) -> Checkpoint:
     """Open a local folder or a hub id ("owner/name", downloaded first) in Diffusers layout.
 
-    Raises CheckpointError, one sentence that says what to do, for what is missing, damaged or not supported.
+    Without `fetch_weights` the weight files of a hub id stay there, if they were not fetched before: only their
+    headers are read, and the components' `files` are names. Raises CheckpointError, one sentence that says what to do,
+    for what is missing, damaged or not supported.
     """
     name = os.fspath(model)
     try:
         folder = _local_folder(name)
-        root = folder or _download(name, ["model_index.json", "frameloom.json"])
+        root = folder or download(name, ["model_index.json", "frameloom.json"], hint=_suggestion(Path(name)))
         index = _read_index(root)
         classes = _component_classes(index, where=root / "model_index.json")
-        if folder is None:
-            root = _download(name, _component_patterns(classes))
+        if folder is not None:
+            return _checkpoint(root, name, index=index, classes=classes)
+        suffixes = ("*.json", "*.safetensors") if fetch_weights else ("*.json",)
+        root = download(name, _component_patterns(classes, suffixes), hint=_suggestion(Path(name)))
+        if not fetch_weights and not _has_weights(root, classes):
+            remote = RemoteFiles(name, commit=root.name)
+            return _checkpoint(root, name, index=index, classes=classes, remote=remote)
         return _checkpoint(root, name, index=index, classes=classes)
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
 
 
-def _checkpoint(root: Path, name: str, *, index: JsonObject, classes: Mapping[str, str]) -> Checkpoint:
+def _checkpoint(
+    root: Path, name: str, *, index: JsonObject, classes: Mapping[str, str], remote: RemoteFiles | None = None
+) -> Checkpoint:
     own = root / "frameloom.json"
     checkpoint = Checkpoint(
         path=root,
@@ -109,7 +116,11 @@ def _checkpoint(root: Path, name: str, *, index: JsonObject, classes: Mapping[st
         expand_timesteps=_expand_timesteps(index, where=root / "model_index.json"),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         defaults=read_json(own) if own.exists() else {},
-        components={part: _component(root / part, class_name=classes[part]) for part in classes if part != "scheduler"},
+        components={
+            part: _component(root / part, class_name=classes[part], remote=remote)
+            for part in classes
+            if part != "scheduler"
+        },
     )
     _check_parts(checkpoint)
     return checkpoint
@@ -138,26 +149,11 @@ def _suggestion(path: Path) -> str:
     return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
 
 
-def _component_patterns(classes: Iterable[str]) -> list[str]:
+def _component_patterns(classes: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
     """Files to fetch: of the listed components only, and never a pickle."""
-    suffixes = ("*.json", "*.safetensors")
     return ["model_index.json", "frameloom.json", "tokenizer/*.model", "tokenizer/*.txt"] + [
         f"{part}/{suffix}" for part in classes for suffix in suffixes
     ]
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    hint = _suggestion(Path(name))
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError:
-        problem = "asks for its licence to be accepted; accept it on its page, then log in with 'hf auth login'"
-    except (RepositoryNotFoundError, HFValidationError):
-        problem = f"is no local folder and no public hub repository{hint}; check the name, or log in if private"
-    except Exception as error:  # hub, OS and HTTP library each raise their own kinds: all mean "no files"
-        kind = type(error).__name__
-        problem = f"cannot be downloaded ({kind}){hint}; check the network, or give a local folder"
-    raise CheckpointError(f"'{name}' {problem}")
 
 
 # --- model_index.json ---
@@ -247,18 +243,34 @@ def _check_parts(checkpoint: Checkpoint) -> None:
 # --- one component ---
 
 
-def _component(folder: Path, *, class_name: str) -> Component:
+def _has_weights(root: Path, classes: Mapping[str, str]) -> bool:
+    """Whether the weight files of every network are in the folder, all shards of them."""
+    try:
+        for part in classes:
+            if part in _MODEL_CLASSES:
+                read_tensors(_weight_files(root / part, _names(root / part)))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _component(folder: Path, *, class_name: str, remote: RemoteFiles | None) -> Component:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing, though model_index.json lists it; download the checkpoint again")
     name, is_model = folder.name, folder.name in _MODEL_CLASSES
-    files = _weight_files(folder) if is_model else ()
+    names = remote.names(name) if remote else _names(folder)
+    files = _weight_files(folder, names) if is_model else ()
     return Component(
         name=name,
         folder=folder,
         class_name=class_name,
         config=_config(folder / "config.json", class_name) if is_model else {},
         files=files,
-        tensors=read_tensors(files),
+        tensors=read_tensors(files, remote.header if remote else read_header),
     )
 
 
@@ -271,21 +283,21 @@ def _config(path: Path, class_name: str) -> JsonObject:
     return config
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
+def _weight_files(folder: Path, names: list[str]) -> tuple[Path, ...]:
     """The weight files of one component: without a variant if there is such a set, else its only variant."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):  # an index wins over a single file
-        if match := _WEIGHTS.fullmatch(path.name):
-            found[match[1] or match[2] or ""] = path
+    for name in sorted(names, key=lambda name: name.endswith(".json")):  # an index wins over a single file
+        if match := _WEIGHTS.fullmatch(name):
+            found[match[1] or match[2] or ""] = folder / name
     if not found:
-        raise CheckpointError(_no_weights(folder))
+        raise CheckpointError(_no_weights(folder, names))
     if "" not in found and len(found) > 1:
         raise CheckpointError(f"{folder} holds the variants {', '.join(sorted(found))}; keep one of them")
     chosen = found.get("") or next(iter(found.values()))
-    return _shards(chosen) if chosen.suffix == ".json" else (chosen,)
+    return _shards(chosen, names) if chosen.suffix == ".json" else (chosen,)
 
 
-def _shards(index_path: Path) -> tuple[Path, ...]:
+def _shards(index_path: Path, present: list[str]) -> tuple[Path, ...]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map; download it again")
@@ -295,7 +307,7 @@ def _shards(index_path: Path) -> tuple[Path, ...]:
                 f"{index_path} names the weight file {value!r}; only plain *.safetensors names are opened"
             )
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (index_path.parent / name).is_file()]
+    missing = [name for name in names if name not in present]
     if missing:
         raise CheckpointError(
             f"{index_path.parent} lacks {_some(missing)}, listed in {index_path.name}; download the rest"
@@ -303,8 +315,7 @@ def _shards(index_path: Path) -> tuple[Path, ...]:
     return tuple(index_path.parent / name for name in names)
 
 
-def _no_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+def _no_weights(folder: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return f"{folder} holds only pickles ({_some(pickles)}), which can run code; convert them to safetensors"

@@ -55,6 +55,8 @@ def test_the_video_says_how_it_was_made(engine):
         ({"seed": 2**63}, "seed"),
         ({"width": 8192 * 2}, "8192"),
         ({"num_frames": 8}, "use 5 or 9"),
+        ({"guidance_scale": 10**400}, "guidance scale"),
+        ({"guidance_scale_2": 3.0}, "second expert"),
     ],
 )
 def test_bad_options_are_request_errors(engine, options, words):
@@ -77,6 +79,45 @@ def test_latents_and_frames_of_the_wrong_shape_are_request_errors(engine):
             engine.encode(frames)
     with pytest.raises(frameloom.RequestError, match="use 5"):
         engine.encode(np.zeros((6, 32, 32, 3), np.uint8))
+
+
+def test_numbers_of_numpy_and_a_seed_of_none_are_welcome(engine):
+    small = {name: np.int64(value) for name, value in SIZE.items()}
+    video = engine.generate("a cat", seed=None, guidance_scale=np.float32(5), fps=np.float64(8), **small)
+    assert np.array_equal(video.frames, engine.generate("a cat", seed=0, **SIZE).frames)
+    assert json.dumps(video.metadata)
+
+
+def test_latents_belong_to_the_caller(engine):
+    video = engine.generate("a cat", **SIZE)
+    for latents in (engine.generate("a cat", output="latents", **SIZE), engine.encode(video.frames)):
+        latents.add_(1)
+        latents.requires_grad_().sum().backward()
+        assert latents.grad is not None
+
+
+def test_bad_latents_are_the_callers_and_frames_may_be_read_only(engine):
+    with pytest.raises(frameloom.RequestError, match="no finite numbers"):
+        engine.decode(torch.full((1, 4, 1, 4, 4), float("nan")))
+    with pytest.raises(frameloom.RequestError, match="of floats"):
+        engine.decode(torch.zeros(1, 4, 1, 4, 4, dtype=torch.int64))
+    with pytest.raises(frameloom.RequestError, match="no array"):
+        engine.encode([[1], [1, 2]])
+    frames = np.zeros((1, 32, 32, 3), np.uint8)
+    frames.setflags(write=False)
+    assert engine.encode(frames).shape == (1, 4, 1, 4, 4)
+
+
+def test_a_size_past_the_position_table_is_told_in_pixels(checkpoint_of, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_of(), folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_max_seq_len": 4}))
+    with build_engine(folder) as engine:
+        for options, words in (({"width": 80}, "width 80 .*use 64 or less"), ({"num_frames": 17}, "use 13 or less")):
+            with pytest.raises(frameloom.RequestError, match=words):
+                engine.resolve("a cat", **(SIZE | options))
+        assert engine.generate("a cat", **(SIZE | {"num_frames": 13, "steps": 1})).num_frames == 13
 
 
 def test_a_closed_engine_says_so(checkpoint_of):

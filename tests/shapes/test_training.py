@@ -48,7 +48,7 @@ def test_a_step_moves_all_directions_alike(shape):
     torch.manual_seed(0)
     uneven = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[2]))
     before, after = torch.linalg.svdvals(uneven), torch.linalg.svdvals(orthogonalise(uneven))
-    assert (before.amax(1) / before.amin(1)).min() > 4
+    assert (before.amax(1) / before.amin(1)).min() > 2.5
     assert after.min() > 0.5
     assert after.max() < 1.3
 

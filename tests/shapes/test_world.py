@@ -99,3 +99,7 @@ def test_advice_speaks_only_outside_the_world():
     for prompt in ("a cat walks on grass", "a red zebra spinning", "moving left"):
         assert "--model" in advice(prompt)
     assert "'cat'" in advice("a cat walks on grass")
+    assert "green background" in advice("a red star on a green background")
+    assert "one shape" in advice("a red circle and a blue square")
+    assert "spinning circle" in advice("a spinning circle")
+    assert advice("a red circle") is None

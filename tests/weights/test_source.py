@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import frameloom
 from frameloom.errors import CheckpointError
 from frameloom.weights import header, source
 from frameloom.weights.header import read_header, read_json, read_tensors
@@ -496,6 +498,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
+        self.server.ranges.append(self.headers.get("Range"))
         files, repo = self.server.files, "owner/real"
         if self.path.startswith(f"/api/models/{repo}/tree/"):
             listing = [
@@ -506,7 +509,10 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             return self._send(200, json.dumps({"id": repo, "sha": "1" * 40, "siblings": siblings}).encode())
         if self.path.startswith(f"/{repo}/resolve/"):
-            return self._send(200, files[self.path.split("/", 5)[5]])
+            body = files[self.path.split("/", 5)[5]]
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                return self._send(206, body[int(asked[1]) : int(asked[2]) + 1])
+            return self._send(200, body)
         codes = {"gated": (403, "GatedRepo"), "broken": (500, ""), "unknown": (404, "RepoNotFound")}
         code, kind = next(value for key, value in codes.items() if key in self.path)
         return self._send(code, b"{}", {"X-Error-Code": kind} if kind else {})
@@ -533,7 +539,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(root):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
+    server.asked, server.ranges = [], []
     server.files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     server.files |= {"transformer/evil.bin": b"x", "top.safetensors": GOOD, "other/model.safetensors": GOOD}
     thread = threading.Thread(target=server.serve_forever)
@@ -544,12 +550,16 @@ def hub(root):
     server.server_close()
 
 
-def open_from(endpoint, name, home, *, cwd):
+OPEN = "print('OPENED', open_checkpoint(sys.argv[1]).path)"
+DESCRIBE = "print(json.dumps(frameloom.describe(sys.argv[1])))"
+
+
+def open_from(endpoint, name, home, *, cwd, action=OPEN):
     """Open in a fresh process: the hub library reads its address once, at import."""
     code = (
-        "import sys\nfrom frameloom.errors import CheckpointError\n"
+        "import json, sys\nimport frameloom\nfrom frameloom.errors import CheckpointError\n"
         "from frameloom.weights.source import open_checkpoint\n"
-        "try: print('OPENED', open_checkpoint(sys.argv[1]).path)\n"
+        f"try: {action}\n"
         "except CheckpointError as error: print('REFUSED', error, error.__cause__)\n"
     )
     keep = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
@@ -596,3 +606,27 @@ def test_fetches_the_listed_components_and_no_pickle(hub, tmp_path):
     assert fetched == set(hub.files) - unwanted
     hub.asked.clear()
     assert open_from("http://127.0.0.1:9", "owner/real", tmp_path / "home", cwd=tmp_path) == said  # offline, cached
+
+
+def test_describes_a_hub_checkpoint_without_fetching_its_weights(hub, root, tmp_path):
+    said = open_from(address(hub), "owner/real", tmp_path / "home", cwd=tmp_path, action=DESCRIBE)
+    facts, local = json.loads(said), frameloom.describe(root)
+    for key in ("components", "bytes", "parameters", "defaults"):
+        assert facts[key] == local[key]
+    weights = [(path, r) for path, r in zip(hub.asked, hub.ranges, strict=True) if path.endswith(".safetensors")]
+    assert len(weights) >= 3
+    assert all(asked and asked.startswith("bytes=") for _, asked in weights)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_describes_what_was_fetched_before_without_the_hub(hub, tmp_path):
+    assert open_from(address(hub), "owner/real", tmp_path / "home", cwd=tmp_path).startswith("OPENED")
+    said = open_from("http://127.0.0.1:9", "owner/real", tmp_path / "home", cwd=tmp_path, action=DESCRIBE)
+    assert json.loads(said)["components"]
+
+
+def test_a_hub_checkpoint_without_weights_is_refused_unfetched(hub, tmp_path):
+    hub.files = {name: data for name, data in hub.files.items() if not name.startswith("vae/diffusion")}
+    said = open_from(address(hub), "owner/real", tmp_path / "home", cwd=tmp_path, action=DESCRIBE)
+    assert said.startswith("REFUSED")
+    assert "vae holds no diffusion_pytorch_model.safetensors" in said
