@@ -23,8 +23,8 @@ DEFAULTS = {
     "height": SIZE,
     "num_frames": NUM_FRAMES,
     "fps": FPS,
-    "steps": 20,
-    "guidance_scale": 4.0,
+    "steps": 25,
+    "guidance_scale": 3.0,
     "flow_shift": NOISE_SHIFT,
 }
 INDEX = {

@@ -58,7 +58,7 @@ BATCH = 32
 LEARNING_RATE = 2e-3
 PROMPT_DROP = 0.1  # how often the prompt is empty, so that guidance has an unconditional prediction
 ATTRIBUTE_DROP = 0.1  # how often a caption names only part of the scene
-NOISE_SHIFT = 8.0  # of the noise levels trained on and sampled at
+NOISE_SHIFT = 4.0  # of the noise levels trained on and sampled at
 CLIPS = 6144
 TEXT_TOKENS = 32  # positions computed one by one in training; the rest of the 512 are one key (see `SmallAttention`)
 

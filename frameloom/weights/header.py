@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     (https://huggingface.co/docs/safetensors, "Format"). Every promise of the header is held against the file.
     """
     if not path.is_file():  # a link to nothing, a folder, or a pipe that would never end
-        raise CheckpointError(f"{path} is no regular file; download it again")
+        raise CheckpointError(f"{path} is missing or no regular file; download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)

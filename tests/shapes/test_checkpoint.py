@@ -41,4 +41,4 @@ def test_diffusers_makes_the_same_video_of_it(engine):
 def test_what_it_encodes_it_decodes(engine):
     frames = engine.generate("a blue star bouncing on a black background", seed=1).frames
     error = engine.decode(engine.encode(frames)).astype(float) - frames
-    assert 10 * np.log10(255**2 / np.square(error).mean()) > 25
+    assert 10 * np.log10(255**2 / np.square(error).mean()) > 32  # measured 34.9, other prompts 34.7 to 39.0
