@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.wan_vae import WanVAE
 from frameloom.shapes.tokens import write_tokenizer
 from frameloom.shapes.train_dit import NOISE_SHIFT, TEXT_CONFIG, LatentClips, TextAndVideo
+from frameloom.shapes.train_vae import SPEC
 from frameloom.shapes.world import FPS, NUM_FRAMES, SIZE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -74,6 +75,18 @@ def export(folder: Path, vae: WanVAE, networks: TextAndVideo, clips: LatentClips
     text = {k: v for k, v in networks.text_encoder.state_dict().items() if "embed_tokens" not in k}
     _write_weights(folder / "text_encoder" / "model.safetensors", text)
     write_tokenizer(folder / "tokenizer")
+
+
+def read_back(folder: Path) -> tuple[WanVAE, dict[str, Tensor]]:
+    """The VAE that `export` wrote into `folder`, and the weights of its TextAndVideo, in float32."""
+    vae = WanVAE(SPEC)
+    vae.load_state_dict(load_file(folder / "vae" / WEIGHTS))
+    networks = {
+        "transformer": load_file(folder / "transformer" / WEIGHTS),
+        "text_encoder": load_file(folder / "text_encoder" / "model.safetensors"),
+    }
+    networks["text_encoder"]["encoder.embed_tokens.weight"] = networks["text_encoder"]["shared.weight"]
+    return vae.eval(), {f"{part}.{name}": t.float() for part, found in networks.items() for name, t in found.items()}
 
 
 def _vae_config(spec: VaeSpec) -> dict[str, Any]:

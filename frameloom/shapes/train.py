@@ -7,11 +7,9 @@ nothing is downloaded.
 import argparse
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from frameloom.errors import RequestError
 from frameloom.platform.device import choose_device
-from frameloom.shapes.export import WEIGHTS, export
+from frameloom.shapes.export import WEIGHTS, export, read_back
 from frameloom.shapes.train_dit import train_dit
 from frameloom.shapes.train_vae import train_vae
 
@@ -23,6 +21,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("checkpoint"), help="folder to write the model to")
     parser.add_argument("--dit-steps", type=int, default=12_000, help="optimiser steps of the DiT")
     parser.add_argument("--vae-from", type=Path, help="begin the VAE with the weights of this checkpoint's")
+    parser.add_argument("--dit-from", type=Path, help="keep this checkpoint's VAE, and begin the DiT with its weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
     arguments = parser.parse_args()
     if arguments.dit_steps < 1:
@@ -31,16 +30,18 @@ def main() -> None:
         device, why = choose_device(arguments.device)
     except RequestError as error:
         parser.error(str(error))
-    start = None
-    if arguments.vae_from:
-        weights = arguments.vae_from / "vae" / WEIGHTS
-        if not weights.is_file():
-            parser.error(f"there is no {weights}; --vae-from takes the folder of a checkpoint that train wrote")
-        start = load_file(weights)
+    for folder in (arguments.vae_from, arguments.dit_from):
+        if folder and not (folder / "vae" / WEIGHTS).is_file():
+            parser.error(f"{folder} holds no vae/{WEIGHTS}; give the folder of a checkpoint that train wrote")
     print(f"training on {device}: {why}", flush=True)
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    vae, vae_seconds = train_vae(arguments.runs, device, start=start)
-    networks, clips, dit_seconds = train_dit(arguments.runs, vae, device, total_steps=arguments.dit_steps)
+    if arguments.dit_from:
+        (vae, start), vae_seconds = read_back(arguments.dit_from), 0.0
+        vae.to(device)
+    else:
+        vae_start = read_back(arguments.vae_from)[0].state_dict() if arguments.vae_from else None
+        (vae, vae_seconds), start = train_vae(arguments.runs, device, start=vae_start), None
+    networks, clips, dit_seconds = train_dit(arguments.runs, vae, device, total_steps=arguments.dit_steps, start=start)
     export(arguments.into, vae, networks, clips)
     print(f"VAE {vae_seconds / 60:.0f} min, DiT {dit_seconds / 60:.0f} min; the model is in {arguments.into}")
 

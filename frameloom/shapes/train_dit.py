@@ -7,6 +7,7 @@ predicts the velocity noise - x at timestep 1000 sigma (arXiv:2209.03003, arXiv:
 import hashlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,13 +171,25 @@ class SmallAttention:
 
 
 def train_dit(
-    folder: Path, vae: WanVAE, device: torch.device, *, total_steps: int, compile_model: bool = True
+    folder: Path,
+    vae: WanVAE,
+    device: torch.device,
+    *,
+    total_steps: int,
+    start: Mapping[str, Tensor] | None = None,
+    compile_model: bool = True,
 ) -> tuple[TextAndVideo, LatentClips, float]:
-    """Train or go on; returns the averaged networks, the clips and the seconds spent (in `folder`/dit.pt)."""
+    """Train or go on; returns the averaged networks, the clips and the seconds spent (in `folder`/dit.pt).
+
+    `start` gives weights of TextAndVideo to begin from.
+    """
     torch.manual_seed(1)
     torch.set_flush_denormal(True)
     clips = encode_clips(vae, CLIPS, folder)
-    model = TextAndVideo().to(device)
+    model = TextAndVideo()
+    if start is not None:
+        model.load_state_dict(start)
+    model.to(device)
     trainer = Trainer(
         model,
         path=folder / "dit.pt",

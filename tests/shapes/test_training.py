@@ -1,5 +1,6 @@
 """Training: a resumed run equals an unbroken one, captions and clips are what the model will be asked for."""
 
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,9 @@ from torch import nn
 
 from frameloom.attention.core import sdpa
 from frameloom.models.wan_dit import CrossAttention
-from frameloom.shapes.train_dit import TEXT_TOKENS, SmallAttention, TextAndVideo, caption
+from frameloom.shapes import PATH
+from frameloom.shapes.export import WEIGHTS, export, read_back
+from frameloom.shapes.train_dit import TEXT_TOKENS, LatentClips, SmallAttention, TextAndVideo, caption
 from frameloom.shapes.train_vae import SPEC, STAGES, cut, stage_at
 from frameloom.shapes.training import Trainer, orthogonalise, rng_for, to_video
 from frameloom.shapes.world import random_scene, render
@@ -127,3 +130,16 @@ def test_stages_follow_one_another():
     assert stage_at(0) is STAGES[0]
     assert stage_at(STAGES[0].steps) is STAGES[1]
     assert stage_at(10**6) is STAGES[-1]
+
+
+def test_training_can_go_on_from_the_shipped_weights(tmp_path):
+    vae, start = read_back(PATH)
+    model = TextAndVideo()
+    model.load_state_dict(start)
+    rng = np.random.default_rng(0)
+    config = json.loads((PATH / "vae" / "config.json").read_text())
+    mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
+    clips = LatentClips(latents=torch.zeros(1, 8, 1, 1, 1), scenes=[random_scene(rng)], mean=mean, std=std)
+    export(tmp_path, vae, model, clips)
+    for name in ("vae/config.json", "transformer/config.json", f"vae/{WEIGHTS}", f"transformer/{WEIGHTS}"):
+        assert (tmp_path / name).read_bytes() == (PATH / name).read_bytes()
