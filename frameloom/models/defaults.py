@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from frameloom.errors import CheckpointError
-from frameloom.models.spec import TransformerSpec
+from frameloom.models.spec import LARGEST, TransformerSpec
 
 # The default of the original Wan code (shared_config.py, sample_neg_prompt). Not ours: the reference
 # pipelines use an empty one, and equal numbers are the promise. Give it as negative_prompt for the original
@@ -94,15 +94,12 @@ def defaults_for(
     return replace(found, **_checked(own or {}))
 
 
-_LARGEST = 1_000_000  # of any number here; NaN is above and below nothing
-
-
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value <= _LARGEST
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
 
 
 def _is_guidance(value: object) -> bool:

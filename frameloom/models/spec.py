@@ -14,7 +14,7 @@ from frameloom.errors import CheckpointError
 JsonObject = Mapping[str, Any]
 
 MAX_LAYERS = 1000
-_LARGEST = 1_000_000  # of any number in a config: ten times the widest Wan layer, and nothing overflows
+LARGEST = 1_000_000  # of any number in a config: ten times the widest Wan layer, and nothing overflows
 
 
 def _known_fields(spec: type, config: JsonObject, *, where: str, fixed: JsonObject) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def _fits(value: object, kind: Any) -> bool:
             return all(_fits(item, kinds[0]) for item in value)
         return len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is int:
-        return type(value) is int and 1 <= value <= _LARGEST
+        return type(value) is int and 1 <= value <= LARGEST
     if kind is float:
-        return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
+        return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
     return type(value) is kind
 
 
@@ -64,7 +64,7 @@ def _wanted(kind: Any) -> str:
         items = {int: "whole numbers above 0", float: "numbers", bool: "true and false"}[first]
         return f"a list of {items}" if rest == [Ellipsis] else f"a list of {len(rest) + 1} {items}"
     return {
-        int: f"a whole number from 1 to {_LARGEST}",
+        int: f"a whole number from 1 to {LARGEST}",
         float: "a number",
         bool: "true or false",
         NoneType: "null",

@@ -88,10 +88,9 @@ def memory_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn an allocation that failed into a RequestError: no memory for `what`; `remedy`."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RequestError(f"there is not enough memory for {what}; {remedy}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # the CPU allocator has no error class of its own
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = "can't allocate memory" in str(error)  # its allocator has no error class of its own
+        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
         raise RequestError(f"there is not enough memory for {what}; {remedy}") from error
 

@@ -112,8 +112,8 @@ class Report:
     def show(self) -> None:
         """Print the table, the VAE's figure and the misses."""
         table = Table("held-out combinations", "prompts", *ATTRIBUTES, title=f"seed {self.seed}")
-        for name, group in self.groups.items():
-            table.add_row(name, str(len(group)), *(f"{share:.1%}" for share in self.shares[name].values()))
+        for (name, group), shares in zip(self.groups.items(), self.shares.values(), strict=True):
+            table.add_row(name, str(len(group)), *(f"{share:.1%}" for share in shares.values()))
         Console().print(table)
         print(f"VAE reconstruction of held-out clips: {self.psnr_db:.1f} dB")
         for miss in self.misses:

@@ -49,8 +49,8 @@ class Stage:
 STAGES = (
     Stage(steps=600, batch=32, pieces_per_clip=4, frames=1, size=64),
     Stage(steps=1000, batch=16, pieces_per_clip=4, frames=9, size=32),
-    Stage(steps=3600, batch=4, frames=NUM_FRAMES, size=40),
-    Stage(steps=800, batch=4, frames=NUM_FRAMES, size=SIZE),
+    Stage(steps=2800, batch=4, frames=NUM_FRAMES, size=40),
+    Stage(steps=600, batch=4, frames=NUM_FRAMES, size=SIZE),
 )
 
 

@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices_NRC: Tensor) -> Tensor:
-    """Bring all singular values of each matrix near 1 (0.7 to 1.2), by five Newton-Schulz steps."""
+    """Bring all singular values of each matrix near 1 (about 0.7 to 1.2), by five Newton-Schulz steps."""
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x: Tensor = matrices_NRC.mT if tall else matrices_NRC
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
