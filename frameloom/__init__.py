@@ -7,6 +7,7 @@ with frameloom.load() as engine:
 
 import importlib
 import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from frameloom import shapes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
     from frameloom.types import Progress
+    from frameloom.verify import Finding
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
     "Progress",
     "RequestError",
     "Video",
+    "bench_vae",
     "describe",
     "load",
     "shapes",
+    "verify_model",
 ]
 
 # Looked up on first use: `import frameloom` and every error at the door answer without loading torch.
@@ -47,16 +51,31 @@ _LAZY = {
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
     "describe_checkpoint": "frameloom.engine.describe",
+    "verify": "frameloom.verify",
+    "run_vae": "frameloom.bench",
+    "VaeCase": "frameloom.bench",
 }
 
 
-def load(model: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: str = "auto") -> "Engine":
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    exactness: str = "rounding",
+    rewrites: Sequence[str] = (),
+    vae_memory: int | str = "auto",
+) -> "Engine":
     """Load a checkpoint in Diffusers layout, a folder or a hub id; without an argument the built-in model.
 
-    `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, float32, bfloat16 or float16. Use the engine in a `with`
-    statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
+    `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, float32, bfloat16 or float16. `exactness`: bitwise,
+    rounding or lossy, what a rewrite may change; `rewrites` switches single ones: ["vae.conv_winograd=off"].
+    `vae_memory`: auto, or what the VAE may take besides its weights (6_000_000_000 or "6GB"). Use the engine in a
+    `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
-    engine: Engine = _lazy("build_engine")(_named(model), device=device, dtype=dtype)
+    engine: Engine = _lazy("build_engine")(
+        _named(model), device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, vae_memory=vae_memory
+    )
     return engine
 
 
@@ -64,6 +83,18 @@ def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """What is in a checkpoint, without loading its weights: components, parameters, dtypes, bytes, defaults."""
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model))
     return facts
+
+
+def verify_model(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> "Iterator[Finding]":
+    """Compare every rewrite, and the model's VAE in every way it may be cut, with the reference, on this machine."""
+    findings: Iterator[Finding] = _lazy("verify")(_named(model), device=device)
+    return findings
+
+
+def bench_vae(**case: Any) -> dict[str, Any]:
+    """Time the VAE against Diffusers'; the fields of `frameloom.bench.VaeCase` by name."""
+    record: dict[str, Any] = _lazy("run_vae")(_lazy("VaeCase")(**case))
+    return record
 
 
 def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

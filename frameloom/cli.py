@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 import frameloom
-from frameloom.config import check_request
+from frameloom.config import check_request, memory_bytes, video_size
 from frameloom.errors import FrameloomError
 from frameloom.pipeline.target import check_output
 from frameloom.settings import LOGGER_NAME, log_level
@@ -43,6 +43,15 @@ _STAGE_NAMES = {
 ModelOption = Annotated[
     str | None,
     typer.Option(help="Folder or hub id of a checkpoint in Diffusers layout. Default: the built-in model."),
+]
+ExactnessOption = Annotated[
+    str, typer.Option(help="What a rewrite may change: bitwise (nothing), rounding, or lossy (the picture).")
+]
+RewriteOption = Annotated[
+    list[str] | None, typer.Option(help="Switch one rewrite: NAME=on or NAME=off. May be given several times.")
+]
+VaeMemoryOption = Annotated[
+    str, typer.Option(help="What the VAE may take besides its weights: auto, or bytes such as 6GB.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
@@ -87,6 +96,10 @@ def generate(
     quality: Annotated[int | None, typer.Option(help="0 (smallest) to 100 (best) for mp4 and webm.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    vae_memory: VaeMemoryOption = "auto",
+    explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
@@ -106,23 +119,29 @@ def generate(
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     check_output(output, fps=fps, quality=quality)
+    memory_bytes(vae_memory)
     if model is None and (hint := advice(prompt)):
         console.print(hint, style="yellow")
     begun = time.perf_counter()
-    with frameloom.load(model, device=device, dtype=dtype) as engine:
+    with frameloom.load(
+        model, device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), vae_memory=vae_memory
+    ) as engine:
         loaded_s = time.perf_counter() - begun
-        check_output(output, fps=engine.resolve(prompt, **options).fps)
+        if explain:
+            for decision in engine.decisions:
+                console.print(str(decision), soft_wrap=True)
         with _progress(console) as report:
-            video = engine.generate(prompt, progress=report, **options)
-    begun = time.perf_counter()
-    saved = video.save(output) if quality is None else video.save(output, quality=quality)
-    seconds = {"load": loaded_s, **(video.metadata or {})["seconds"], "encode": time.perf_counter() - begun}
-    record = {"output": str(saved), **(video.metadata or {}), "seconds": seconds}
+            if quality is not None:
+                options["quality"] = quality
+            made = engine.generate_to(output, prompt, progress=report, **options)
+    record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
+    if explain:
+        record["rewrites"] = [str(decision) for decision in engine.decisions]
     if as_json:
         print(json.dumps(record))
     else:
         console.print(_timing_table(record))
-        console.print(f"The video is at {saved}", style="bold", soft_wrap=True)
+        console.print(f"The video is at {record['output']}", style="bold", soft_wrap=True)
 
 
 @app.command()
@@ -147,6 +166,82 @@ def inspect(
     console.print(f"{facts['model']}: {facts['pipeline']}, {facts['scheduler']}", soft_wrap=True)
     console.print(table)
     console.print("defaults: " + ", ".join(f"{key} {value!r}" for key, value in facts["defaults"].items()))
+
+
+@app.command()
+def verify(
+    model: ModelOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prove on this machine that the fast ways compute what the reference does; exit code 1 if one does not."""
+    findings = []
+    console = _console(quiet=as_json)
+    table = Table("rewrite", "on", "max abs", "relative", "PSNR", "speed", "promise", "")
+    for finding in frameloom.verify_model(model, device=device):
+        findings.append(finding)
+        if finding.kept is None:
+            table.add_row(finding.name, finding.what, "", "", "", "", finding.note, finding.verdict)
+        else:
+            numbers = (f"{finding.max_abs:.1e}", f"{finding.relative:.1e}", f"{finding.psnr_db:.0f} dB")
+            speed = f"{finding.speedup:.2f}x"
+            table.add_row(finding.name, finding.what, *numbers, speed, finding.promise, finding.verdict)
+    broken = [finding.name for finding in findings if finding.kept is False]
+    if as_json:
+        print(json.dumps({"findings": [finding.record() for finding in findings], "broken": broken}))
+    else:
+        console.print(table)
+        console.print(f"{len(broken)} promises are broken: {', '.join(broken)}" if broken else "every promise is kept")
+    if broken:
+        raise typer.Exit(1)
+
+
+bench = typer.Typer(help="Paired timings against the reference implementation.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("vae")
+def bench_vae(
+    vae: Annotated[str, typer.Option(help="2.1, 2.2 or tiny: the config; weights are random.")] = "2.1",
+    direction: Annotated[str, typer.Option(help="decode or encode.")] = "decode",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x320x17",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    baseline: Annotated[str, typer.Option(help="shipped, or channels_last weights and input.")] = "shipped",
+    allocator: Annotated[str, typer.Option(help="default or tuned, for both sides.")] = "tuned",
+    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    vae_memory: VaeMemoryOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time the VAE against diffusers.AutoencoderKLWan with the same weights, both in turns."""
+    height, width, frames = video_size(size)
+    record = frameloom.bench_vae(
+        vae=vae, direction=direction, height=height, width=width, frames=frames, dtype=dtype, baseline=baseline,
+        allocator=allocator, rounds=rounds, device=device, exactness=exactness, rewrites=tuple(rewrite or ()),
+        memory_bytes=memory_bytes(vae_memory),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(record))
+        return
+    console = _console(quiet=False)
+    table = Table("", "ours", "diffusers", title=f"Wan {vae} {direction}, {size}, {dtype}, {allocator} allocator")
+    seconds, peaks, shares = record["seconds"], record["peak_bytes"], record["fraction_of_peak"]
+    table.add_row("median seconds", *(f"{seconds[side]:.2f}" for side in _SIDES))
+    table.add_row("peak memory", *(_bytes(peaks[side]) for side in _SIDES))
+    table.add_row("of the matmul rate", *(f"{shares[side]:.0%}" for side in _SIDES))
+    console.print(table)
+    speedup = record["speedup"]
+    console.print(
+        f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})", style="bold"
+    )
+    console.print(f"relative error {record['relative_error']:.1e}; {record['passage']}")
+    for decision in record["decisions"]:
+        console.print(decision, soft_wrap=True)
+
+
+_SIDES = ("ours", "diffusers")
 
 
 def main() -> NoReturn:

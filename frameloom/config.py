@@ -1,5 +1,6 @@
 """Checks a request at the door and fills in what it leaves open. Torch-free."""
 
+import re
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "fps": (float, 0.1, 240),
     "seed": (int, 0, 2**63 - 1),
 }
+
+_UNITS: Mapping[str, int] = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class GenerationDefaults(Protocol):
@@ -72,6 +75,25 @@ class GenerationDefaults(Protocol):
     def negative_prompt(self) -> str:
         """Negative prompt."""
         ...
+
+
+def memory_bytes(value: int | str) -> int | None:
+    """Bytes of 6000000000, "6000000000", "6GB" or "1.5G"; None for "auto". Raises RequestError."""
+    if value == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?B?)", str(value).strip().upper())
+    count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if isinstance(value, bool) or count < 1:
+        raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
+    return count
+
+
+def video_size(text: str) -> tuple[int, int, int]:
+    """Height, width and frames of "HEIGHTxWIDTHxFRAMES". Raises RequestError."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+    if match is None:
+        raise RequestError(f"size {text!r} is not possible; write HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def check_request(request: GenerateRequest) -> None:

@@ -1,10 +1,13 @@
 """Every environment variable Frameloom reads, and its log. Nothing else reads os.environ.
 
 FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line shows info and above by default.
+FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
+frameloom in XDG_CACHE_HOME or ~/.cache.
 """
 
 import logging
 import os
+from pathlib import Path
 
 from frameloom.errors import RequestError
 
@@ -20,3 +23,10 @@ def log_level(*, quiet: bool = False) -> int:
     if name not in _LEVELS:
         raise RequestError(f"FRAMELOOM_LOG is {name!r}; use one of {', '.join(_LEVELS)}")
     return _LEVELS[name]
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and measured choices are kept; it may not exist yet."""
+    if chosen := os.environ.get("FRAMELOOM_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frameloom"

@@ -1,14 +1,44 @@
 """Fixtures of the whole suite: small checkpoints, written once."""
 
+import logging
+import os
+import sys
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels run without a GPU
 
 import diffusers.utils.logging
 import pytest
 import transformers.utils.logging
 from checkpoints import Kind, save_checkpoint
 
+from frameloom import cli
+
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Compiled kernels and measured choices of this run alone, in processes that tests start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FRAMELOOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command in this process; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["frameloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    yield call
+    logging.getLogger("frameloom").handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The command line: what it writes, what it says, and one sentence and exit code 2 for whatever cannot be done."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -15,25 +14,9 @@ import pytest
 import torch
 
 import frameloom
-from frameloom import cli
 from frameloom.pipeline.reader import read_frames
 
 SMALL = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "2"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command in this process; returns (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["frameloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    yield call
-    logging.getLogger("frameloom").handlers.clear()
 
 
 @pytest.fixture
@@ -315,3 +298,43 @@ def test_the_version_and_the_bare_command(run):
     assert code == 2
     assert "generate" in out
     assert err == ""
+
+
+# --- what may be computed otherwise ---
+
+
+def test_explain_says_what_was_chosen_and_why(run, tmp_path, checkpoint_of):
+    base = ["generate", "a cat", "--model", checkpoint_of(), "-o", tmp_path / "a.mp4", *SMALL]
+    code, out, _ = run(*base, "--explain", "--rewrite", "vae.conv_winograd=off")
+    assert code == 0
+    assert "vae.conv_winograd off: switched off by name" in out
+    assert "vae.channels_last on: " in out
+    code, out, _ = run(*base, "--explain", "--json", "--exactness", "bitwise")
+    assert code == 0
+    assert "vae.channels_last off: it is rounding, and bitwise was asked for" in json.loads(out)["rewrites"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--exactness", "perfect"], ["bitwise, rounding, lossy"]),
+        (["--rewrite", "vae.band=on"], ["did you mean 'vae.bands'"]),
+        (["--rewrite", "vae.channels_last=off", "--rewrite", "vae.upsample_phases=on"], ["not possible here", "leave"]),
+        (["--vae-memory", "lots"], ["write auto, or bytes"]),
+        (["--vae-memory", "1000"], ["needs at least", "budget"]),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused_and_nothing_is_written(run, tmp_path, checkpoint_of, options, words):
+    target = tmp_path / "a.mp4"
+    refused(run("generate", "a cat", "--model", checkpoint_of(), "-o", target, *SMALL, *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bitwise_and_fast_make_the_same_video_but_for_rounding(run, tmp_path, checkpoint_of):
+    videos = []
+    for exactness in ("bitwise", "rounding"):
+        folder = tmp_path / exactness
+        base = ["generate", "a cat", "--model", checkpoint_of(), "-o", folder, *SMALL]
+        assert run(*base, "--exactness", exactness)[0] == 0
+        videos.append(read_frames(folder)[0].astype(int))
+    assert np.abs(videos[0] - videos[1]).max() <= 1

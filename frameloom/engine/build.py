@@ -2,32 +2,37 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from frameloom.attention.core import choose
+from frameloom.config import memory_bytes
 from frameloom.engine.engine import Engine
-from frameloom.errors import CheckpointError, InternalError
+from frameloom.engine.modules import fill, set_attention
+from frameloom.engine.vae import load_fast_vae
+from frameloom.errors import CheckpointError
 from frameloom.models.defaults import Defaults, defaults_for
 from frameloom.models.encoders import (
-    TIED,
     TextEncoder,
     build_text_encoder,
     load_tokenizer,
     text_encoder_keeps_fp32,
 )
 from frameloom.models.spec import TransformerSpec, VaeSpec
-from frameloom.models.vae_blocks import AttentionBlock
+from frameloom.models.vae_rewrites import vae_policy
 from frameloom.models.wan_dit import Attention, WanDiT
-from frameloom.models.wan_vae import WanVAE
 from frameloom.pipeline.wan import WanPipeline
-from frameloom.platform.device import DTYPES, check_dtype_name, choose_device, choose_dtype, memory_errors
+from frameloom.platform.allocator import keep_freed_memory
+from frameloom.platform.device import (
+    DTYPES,
+    check_dtype_name,
+    choose_device,
+    choose_dtype,
+    memory_errors,
+)
 from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME
-from frameloom.weights.load import load_module
 from frameloom.weights.source import Checkpoint, Component, open_checkpoint
 
 log = logging.getLogger(LOGGER_NAME)
@@ -35,13 +40,24 @@ log = logging.getLogger(LOGGER_NAME)
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def build_engine(model: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto") -> Engine:
+def build_engine(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    exactness: str = "rounding",
+    rewrites: Sequence[str] = (),
+    vae_memory: int | str = "auto",
+) -> Engine:
     """Open a checkpoint (folder or hub id), build its networks and fill them.
 
     `device`: auto, cpu, cuda, cuda:N, mps. `dtype`: auto, float32, bfloat16, float16; auto takes the dtype the
-    checkpoint is meant for and keeps the VAE in float32, as the reference documents it. Raises CheckpointError for a
-    path or file, RequestError for a device or dtype.
+    checkpoint is meant for and keeps the VAE in float32, as the reference documents it. `exactness` and `rewrites`
+    ("NAME=on", "NAME=off"): what may be computed in another way, see docs/rewrites.md. `vae_memory`: auto, or the bytes
+    that the VAE may take besides its weights. Raises CheckpointError for a path or file, RequestError for the rest.
     """
+    policy = vae_policy(exactness, rewrites)
+    vae_bytes = memory_bytes(vae_memory)
     where, why_device = choose_device(device)
     log.info("device %s: %s", where, why_device)
     check_dtype_name(dtype)
@@ -64,20 +80,27 @@ def build_engine(model: str | os.PathLike[str], *, device: str = "auto", dtype: 
     vae_dtype = torch.float32 if dtype == "auto" else compute
     log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
 
+    _tune_allocator(where)
     with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
+        text_encoder = _load_text_encoder(checkpoint, compute, where)
+        experts = tuple(
+            _load_transformer(checkpoint.components[name], spec, compute, where)
+            for name, spec in zip(names, specs, strict=True)
+        )
+        fast = load_fast_vae(vae, vae_spec, vae_dtype, where, policy=policy, budget_bytes=vae_bytes)
         pipeline = WanPipeline(
-            text_encoder=_load_text_encoder(checkpoint, compute, where),
-            experts=tuple(
-                _load_transformer(checkpoint.components[name], spec, compute, where)
-                for name, spec in zip(names, specs, strict=True)
-            ),
-            vae=_load_vae(vae, vae_spec, vae_dtype, where),
+            text_encoder=text_encoder,
+            experts=experts,
+            vae=fast.vae,
+            vae_planner=fast.planner,
             scheduler=checkpoint.scheduler,
             boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
             expand_timesteps=checkpoint.expand_timesteps,
             device=where,
         )
-    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults)
+    for decision in fast.decisions:
+        log.debug("%s", decision)
+    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=fast.decisions)
 
 
 def _check_text_to_video(checkpoint: Checkpoint) -> None:
@@ -130,51 +153,23 @@ def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
 def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextEncoder:
     component = checkpoint.components["text_encoder"]
     model = build_text_encoder(component.config, where=str(component.folder / "config.json"))
-    _fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True)
+    fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True)
     return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
 
 
 def _load_transformer(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
     with torch.device("meta"):
         model = WanDiT(spec).eval()
-    _fill(model, component, dtype, device, keep=WanDiT.keep_in_fp32)
+    fill(model, component, dtype, device, keep=WanDiT.keep_in_fp32)
     # Per block: self-attention and cross-attention.
-    _set_attention(model, Attention, expected=2 * spec.num_layers)
+    set_attention(model, Attention, expected=2 * spec.num_layers)
     return model
 
 
-def _load_vae(component: Component, spec: VaeSpec, dtype: torch.dtype, device: torch.device) -> WanVAE:
-    with torch.device("meta"):
-        model = WanVAE(spec).eval()
-    _fill(model, component, dtype, device)
-    _set_attention(model, AttentionBlock, expected=2)  # one in the middle of the encoder, one of the decoder
-    return model
-
-
-def _fill(
-    model: nn.Module,
-    component: Component,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    keep: Callable[[str], bool] | None = None,
-    tied: bool = False,
-) -> None:
-    report = load_module(model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None)
-    log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
-
-
-def _set_attention(model: nn.Module, kind: type[nn.Module], *, expected: int) -> None:
-    """Give every attention module its backend, and count them: one skipped in silence would be a bug."""
-    attend, reason = choose()
-    modules = [module for module in model.modules() if isinstance(module, kind)]
-    if len(modules) != expected:
-        raise InternalError(
-            f"{type(model).__name__} has {len(modules)} attention modules where {expected} were expected"
-        )
-    for module in modules:
-        module.attend = attend  # type: ignore[assignment]  # an attribute, not a submodule
-    log.debug("attention of %d modules in %s: %s", expected, type(model).__name__, reason)
+def _tune_allocator(device: torch.device) -> None:
+    """Keep freed memory for the next tensor: giving it back to the system costs a page fault per page."""
+    if device.type == "cpu":
+        log.info("allocator: %s", keep_freed_memory())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,6 +1,10 @@
 """The engine: requests in, videos or latents out. Built by `build.build_engine`; use it in a with statement."""
 
 import difflib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -11,13 +15,18 @@ from torch import Tensor
 from frameloom.config import resolve
 from frameloom.errors import RequestError
 from frameloom.models.defaults import Defaults
-from frameloom.pipeline.media import Video
+from frameloom.ops.registry import Decision
+from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.stages import Frames
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
 
 Prompts = list[str] | tuple[str, ...]
+
+
+def _whole(parts: Iterator[Frames]) -> Frames:
+    return np.concatenate(list(parts), axis=1)
 
 
 def _silent(_: Progress) -> None:
@@ -27,12 +36,16 @@ def _silent(_: Progress) -> None:
 class Engine:
     """A loaded checkpoint that answers requests one at a time.
 
-    Attributes: `name` (as the user gave it), `defaults` (what a request gets where it is silent).
+    Attributes: `name` (as the user gave it), `defaults` (what a request gets where it is silent), `decisions` (which
+    rewrites are used, and why the others are not).
     """
 
-    def __init__(self, *, name: str, pipeline: WanPipeline, defaults: Defaults) -> None:
+    def __init__(
+        self, *, name: str, pipeline: WanPipeline, defaults: Defaults, decisions: Sequence[Decision] = ()
+    ) -> None:
         self.name = name
         self.defaults = defaults
+        self.decisions = tuple(decisions)
         self._pipeline: WanPipeline | None = pipeline
 
     def __enter__(self) -> Self:
@@ -109,16 +122,49 @@ class Engine:
         request = self.resolve(prompt, **options)
         report = progress or _silent
         clock = StageClock(device=self._open.device)
-        what = f"{request.num_frames} frames of {request.width}x{request.height}"
-        with memory_errors(f"{what} on {self._open.device}", "ask for a smaller or a shorter video"):
+        passages = self._open.plan(request) if output == "video" else iter(())
+        with self._memory_errors(request):
             latents = self._open.latents(request, clock, report)
             if output == "latents":
                 return latents
-            frames = self._open.decode(latents, clock, report)
+            frames = _whole(self._open.decode(latents, passages, clock, report))
         videos = [
             Video(frames=f, fps=request.fps, metadata=self._metadata(request, i, clock)) for i, f in enumerate(frames)
         ]
         return videos[0] if isinstance(prompt, str) else videos
+
+    def generate_to(
+        self,
+        path: str | os.PathLike[str],
+        prompt: str,
+        *,
+        quality: int | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> dict[str, Any]:
+        """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
+
+        Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before
+        anything is computed; whatever happens, there is a whole file at `path` or none that was not there before.
+        """
+        if not isinstance(prompt, str):
+            raise RequestError("a file holds the video of one prompt; give a text, or call generate")
+        request = self.resolve(prompt, **options)
+        check_output(path, fps=request.fps, quality=quality)
+        passages = self._open.plan(request)
+        report = progress or _silent
+        clock = StageClock(device=self._open.device)
+        with self._memory_errors(request):
+            latents = self._open.latents(request, clock, report)
+            frames = self._open.decode(latents, passages, clock, report)
+            dial = DEFAULT_QUALITY if quality is None else quality
+            writer = open_writer(path, width=request.width, height=request.height, fps=request.fps, quality=dial)
+            with writer, written_behind(writer) as write:
+                for (part,) in frames:
+                    write(part)
+                decoded = time.perf_counter()
+            clock.seconds["encode"] = time.perf_counter() - decoded
+        return {**self._metadata(request, 0, clock), "output": str(writer.target.path)}
 
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
         """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several."""
@@ -132,7 +178,9 @@ class Engine:
         if not torch.isfinite(latents).all():
             raise RequestError("the latents hold values that are no finite numbers and cannot be decoded; check them")
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
-            frames = self._open.decode(latents, StageClock(device=self._open.device), progress or _silent)
+            clock = StageClock(device=self._open.device)
+            passages = self._open.vae_planner.decode(tuple(latents.shape))
+            frames = _whole(self._open.decode(latents, passages, clock, progress or _silent))
         return frames[0] if len(frames) == 1 else frames
 
     def encode(self, frames: Frames, *, progress: ProgressCallback | None = None) -> Tensor:
@@ -148,6 +196,10 @@ class Engine:
         self._open.vae.check_frames(*array.shape[:3])
         with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
             return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
+
+    def _memory_errors(self, request: ResolvedRequest) -> AbstractContextManager[None]:
+        what = f"{request.num_frames} frames of {request.width}x{request.height} on {self._open.device}"
+        return memory_errors(what, "ask for a smaller or a shorter video")
 
     @property
     def _open(self) -> WanPipeline:

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, T frames, H height, W width. Parameter names equal 
 Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file autoencoder_kl_wan.py.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,46 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frameloom.attention.core import Attend, sdpa
+from frameloom.models.vae_state import CausalState, Prepare, Reach, RowPadding
 
 Resampling = Literal["upsample2d", "upsample3d", "downsample2d", "downsample3d"]
-
-
-class CausalState:
-    """What one pass over a video remembers between chunks of frames: the tail of every time convolution's input.
-
-    A fresh state is the beginning of a video. Encoding or decoding a video in chunks of any length, handing the same
-    state along, equals doing it in one piece.
-    """
-
-    def __init__(self) -> None:
-        self.at_start = True  # True until the first chunk has passed
-        self._tails: dict[nn.Module, Tensor] = {}
-
-    def extend(self, owner: nn.Module, x_BCTHW: Tensor, history: int) -> Tensor:
-        """Return x with the `history` frames before it in front (zeros before the beginning), and remember its tail."""
-        tail = self._tails.get(owner)
-        if tail is None:
-            b, c, _, h, w = x_BCTHW.shape
-            tail = x_BCTHW.new_zeros(b, c, history, h, w)
-        extended = torch.cat([tail, x_BCTHW], dim=2)
-        self._tails[owner] = extended[:, :, -history:].clone()  # a view would keep the whole chunk alive
-        return extended
+Kernel = Callable[[Tensor, int], Tensor]
+"""A prepared convolution: x with its past in front (and its rows around it, in a band), and the zero rows to add."""
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3D convolution that reaches back in time; the convolution itself zero-pads height and width."""
+    """A 3D convolution that reaches back in time.
+
+    The state that is handed in owns the padding: it puts the past in front, and in a band the neighbouring rows around;
+    columns, and rows where there is no neighbour, are padded by the convolution itself. `kernel` computes the same in
+    another way; None is torch's own convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int]) -> None:
-        kernel = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
-        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        size = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
+        super().__init__(in_channels, out_channels, size, padding=(0, size[1] // 2, size[2] // 2))
+        self.kernel: Kernel | None = None
 
-    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:  # type: ignore[override]  # state is the point
-        """Convolve a chunk (B, C, T, H, W) -> (B, C', T, H, W)."""
-        history = self.kernel_size[0] - 1
-        if history:
-            x_BCTHW = state.extend(self, x_BCTHW, history)
-        out: Tensor = self._conv_forward(x_BCTHW, self.weight, self.bias)
-        return out
+    def forward(  # type: ignore[override]  # state is the point
+        self, x_BCTHW: Tensor, state: CausalState, *, prepare: Prepare | None = None
+    ) -> Tensor:
+        """Convolve a chunk (B, C, T, H, W) -> (B, C', T, H, W), after `prepare` if there is one."""
+        depth, height, width = self.kernel_size
+        x_BCTHW, pad = state.surround(self, x_BCTHW, history=depth - 1, reach=Reach.same(height), prepare=prepare)
+        if _is_incomplete(x_BCTHW, pad, height):
+            return _no_rows(x_BCTHW, self.out_channels, frames=x_BCTHW.shape[2] - depth + 1, width=x_BCTHW.shape[4])
+        if self.kernel is not None:
+            return self.kernel(x_BCTHW, pad.above)
+        return F.conv3d(x_BCTHW, self.weight, self.bias, padding=(0, pad.above, width // 2))
 
 
 class RMSNorm(nn.Module):
@@ -60,12 +52,20 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims))
+        self.fused: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, ...) over C."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         out: Tensor = F.normalize(wide, dim=1).to(x.dtype) * self.scale * self.gamma
         return out
+
+    def then_silu(self, x: Tensor, /, *, out: Tensor | None = None) -> Tensor:
+        """silu(norm(x)), what stands before every convolution of a residual block; written to `out` if given."""
+        if self.fused is not None:
+            return self.fused(x, self.gamma.flatten(), out)
+        y = F.silu(self(x))
+        return y if out is None else out.copy_(y)
 
 
 class ResidualBlock(nn.Module):
@@ -81,10 +81,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Map a chunk (B, C, T, H, W) -> (B, C', T, H, W)."""
-        skip: Tensor = x_BCTHW if self.conv_shortcut is None else self.conv_shortcut(x_BCTHW, state)
-        h: Tensor = self.conv1(F.silu(self.norm1(x_BCTHW)), state)
-        h = self.conv2(F.silu(self.norm2(h)), state)
-        return skip + h
+        h: Tensor = self.conv1(x_BCTHW, state, prepare=self.norm1.then_silu)
+        h = self.conv2(h, state, prepare=self.norm2.then_silu)
+        skip = state.align(self, x_BCTHW, h.shape[3])
+        return h.add_(skip if self.conv_shortcut is None else self.conv_shortcut(skip, state))
 
 
 class AttentionBlock(nn.Module):
@@ -143,24 +143,54 @@ class Resample(nn.Module):
             self.time_conv: CausalConv3d | StridedTimeConv = CausalConv3d(dim, dim * 2, (3, 1, 1))
         elif mode == "downsample3d":
             self.time_conv = StridedTimeConv(dim)
+        self.kernel: Kernel | None = None  # computes upsampling and convolution at once
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution behind the resampling."""
+        conv = self.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        return conv
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W')."""
         if self.mode == "upsample3d":
             x_BCTHW = self._double_time(x_BCTHW, state)
-        x_BCTHW = _batch_as_frames(self.resample(_frames_as_batch(x_BCTHW)), x_BCTHW.shape[0])
-        if self.mode == "downsample3d":
-            x_BCTHW = self.time_conv(x_BCTHW, state)
-        return x_BCTHW
+        if self.mode.startswith("upsample"):
+            return self._double_picture(x_BCTHW, state)
+        x_BCTHW = self._halve_picture(x_BCTHW, state)
+        return self.time_conv(x_BCTHW, state) if self.mode == "downsample3d" else x_BCTHW
 
     def _double_time(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         first, rest = (x_BCTHW[:, :, :1], x_BCTHW[:, :, 1:]) if state.at_start else (None, x_BCTHW)
         if first is not None and rest.shape[2] == 0:
             return first  # the time convolution has seen nothing: it will start from zeros
+        pairs = self.time_conv(rest, state)
         b, c, t, h, w = rest.shape
-        pairs = self.time_conv(rest, state).reshape(b, 2, c, t, h, w)
-        doubled: Tensor = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        doubled = torch.empty((b, c, 2 * t, h, w), dtype=pairs.dtype, device=pairs.device, memory_format=_order(pairs))
+        doubled[:, :, 0::2], doubled[:, :, 1::2] = pairs[:, :c], pairs[:, c:]
         return doubled if first is None else torch.cat([first, doubled], dim=2)
+
+    def _double_picture(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        conv = self.conv
+        if self.kernel is None:
+            x_BCTHW = _upsampled(x_BCTHW, self.resample[0])
+        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=Reach.same(3))
+        if _is_incomplete(x_BCTHW, pad, 3):
+            scale = 1 if self.kernel is None else 2
+            return _no_rows(x_BCTHW, conv.out_channels, frames=x_BCTHW.shape[2], width=scale * x_BCTHW.shape[4])
+        if self.kernel is not None:
+            return self.kernel(x_BCTHW, pad.above)
+        y = F.conv2d(_frames_as_batch(x_BCTHW), conv.weight, conv.bias, padding=(pad.above, 1))
+        return _batch_as_frames(y, x_BCTHW.shape[0])
+
+    def _halve_picture(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        conv = self.conv
+        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=Reach(3, stride=2, below=1))
+        if _is_incomplete(x_BCTHW, pad, 3):
+            return _no_rows(x_BCTHW, conv.out_channels, frames=x_BCTHW.shape[2], width=x_BCTHW.shape[4] // 2)
+        x_NCHW = F.pad(_frames_as_batch(x_BCTHW), (0, 1, pad.above, pad.below))
+        return _batch_as_frames(F.conv2d(x_NCHW, conv.weight, conv.bias, stride=2), x_BCTHW.shape[0])
 
 
 class StridedTimeConv(nn.Conv3d):
@@ -171,15 +201,16 @@ class StridedTimeConv(nn.Conv3d):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:  # type: ignore[override]  # state is the point
         """First chunk: T = 1 + 2k -> 1 + k. Later chunks: T = 2k -> k."""
-        extended = state.extend(self, x_BCTHW, 1)
+        extended, _ = state.surround(self, x_BCTHW, history=1, reach=Reach(1))
         if not state.at_start:
             return self._halve(extended)
         first = x_BCTHW[:, :, :1]  # nothing lies before it: what was put in front is not looked at
         return torch.cat([first, self._halve(x_BCTHW)], dim=2) if x_BCTHW.shape[2] > 1 else first
 
     def _halve(self, x_BCTHW: Tensor) -> Tensor:
-        out: Tensor = self._conv_forward(x_BCTHW, self.weight, self.bias)
-        return out
+        if x_BCTHW.shape[3] == 0:
+            return _no_rows(x_BCTHW, self.out_channels, frames=x_BCTHW.shape[2] // 2, width=x_BCTHW.shape[4])
+        return F.conv3d(x_BCTHW, self.weight, self.bias, stride=self.stride)
 
 
 class AverageDown(nn.Module):
@@ -192,13 +223,15 @@ class AverageDown(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, out_dim, ceil(T/time), H/space, W/space)."""
+        order = _order(x_BCTHW)
         b, c, t, h, w = x_BCTHW.shape
         missing = -t % self.time  # the first frame stands alone: zeros before it complete its group
         x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, missing, 0))
         time, space = self.time, self.space
-        cells = x_BCTHW.reshape(b, c, (t + missing) // time, time, h // space, space, w // space, space)
-        folded = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, self.out_dim, self.group, -1, h // space, w // space)
-        return folded.mean(dim=2)
+        size = ((t + missing) // time, h // space, w // space)
+        cells = x_BCTHW.reshape(b, c, size[0], time, size[1], space, size[2], space)
+        folded = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, self.out_dim, self.group, *size)
+        return folded.mean(dim=2).contiguous(memory_format=order)
 
 
 class DuplicateUp(nn.Module):
@@ -215,7 +248,7 @@ class DuplicateUp(nn.Module):
         time, space = self.time, self.space
         wide = x_BCTHW.repeat_interleave(self.repeats, dim=1).reshape(b, self.out_dim, time, space, space, t, h, w)
         up = wide.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, self.out_dim, t * time, h * space, w * space)
-        return up[:, :, time - 1 :] if state.at_start else up
+        return (up[:, :, time - 1 :] if state.at_start else up).contiguous(memory_format=_order(x_BCTHW))
 
 
 def _frames_as_batch(x_BCTHW: Tensor) -> Tensor:
@@ -224,3 +257,24 @@ def _frames_as_batch(x_BCTHW: Tensor) -> Tensor:
 
 def _batch_as_frames(x_NCHW: Tensor, batch: int) -> Tensor:
     return x_NCHW.reshape(batch, -1, *x_NCHW.shape[1:]).transpose(1, 2)
+
+
+def _upsampled(x_BCTHW: Tensor, upsample: nn.Module) -> Tensor:
+    if x_BCTHW.shape[3] == 0:  # torch refuses to interpolate nothing
+        return _no_rows(x_BCTHW, x_BCTHW.shape[1], frames=x_BCTHW.shape[2], width=2 * x_BCTHW.shape[4])
+    return _batch_as_frames(upsample(_frames_as_batch(x_BCTHW)), x_BCTHW.shape[0])
+
+
+def _order(x_BCTHW: Tensor) -> torch.memory_format:
+    """The memory order of x, for what is made from it."""
+    last = x_BCTHW.is_contiguous(memory_format=torch.channels_last_3d) and not x_BCTHW.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
+def _is_incomplete(x_BCTHW: Tensor, pad: RowPadding, kernel_rows: int) -> bool:
+    """Whether a band is so narrow that the convolution cannot give a row yet."""
+    return x_BCTHW.shape[3] + pad.above + pad.below < kernel_rows
+
+
+def _no_rows(x_BCTHW: Tensor, channels: int, *, frames: int, width: int) -> Tensor:
+    return x_BCTHW.new_empty(x_BCTHW.shape[0], channels, frames, 0, width)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frameloom.errors import RequestError
@@ -16,20 +15,21 @@ from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import (
     AverageDown,
     CausalConv3d,
-    CausalState,
     DuplicateUp,
     MidBlock,
     Resample,
     ResidualBlock,
     RMSNorm,
 )
+from frameloom.models.vae_state import CausalState, Passage
 
 
 class WanVAE(nn.Module):
     """Encoder and decoder with their causal state handed in from outside.
 
-    `encode` and `decode` work on whole videos; `encode_chunk` and `decode_chunk` on the next frames of a video whose
-    past is in a CausalState. Any way of cutting a video into chunks computes the same function.
+    `encode` and `decode` work on whole videos, in the plain way or as a Passage says; `encode_chunk` and `decode_chunk`
+    on the next frames of a video whose past is in a CausalState. Any way of cutting a video into chunks, and its
+    pictures into bands, computes the same function.
     """
 
     def __init__(self, spec: VaeSpec) -> None:
@@ -40,24 +40,25 @@ class WanVAE(nn.Module):
         self.post_quant_conv = CausalConv3d(spec.z_dim, spec.z_dim, 1)
         self.decoder = Decoder(spec)
 
-    def encode(self, x_BCTHW: Tensor, *, frames_per_chunk: int = 4) -> Tensor:
+    def encode(self, x_BCTHW: Tensor, passage: Passage | None = None) -> Tensor:
         """Posterior moments (B, 2Z, T', H', W'), mean then log-variance, of frames (B, 3, T, H, W) in [-1, 1].
 
         T is 1 + temporal_scale * k. The mode of the posterior is the first Z channels. Raises RequestError on a shape
         that the compression does not divide.
         """
         self.check_frames(*x_BCTHW.shape[2:])
-        state = CausalState()
-        return torch.cat([self.encode_chunk(x, state) for x in _chunks(x_BCTHW, frames_per_chunk)], dim=2)
+        state, steps = _begin(passage)
+        chunks = _chunks(x_BCTHW, steps * self.spec.temporal_scale)
+        return torch.cat([self.encode_chunk(x, state) for x in chunks], dim=2)
 
-    def decode(self, z_BZTHW: Tensor, *, latents_per_chunk: int = 1) -> Tensor:
+    def decode(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Tensor:
         """Frames (B, 3, T, H, W) in [-1, 1] of latents (B, Z, T', H', W'); T = 1 + temporal_scale * (T' - 1)."""
-        return torch.cat(list(self.decode_stream(z_BZTHW, latents_per_chunk=latents_per_chunk)), dim=2)
+        return torch.cat(list(self.decode_stream(z_BZTHW, passage)), dim=2)
 
-    def decode_stream(self, z_BZTHW: Tensor, *, latents_per_chunk: int = 1) -> Iterator[Tensor]:
+    def decode_stream(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Iterator[Tensor]:
         """Yield the decoded frames (B, 3, t, H, W) chunk by chunk, so that the whole video need never be in memory."""
-        state = CausalState()
-        for z in _chunks(z_BZTHW, latents_per_chunk):
+        state, steps = _begin(passage)
+        for z in _chunks(z_BZTHW, steps):
             yield self.decode_chunk(z, state)
 
     def encode_chunk(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
@@ -74,7 +75,7 @@ class WanVAE(nn.Module):
         state.at_start = False
         if self.spec.patch_size is not None:
             x_BCTHW = unpatchify(x_BCTHW, self.spec.patch_size)
-        return x_BCTHW.clamp(-1.0, 1.0)
+        return x_BCTHW.clamp_(-1.0, 1.0)
 
     def normalise(self, z_BZTHW: Tensor) -> Tensor:
         """Latents as the sampler sees them: (z - mean) / std, per channel, in z's dtype."""
@@ -125,12 +126,15 @@ class Encoder(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """(B, C, T, H, W) -> (B, 2Z, T', H', W')."""
-        h = self.conv_in(x_BCTHW, state)
+        h = self.mid_block(state.by_rows(x_BCTHW, lambda rows: self._down(rows, state)), state)
+        out: Tensor = self.conv_out(h, state, prepare=self.norm_out.then_silu)
+        return out
+
+    def _down(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        h: Tensor = self.conv_in(x_BCTHW, state)
         for block in self.down_blocks:
             h = block(h, state)
-        h = self.mid_block(h, state)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)), state)
-        return out
+        return h
 
 
 class Decoder(nn.Module):
@@ -156,9 +160,12 @@ class Decoder(nn.Module):
     def forward(self, z_BZTHW: Tensor, state: CausalState) -> Tensor:
         """(B, Z, T', H', W') -> (B, C, T, H, W), not clamped."""
         h = self.mid_block(self.conv_in(z_BZTHW, state), state)
+        return state.by_rows(h, lambda rows: self._up(rows, state))
+
+    def _up(self, h_BCTHW: Tensor, state: CausalState) -> Tensor:
         for block in self.up_blocks:
-            h = block(h, state)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)), state)
+            h_BCTHW = block(h_BCTHW, state)
+        out: Tensor = self.conv_out(h_BCTHW, state, prepare=self.norm_out.then_silu)
         return out
 
 
@@ -199,8 +206,8 @@ class ResidualDownStage(nn.Module):
             h = block(h, state)
         if self.downsampler is not None:
             h = self.downsampler(h, state)
-        out: Tensor = h + self.avg_shortcut(x_BCTHW)
-        return out
+        skip = self.avg_shortcut(state.whole_groups(self, x_BCTHW, self.avg_shortcut.space))
+        return h.add_(state.align(self, skip, h.shape[3]))
 
 
 class ResidualUpStage(nn.Module):
@@ -221,7 +228,8 @@ class ResidualUpStage(nn.Module):
             h = block(h, state)
         if self.upsampler is None or self.avg_shortcut is None:
             return h
-        out: Tensor = self.upsampler(h, state) + self.avg_shortcut(x_BCTHW, state)
+        h = self.upsampler(h, state)
+        out: Tensor = h.add_(state.align(self, self.avg_shortcut(x_BCTHW, state), h.shape[3]))
         return out
 
 
@@ -237,6 +245,11 @@ def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
     b, c, t, h, w = x_BCTHW.shape
     cells = x_BCTHW.reshape(b, c // (patch * patch), patch, patch, t, h, w)
     return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (patch * patch), t, h * patch, w * patch)
+
+
+def _begin(passage: Passage | None) -> tuple[CausalState, int]:
+    """The state of a video's beginning, and how many latent frames pass at a time; one in the plain way."""
+    return (CausalState(), 1) if passage is None else (passage.state(), passage.steps)
 
 
 def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBlock]:

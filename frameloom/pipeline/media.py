@@ -5,9 +5,11 @@ Frames are uint8 RGB arrays of shape (T, H, W, 3).
 
 import contextlib
 import os
+import queue
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ __all__ = [
     "contact_sheet",
     "open_writer",
     "read_frames",
+    "written_behind",
 ]
 
 DEFAULT_QUALITY: Final = 70  # CRF 16 (VP9: 20); FFmpeg's guide calls 17 to 18 nearly lossless to the eye
@@ -215,6 +218,46 @@ class FrameWriter:
                 f"writing {self.target.path} failed after {self.num_frames} frames ({error.strerror}) and "
                 "nothing was kept; free some space or choose another path"
             ) from error
+
+
+_AHEAD: Final = 2  # parts of a video that wait for the writer
+
+
+@contextlib.contextmanager
+def written_behind(writer: FrameWriter) -> Iterator[Callable[[Frames], None]]:
+    """Write in a thread of its own, so that the next frames can be made meanwhile.
+
+    Yields a function that takes frames as `FrameWriter.write` does and waits while too many are waiting. An error of
+    the writer is raised at the next call, or at the end.
+    """
+    waiting: queue.Queue[Frames | None] = queue.Queue(_AHEAD)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while (frames := waiting.get()) is not None:
+            if not failed:
+                try:
+                    writer.write(frames)
+                except BaseException as error:  # handed to the thread that makes the frames
+                    failed.append(error)
+
+    def write(frames: Frames) -> None:
+        if failed:
+            raise failed[0]
+        waiting.put(frames)
+
+    thread = threading.Thread(target=work, name="frame writer")
+    thread.start()
+    try:
+        yield write
+    except BaseException as error:
+        failed.append(error)  # what still waits is not written
+        raise
+    finally:
+        waiting.put(None)
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _move_frames(source: Path, folder: Path, names: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ Shapes: B prompts, C latent channels, T frames, H height, W width; latents are f
 them. Reference: Diffusers' WanPipeline, in its order of operations and of rounding.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +14,19 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
+from frameloom.models.vae_state import Passage
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
+from frameloom.platform.device import is_memory_error
 from frameloom.sampling.flow import Sampler
 from frameloom.sampling.guidance import ExpertSwitch, expand_timesteps, guide
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
 
 Frames = npt.NDArray[np.uint8]
 StepCallback = Callable[[int], None]
+Result = TypeVar("Result")
 
 
 def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
@@ -67,28 +75,61 @@ def denoise(
 
 
 @torch.inference_mode()
-def decode(vae: WanVAE, latents_BCTHW: Tensor, on_latent: StepCallback) -> Iterator[Frames]:
-    """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole."""
+def decode(
+    vae: WanVAE, latents_BCTHW: Tensor, passages: Iterator[Passage], on_frames: StepCallback
+) -> Iterator[Frames]:
+    """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole.
+
+    `on_frames` gets the number of frames that are out. Where memory runs out, the next passage begins again and skips
+    those frames.
+    """
     weight = next(vae.parameters())
     z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype))
-    for index, chunk in enumerate(vae.decode_stream(z)):
-        on_latent(index + 1)
-        yield to_uint8(chunk)
+    done = 0
+
+    def new_frames(passage: Passage) -> Iterator[Frames]:
+        start = 0
+        for chunk in vae.decode_stream(z, passage):
+            end = start + chunk.shape[2]
+            if end > done:
+                yield to_uint8(chunk[:, :, max(0, done - start) :])
+            start = end
+
+    for frames in _with_less_memory(passages, new_frames):
+        done += frames.shape[1]
+        on_frames(done)
+        yield frames
 
 
 @torch.inference_mode()
-def encode(vae: WanVAE, frames: Frames) -> Tensor:
+def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
     """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W')."""
     weight = next(vae.parameters())
     x = torch.from_numpy(np.array(frames)).to(weight.device)  # a copy: read-only arrays would warn
     x_BCTHW = (x.to(torch.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None].to(weight.dtype)
-    mode, _ = vae.encode(x_BCTHW).chunk(2, dim=1)
+    (moments,) = _with_less_memory(passages, lambda passage: iter([vae.encode(x_BCTHW, passage)]))
+    mode, _ = moments.chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))
+
+
+def _with_less_memory(passages: Iterator[Passage], compute: Callable[[Passage], Iterator[Result]]) -> Iterator[Result]:
+    """The results of `compute` for the first passage; for the next one from where memory ran out, and so on."""
+    passage = next(passages)
+    while True:
+        try:
+            yield from compute(passage)
+            return
+        except (MemoryError, RuntimeError) as error:
+            narrower = next(passages, None)
+            if narrower is None or not is_memory_error(error):
+                raise
+            log.warning("memory ran out with %s; going on with %s", passage, narrower)
+        passage = narrower  # out here the error, and the tensors that its traceback held, are gone
 
 
 def to_uint8(x_BCTHW: Tensor) -> Frames:
     """Frames in [-1, 1] -> uint8 (B, T, H, W, 3), rounded as the reference does. A NaN is an InternalError."""
     if not torch.isfinite(x_BCTHW).all():
         raise InternalError("the decoder returned values that are no numbers; try dtype float32 or bfloat16")
-    scaled = (x_BCTHW.float() / 2 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+    scaled = (x_BCTHW.float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()

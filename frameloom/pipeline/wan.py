@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.models.encoders import TextEncoder
+from frameloom.models.vae_state import Passage
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.pipeline import stages
@@ -37,6 +37,27 @@ class StageClock:
         synchronise(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
+    def each(self, name: Stage, items: Iterator[Frames]) -> Iterator[Frames]:
+        """Pass items on, and time the making of each, not what is done with it."""
+        while True:
+            with self.stage(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+class VaePlanner(Protocol):
+    """Says how latents or frames of a shape pass through the VAE: the best way first, then narrower ones."""
+
+    def decode(self, shape_BZTHW: tuple[int, ...]) -> Iterator[Passage]:
+        """Passages for latents."""
+        ...
+
+    def encode(self, shape_BCTHW: tuple[int, ...]) -> Iterator[Passage]:
+        """Passages for frames."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WanPipeline:
@@ -45,6 +66,7 @@ class WanPipeline:
     text_encoder: TextEncoder
     experts: tuple[WanDiT, ...]
     vae: WanVAE
+    vae_planner: VaePlanner
     scheduler: Mapping[str, Any]
     boundary_ratio: float | None
     expand_timesteps: bool
@@ -81,6 +103,10 @@ class WanPipeline:
             if asked > limit:
                 raise RequestError(f"{name} {asked} is past the last position of this checkpoint; use {limit} or less")
 
+    def plan(self, request: ResolvedRequest) -> Iterator[Passage]:
+        """How its latents will pass through the VAE. Raises RequestError where memory will not do, before any work."""
+        return self.vae_planner.decode((len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request)))
+
     def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
         """Prompts to latents: float32 (B, C, T', H', W'), normalised."""
         sampler = make_sampler(self.scheduler, request.steps, flow_shift=request.flow_shift)
@@ -110,17 +136,21 @@ class WanPipeline:
             )
         return _plain(out)
 
-    def decode(self, latents_BCTHW: Tensor, clock: StageClock, report: ProgressCallback) -> Frames:
-        """Latents to frames uint8 (B, T, H, W, 3)."""
-        with clock.stage("decode"):
-            on_latent = _reporter(report, "decode", latents_BCTHW.shape[2])
-            return np.concatenate(list(stages.decode(self.vae, latents_BCTHW, on_latent)), axis=1)
+    def decode(
+        self, latents_BCTHW: Tensor, passages: Iterator[Passage], clock: StageClock, report: ProgressCallback
+    ) -> Iterator[Frames]:
+        """Latents to frames uint8 (B, t, H, W, 3), as they come."""
+        total = 1 + self.vae.spec.temporal_scale * (latents_BCTHW.shape[2] - 1)
+        frames = stages.decode(self.vae, latents_BCTHW, passages, _reporter(report, "decode", total))
+        return clock.each("decode", frames)
 
     def encode(self, frames: Frames, clock: StageClock, report: ProgressCallback) -> Tensor:
         """Frames uint8 (T, H, W, 3) to latents (1, C, T', H', W')."""
+        num_frames, height, width, channels = frames.shape
         with clock.stage("encode"):
             report(Progress(stage="encode", step=0, total=1))
-            latents = stages.encode(self.vae, frames)
+            passages = self.vae_planner.encode((1, channels, num_frames, height, width))
+            latents = stages.encode(self.vae, frames, passages)
             report(Progress(stage="encode", step=1, total=1))
         return _plain(latents)
 

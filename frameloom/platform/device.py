@@ -1,9 +1,12 @@
 """Chooses the device and the dtype to compute in, with a reason for each choice, and reads peak memory."""
 
+import os
 import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+_CGROUP_FILES = ("memory.max", "memory.current")
 
 
 def choose_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -89,8 +94,7 @@ def memory_errors(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        on_cpu = "can't allocate memory" in str(error)  # its allocator has no error class of its own
-        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        if not is_memory_error(error):
             raise
         raise RequestError(f"there is not enough memory for {what}; {remedy}") from error
 
@@ -101,6 +105,51 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `run` takes, the device's work included."""
+    synchronise(device)
+    begun = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - begun
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an allocation failed; torch's CPU allocator has no error class of its own."""
+    failed = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return failed or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What could be allocated now: of the device, or of the machine within the limit of its control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + reserved)
+    limits = [_meminfo_available(), _cgroup_free()]
+    known = [limit for limit in limits if limit is not None]
+    if known:
+        return min(known)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS does not say what is free
+
+
+def _meminfo_available() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            line = next((line for line in file if line.startswith("MemAvailable:")), None)
+    except OSError:
+        return None
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def _cgroup_free() -> int | None:
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text("ascii").strip() for name in _CGROUP_FILES)
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

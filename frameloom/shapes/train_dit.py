@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder, build_tokenizer
 from frameloom.models.spec import TransformerSpec
-from frameloom.models.vae_blocks import CausalState
+from frameloom.models.vae_state import CausalState
 from frameloom.models.wan_dit import Attention, CrossAttention, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.shapes.tokens import pieces
 from frameloom.shapes.train_vae import Z_DIM
 from frameloom.shapes.training import Trainer, mixed_precision, rng_for, to_video
-from frameloom.shapes.world import Scene, describe, random_scene, render
+from frameloom.shapes.world import MOTIONS, Scene, describe, random_scene, render
 
 TEXT_CONFIG: dict[str, Any] = {
     "model_type": "umt5",
@@ -59,7 +59,7 @@ BATCH = 32
 LEARNING_RATE = 2e-3
 PROMPT_DROP = 0.1  # how often the prompt is empty, so that guidance has an unconditional prediction
 ATTRIBUTE_DROP = 0.1  # how often a caption names only part of the scene
-NOISE_SHIFT = 4.0  # of the noise levels trained on and sampled at
+NOISE_SHIFT = 3.0  # of the noise levels trained on and sampled at
 CLIPS = 6144
 TEXT_TOKENS = 32  # positions computed one by one in training; the rest of the 512 are one key (see `SmallAttention`)
 
@@ -117,11 +117,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         return ""
     text = describe(scene, rng)
     if rng.random() < ATTRIBUTE_DROP:
+        doing = MOTIONS[scene.motion][0][0]
         partial = (
             f"a {scene.colour} {scene.shape}",
             f"a {scene.shape}",
+            f"a {scene.shape} {doing}",
             scene.colour,
-            f"something {scene.colour}",
+            doing,
         )
         text = partial[rng.integers(len(partial))]
     return text.capitalize() if rng.random() < 0.3 else text

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frameloom.models.spec import VaeSpec
-from frameloom.models.vae_blocks import CausalState
+from frameloom.models.vae_state import CausalState
 from frameloom.models.wan_vae import WanVAE
 from frameloom.shapes.training import Trainer, mixed_precision, rng_for, to_video
 from frameloom.shapes.world import NUM_FRAMES, SIZE, Frames, random_scene, render

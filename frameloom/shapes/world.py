@@ -184,8 +184,8 @@ def _draw_background(names: tuple[str, ...]) -> Field:
 def _trajectory(motion: str, rng: np.random.Generator) -> list[Pose]:
     times = np.linspace(0, 1, NUM_FRAMES)
     middle = SIZE / 2
-    size, aside, along = rng.uniform(10, 13), rng.uniform(-6, 6), rng.uniform(-6, 6)
-    reach = rng.uniform(18, 22)
+    size, aside, along = rng.uniform(11, 13), rng.uniform(-4, 4), rng.uniform(-4, 4)
+    reach = rng.uniform(18, 21)  # the path's length; a spin's is 99 to 116 degrees
     paths: dict[str, Callable[[float], Pose]] = {
         "left": lambda t: Pose(x=middle + reach * (0.5 - t), y=middle + aside, size=size),
         "right": lambda t: Pose(x=middle - reach * (0.5 - t), y=middle + aside, size=size),
@@ -193,7 +193,7 @@ def _trajectory(motion: str, rng: np.random.Generator) -> list[Pose]:
         "down": lambda t: Pose(x=middle + aside, y=middle - reach * (0.5 - t), size=size),
         "growing": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=6 + 8 * t),
         "shrinking": lambda t: Pose(x=middle + aside / 2, y=middle + along / 2, size=14 - 8 * t),
-        "spinning": lambda t: Pose(x=middle + aside, y=middle + along, size=size, angle=math.radians(11 * reach) * t),
+        "spinning": lambda t: Pose(x=middle + aside, y=middle + along, size=size, angle=math.radians(5.5 * reach) * t),
         "bouncing": lambda t: Pose(
             x=middle + aside, y=41 - (reach - 4) * abs(math.sin(2 * math.pi * t)), size=size - 1
         ),

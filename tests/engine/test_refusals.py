@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import frameloom
-from frameloom.engine import build
+from frameloom.engine import modules
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.pipeline import stages
 from frameloom.platform.device import memory_errors
@@ -27,7 +27,7 @@ def edit(checkpoint_of, tmp_path, monkeypatch):
     def read_too_early(*_, **__):
         pytest.fail("weights were read")
 
-    monkeypatch.setattr(build, "load_module", read_too_early)
+    monkeypatch.setattr(modules, "load_module", read_too_early)
     return change
 
 

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLWan
 
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
-from frameloom.models.vae_blocks import CausalState
+from frameloom.models.vae_state import CausalState, Passage
 from frameloom.models.wan_vae import WanVAE
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 2}
@@ -76,13 +76,13 @@ def test_any_chunk_length_computes_the_same_video(kind: str) -> None:
     _, ours = make_pair(kind)
     x = torch.rand(1, 3, 17, 32, 32) * 2 - 1
     moments = ours.encode(x)
-    assert relative_error(ours.encode(x, frames_per_chunk=16), moments) <= 1e-5
-    assert relative_error(ours.encode(x, frames_per_chunk=8), moments) <= 1e-5
+    assert relative_error(ours.encode(x, Passage(steps=4)), moments) <= 1e-5
+    assert relative_error(ours.encode(x, Passage(steps=2)), moments) <= 1e-5
     z = torch.randn(1, ours.spec.z_dim, 5, 4, 3)
     video = ours.decode(z)
     assert video.shape[2] == 17
     for latents in (2, 3, 4):
-        assert relative_error(ours.decode(z, latents_per_chunk=latents), video) <= 1e-5
+        assert relative_error(ours.decode(z, Passage(steps=latents)), video) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,6 +18,14 @@ def test_the_card_states_the_measured_shares():
     assert f"seed {RECORD['seed']}" in card
 
 
+def test_the_model_follows_prompts_it_never_saw():
+    """What a model in the package owes its users: colour and motion in 95 of 100 prompts, shape in 90."""
+    assert RECORD["prompts"] == 200
+    for attribute, bar in {"colour": 0.95, "motion": 0.95, "shape": 0.90}.items():
+        assert RECORD["shares"]["all"][attribute] >= bar
+    assert RECORD["psnr_db"] >= 35
+
+
 def test_the_shipped_model_repeats_its_evaluation():
     """Another CPU rounds otherwise, and a borderline clip may then read differently: one in eight is allowed for."""
     misses = {miss["seed"]: tuple(miss["read"]) for miss in RECORD["misses"]}

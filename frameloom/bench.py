@@ -1,0 +1,247 @@
+"""Paired timings against Diffusers: both sides interleaved in one process, the ratio with its spread, one record.
+
+`frameloom bench vae` runs this. Weights are random; the configs are those of the released checkpoints.
+"""
+
+import importlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from frameloom.engine.vae import make_fast
+from frameloom.errors import RequestError
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_fast import REFERENCE, without_weights
+from frameloom.models.vae_rewrites import vae_policy
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.registry import relative_error
+from frameloom.platform.allocator import keep_freed_memory
+from frameloom.platform.device import DTYPES, choose_device, peak_memory_bytes, timed
+
+# FORMATS of the released checkpoints: Wan 2.1 and 2.2-A14B; Wan 2.2-TI2V-5B.
+CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "2.1": {"base_dim": 96, "z_dim": 16},
+        "2.2": {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+        },
+        "tiny": {"base_dim": 16, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
+    }
+)
+BASELINES = ("shipped", "channels_last")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeCase:
+    """One comparison. `frames` is 4k+1; `allocator` default or tuned; `memory` is the budget of our side."""
+
+    vae: str = "2.1"
+    direction: str = "decode"
+    height: int = 240
+    width: int = 320
+    frames: int = 17
+    dtype: str = "float32"
+    baseline: str = "shipped"
+    allocator: str = "tuned"
+    device: str = "auto"
+    rounds: int = 3
+    exactness: str = "rounding"
+    rewrites: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raise RequestError for what cannot be run."""
+        choices = {"vae": CONFIGS, "direction": ("decode", "encode"), "baseline": BASELINES}
+        for name, known in {**choices, "allocator": ("default", "tuned"), "dtype": DTYPES}.items():
+            if getattr(self, name) not in known:
+                raise RequestError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        if self.rounds < 1:
+            raise RequestError(f"{self.rounds} rounds measure nothing; use 1 or more")
+
+
+Side = Callable[[], Tensor]
+
+
+def run_vae(case: VaeCase) -> dict[str, Any]:
+    """Time both sides in turns, and measure the peak memory of each in a process of its own."""
+    case.check()
+    device, _ = choose_device(case.device)
+    if case.allocator == "tuned" and device.type == "cpu":
+        keep_freed_memory()
+    theirs, ours, facts = _sides(case, device)
+    flops = count_flops(case)
+    ratios: list[float] = []
+    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
+    error = relative_error(ours(), theirs())  # the first round warms both up
+    for round_ in range(case.rounds):
+        order = (("ours", ours), ("diffusers", theirs))
+        for name, side in order if round_ % 2 else order[::-1]:
+            seconds[name].append(timed(side, device))
+        ratios.append(seconds["diffusers"][-1] / seconds["ours"][-1])
+    peak = matmul_peak(device, DTYPES[case.dtype])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "case": asdict(case),
+        "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+        "seconds": medians,
+        "relative_error": error,
+        "flops": flops,
+        "matmul_flops_per_s": peak,
+        "fraction_of_peak": {name: flops / value / peak for name, value in medians.items()},
+        "peak_bytes": {name: _peak_in_own_process(case, name) for name in ("ours", "diffusers")},
+        **facts,
+        "machine": machine(device),
+    }
+
+
+def run_one_side(case: VaeCase, name: str) -> int:
+    """Run one side once and return the peak memory of this process or device, in bytes."""
+    device, _ = choose_device(case.device)
+    if case.allocator == "tuned" and device.type == "cpu":
+        keep_freed_memory()
+    theirs, ours, _ = _sides(case, device, only=name)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    (ours if name == "ours" else theirs)()
+    return peak_memory_bytes(device)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a square matrix product here, in FLOP/s."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(6))
+
+
+def count_flops(case: VaeCase) -> int:
+    """Multiplications and additions of the plain model, counted on the meta device."""
+    spec = VaeSpec.from_config(dict(CONFIGS[case.vae]))
+    twin = without_weights(spec, torch.float32, REFERENCE)
+    x = _input(case, spec, torch.device("meta"), torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        (twin.decode if case.direction == "decode" else twin.encode)(x)
+    return int(counter.get_total_flops())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> tuple[Side, Side, dict[str, Any]]:
+    """Diffusers' and our way to compute the case, with the same weights, and what is to be said of ours."""
+    dtype = DTYPES[case.dtype]
+    reference = _diffusers_vae(dict(CONFIGS[case.vae]))
+    spec = VaeSpec.from_config(dict(reference.config))
+    reference = reference.to(device, dtype)
+    x = _input(case, spec, device, dtype)
+    facts: dict[str, Any] = {}
+    ours: Side = _nothing
+    if only != "diffusers":
+        ours, facts = _our_side(case, spec, reference.state_dict(), x)
+    if only == "ours":
+        return _nothing, ours, facts
+    if case.baseline == "channels_last":
+        reference = reference.to(memory_format=torch.channels_last_3d)
+    theirs_x = x.contiguous(memory_format=torch.channels_last_3d) if case.baseline == "channels_last" else x
+
+    def theirs() -> Tensor:
+        with torch.inference_mode():
+            if case.direction == "decode":
+                out: Tensor = reference.decode(theirs_x).sample
+            else:
+                out = reference.encode(theirs_x).latent_dist.parameters
+            return out
+
+    return theirs, ours, facts
+
+
+def _our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Tensor) -> tuple[Side, dict[str, Any]]:
+    with torch.device("meta"):
+        vae = WanVAE(spec).eval()
+    vae.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
+    fast = make_fast(vae, policy=vae_policy(case.exactness, case.rewrites), budget_bytes=case.memory_bytes)
+    plan = fast.planner.decode if case.direction == "decode" else fast.planner.encode
+    passage = next(plan(tuple(x.shape)))
+
+    def ours() -> Tensor:
+        with torch.inference_mode():
+            return vae.decode(x, passage) if case.direction == "decode" else vae.encode(x, passage)
+
+    return ours, {"passage": str(passage), "decisions": [str(decision) for decision in fast.decisions]}
+
+
+def _nothing() -> Tensor:
+    raise RequestError("this side was not asked for")
+
+
+def _diffusers_vae(config: dict[str, Any]) -> Any:
+    """Diffusers' VAE with random weights of a realistic size: its own initialisation, from seed 0."""
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+    except ImportError:
+        raise RequestError("the comparison needs diffusers, which is not here; run pip install diffusers") from None
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(**config).eval()
+
+
+def _input(case: VaeCase, spec: VaeSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Noise: latents to decode, or frames in [-1, 1] to encode."""
+    time, space = spec.temporal_scale, spec.spatial_scale
+    size: tuple[int, ...] = (1, 3, case.frames, case.height, case.width)
+    if case.direction == "decode":
+        size = (1, spec.z_dim, 1 + (case.frames - 1) // time, case.height // space, case.width // space)
+    if device.type == "meta":
+        return torch.empty(size, device=device, dtype=dtype)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    return (x if case.direction == "decode" else x.clamp(-1, 1)).to(device, dtype)
+
+
+def _peak_in_own_process(case: VaeCase, name: str) -> int:
+    command = [sys.executable, "-m", "frameloom.bench", name, json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RequestError(f"the run that measures the memory of {name} failed: {done.stderr.strip()[-300:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            line = next((line for line in file if line.startswith("model name")), "")
+    except OSError:
+        line = ""
+    return line.partition(":")[2].strip() or platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[2])
+    print(run_one_side(VaeCase(**{**asked, "rewrites": tuple(asked["rewrites"])}), sys.argv[1]))

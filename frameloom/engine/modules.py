@@ -1,0 +1,43 @@
+"""Turns a network on the meta device into a loaded one: its weights, and the backend of its attention."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from frameloom.attention.core import choose
+from frameloom.errors import InternalError
+from frameloom.models.encoders import TIED
+from frameloom.settings import LOGGER_NAME
+from frameloom.weights.load import load_module
+from frameloom.weights.source import Component
+
+log = logging.getLogger(LOGGER_NAME)
+
+
+def fill(
+    model: nn.Module,
+    component: Component,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    tied: bool = False,
+) -> None:
+    """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32)."""
+    report = load_module(model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None)
+    log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
+
+
+def set_attention(model: nn.Module, kind: type[nn.Module], *, expected: int) -> None:
+    """Give every attention module its backend, and count them: one skipped in silence would be a bug."""
+    attend, reason = choose()
+    modules = [module for module in model.modules() if isinstance(module, kind)]
+    if len(modules) != expected:
+        raise InternalError(
+            f"{type(model).__name__} has {len(modules)} attention modules where {expected} were expected"
+        )
+    for module in modules:
+        module.attend = attend  # type: ignore[assignment]  # an attribute, not a submodule
+    log.debug("attention of %d modules in %s: %s", expected, type(model).__name__, reason)

@@ -1,0 +1,62 @@
+"""Loads the VAE of a checkpoint: as the reference computes it, or with the rewrites that a policy allows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from frameloom.engine.modules import fill, set_attention
+from frameloom.memory.vae import VaePlanner
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_blocks import AttentionBlock
+from frameloom.models.vae_fast import choose, install
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.registry import Decision, Policy
+from frameloom.platform.device import free_memory_bytes
+from frameloom.platform.tuning import Tuner
+from frameloom.weights.source import Component
+
+_WINOGRAD_SHARE = 4  # weights at Winograd's points take four times their memory: at most this part of what is free
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FastVae:
+    """A VAE with its kernels, what plans its memory, and what was decided."""
+
+    vae: WanVAE
+    planner: VaePlanner
+    decisions: tuple[Decision, ...]
+
+
+def load_plain_vae(component: Component, spec: VaeSpec, dtype: torch.dtype, device: torch.device) -> WanVAE:
+    """The VAE as the reference computes it."""
+    with torch.device("meta"):
+        vae = WanVAE(spec).eval()
+    fill(vae, component, dtype, device)
+    set_attention(vae, AttentionBlock, expected=2)  # one in the middle of the encoder, one of the decoder
+    return vae
+
+
+def load_fast_vae(
+    component: Component,
+    spec: VaeSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    policy: Policy,
+    budget_bytes: int | None = None,
+) -> FastVae:
+    """The VAE with the rewrites that `policy` allows and that are fastest here; `budget_bytes` None: what is free."""
+    vae = load_plain_vae(component, spec, dtype, device)
+    return make_fast(vae, policy=policy, budget_bytes=budget_bytes)
+
+
+def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None) -> FastVae:
+    """Give a loaded VAE its kernels; it keeps no other form of its weights."""
+    weight = next(vae.parameters())
+    bound = free_memory_bytes(weight.device) // _WINOGRAD_SHARE
+    choices = choose(vae, policy, Tuner(weight.device), winograd_bytes=bound)
+    install(vae, choices)
+    planner = VaePlanner(
+        spec=vae.spec, dtype=weight.dtype, choices=choices, device=weight.device, budget_bytes=budget_bytes
+    )
+    return FastVae(vae=vae, planner=planner, decisions=choices.decisions)

@@ -1,0 +1,1 @@
+"""Where memory goes: predicted before anything is computed."""

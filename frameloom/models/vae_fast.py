@@ -1,0 +1,265 @@
+"""Gives a WanVAE its fast kernels: which of the allowed ways each convolution is computed in, and why.
+
+The choice is data (`VaeChoices`): made once by `choose`, installed into the loaded network by `install`, and into a
+copy without weights when memory is planned.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from frameloom.errors import RequestError
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d, Kernel, Resample, RMSNorm
+from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS
+from frameloom.models.vae_state import BandState, Passage
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops import vae_rewrites as ops
+from frameloom.ops.conv import DirectConv, PhaseUpsampledConv, PointwiseConv, UnfoldedConv, UpsampledConv
+from frameloom.ops.norm_silu import norm_silu_native, norm_silu_tiled, refuses_native
+from frameloom.ops.registry import Decision, Policy, Rewrite
+from frameloom.ops.triton_norm_silu import norm_silu_triton, refuses_triton
+from frameloom.ops.winograd import PlainWinogradConv, WinogradConv
+from frameloom.platform.tuning import Tuner
+
+Maker = Callable[[Tensor, Tensor | None], Kernel]
+_MAKERS: Mapping[str, Maker] = MappingProxyType(
+    {
+        ops.CHANNELS_LAST.name: DirectConv,
+        ops.POINTWISE.name: PointwiseConv,
+        ops.UNFOLDED.name: UnfoldedConv,
+        ops.WINOGRAD.name: WinogradConv,
+        ops.WINOGRAD_PLAIN.name: PlainWinogradConv,
+        ops.PHASES.name: PhaseUpsampledConv,
+    }
+)
+_NORMS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = MappingProxyType(
+    {
+        ops.NORM_SILU_NATIVE.name: norm_silu_native,
+        ops.NORM_SILU_TRITON.name: norm_silu_triton,
+        ops.NORM_SILU_TILED.name: norm_silu_tiled,
+    }
+)
+_PICTURE = (30, 52)  # latent rows and columns of the picture that ways are measured on: 240x416 in most checkpoints
+_MEASURED_ROWS = 16  # of a layer's picture; which way is fastest does not change with more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeChoices:
+    """The rewrite that each module is computed by, and the decisions that led there."""
+
+    kernels: Mapping[str, str]
+    norm: str | None
+    channels_last: bool
+    buffers: bool = True
+    chunks: bool = True
+    bands: bool = True
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def passage(self) -> Passage:
+        """One latent frame at a time, whole pictures, in the memory order of these kernels."""
+        return Passage(channels_last=self.channels_last, buffers=self.buffers)
+
+
+REFERENCE = VaeChoices(
+    kernels=MappingProxyType({}), norm=None, channels_last=False, buffers=False, chunks=False, bands=False
+)
+
+
+@torch.inference_mode()
+def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | None = None) -> VaeChoices:
+    """Which way each convolution and norm of `vae` is computed.
+
+    `winograd_bytes` bounds the memory of weights evaluated at Winograd's points. Raises RequestError for a rewrite that
+    was insisted on and does not apply.
+    """
+    passing, told = _choose_passing(policy)
+    weight = next(vae.parameters())
+    base = policy.refuses(ops.CHANNELS_LAST) or ops.CHANNELS_LAST.refuses(None, weight)
+    base = base or (None if passing["buffers"] else f"it needs {BUFFERS.name}")
+    if base is not None:
+        others = [rewrite for rewrite in ops.OPERATIONS if rewrite is not ops.CHANNELS_LAST]
+        told.append(_off(policy, ops.CHANNELS_LAST, base))
+        told += [_off(policy, r, policy.refuses(r) or f"it needs {ops.CHANNELS_LAST.name}") for r in others]
+        return VaeChoices(kernels={}, norm=None, channels_last=False, **passing, decisions=tuple(told))
+    kernels = _choose_kernels(vae, policy, tuner, winograd_bytes)
+    norm, told_of_norm = _choose_norm(policy, weight)
+    told += [*_tell(policy, kernels, weight), *told_of_norm]
+    return VaeChoices(kernels=kernels, norm=norm, channels_last=True, **passing, decisions=tuple(told))
+
+
+def install(vae: WanVAE, choices: VaeChoices) -> None:
+    """Give every chosen module its kernel; a weight that the kernel holds in another form is let go."""
+    modules = dict(vae.named_modules())
+    for name, rewrite in choices.kernels.items():
+        module = modules[name]
+        if isinstance(module, Resample):
+            module.kernel = _MAKERS[rewrite](module.conv.weight, module.conv.bias)
+            module.conv.register_parameter("weight", None)
+        elif isinstance(module, CausalConv3d):
+            module.kernel = _MAKERS[rewrite](module.weight, module.bias)
+            module.register_parameter("weight", None)
+    for module in modules.values():
+        if isinstance(module, RMSNorm) and choices.norm is not None:
+            module.fused = _NORMS[choices.norm]
+        elif choices.channels_last and isinstance(module, nn.Conv2d) and module.weight is not None:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def without_weights(spec: VaeSpec, dtype: torch.dtype, choices: VaeChoices) -> WanVAE:
+    """The same network with the same kernels on the meta device: it computes shapes and nothing else."""
+    with torch.device("meta"):
+        vae = WanVAE(spec).eval().to(dtype)
+        install(vae, choices)
+    for module in vae.modules():
+        if isinstance(module, AttentionBlock):
+            module.attend = _nothing  # torch's attention on the meta device makes scores that the real one never holds
+    return vae
+
+
+def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
+    return torch.empty_like(q_BLHK)
+
+
+def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
+    """Which ways to cut a video the planner may use."""
+    told: list[Decision] = []
+    allowed: dict[str, bool] = {}
+    for key, rewrite, reason in (
+        ("buffers", BUFFERS, "it applies"),
+        ("chunks", CHUNKS, "where memory allows"),
+        ("bands", BANDS, "where memory is short"),
+    ):
+        refusal = policy.refuses(rewrite) or (None if allowed.get("buffers", True) else f"it needs {BUFFERS.name}")
+        allowed[key] = refusal is None
+        told.append(
+            _off(policy, rewrite, refusal) if refusal else Decision(name=rewrite.name, used=True, reason=reason)
+        )
+    return allowed, told
+
+
+def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None) -> dict[str, str]:
+    budget = float("inf") if winograd_bytes is None else winograd_bytes
+    chosen: dict[str, str] = {}
+    for name, (module, shape, pad_rows) in _inputs(vae).items():
+        conv = module.conv if isinstance(module, Resample) else module
+        assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+        winograd = 4 * conv.weight.numel() * 4  # four times as many, in float32
+        ways = _ways(module, conv.weight, policy, allow_winograd=winograd <= budget)
+        if not ways:
+            continue
+        key = f"{conv.in_channels}>{conv.out_channels} {tuple(conv.kernel_size)} {tuple(shape)} {conv.weight.dtype}"
+        prepare = functools.partial(_runs, conv, shape, pad_rows, ways)
+        best = ways[0] if len(ways) == 1 else tuner.best(key, ways, prepare)
+        budget -= winograd if best in (ops.WINOGRAD.name, ops.WINOGRAD_PLAIN.name) else 0
+        if best in _MAKERS:
+            chosen[name] = best
+    tuner.save()
+    return chosen
+
+
+_PLAIN = "plain"  # of an upsampler: doubling and convolution one after the other
+
+
+def _ways(module: nn.Module, weight: Tensor, policy: Policy, *, allow_winograd: bool) -> list[str]:
+    """Names of the rewrites that may compute a module; the one that was insisted on, alone, if there is one."""
+    if isinstance(module, Resample):
+        candidates = [ops.PHASES]
+    elif set(weight.shape[2:]) == {1}:
+        candidates = [ops.POINTWISE, ops.CHANNELS_LAST]
+    else:
+        candidates = [ops.CHANNELS_LAST, ops.UNFOLDED, *([ops.WINOGRAD, ops.WINOGRAD_PLAIN] if allow_winograd else [])]
+    able = [r for r in candidates if policy.refuses(r) is None and r.refuses(None, weight) is None]
+    insisted = [r.name for r in able if policy.insists(r) and r is not ops.CHANNELS_LAST]
+    if insisted:
+        return insisted[:1]
+    return [r.name for r in able] + ([_PLAIN] if isinstance(module, Resample) else [])
+
+
+def _runs(
+    conv: nn.Conv2d | nn.Conv3d, shape: torch.Size, pad_rows: int, ways: list[str]
+) -> dict[str, Callable[[], object]]:
+    """Each way to compute a convolution, ready to run on random input."""
+    batch, channels, frames, rows, width = shape
+    size = (batch, frames, min(rows, _MEASURED_ROWS), width, channels)
+    x = torch.randn(size, device=conv.weight.device).to(conv.weight.dtype).permute(0, 4, 1, 2, 3)
+    makers: dict[str, Maker] = {**_MAKERS, _PLAIN: UpsampledConv}
+    kernels = {way: makers[way](conv.weight, conv.bias) for way in ways}
+    return {way: lambda kernel=kernel: kernel(x, pad_rows) for way, kernel in kernels.items()}  # type: ignore[misc]
+
+
+def _inputs(vae: WanVAE) -> dict[str, tuple[nn.Module, torch.Size, int]]:
+    """Every convolution that may be computed otherwise, and the input it has in a chunk of a middling picture."""
+    twin = without_weights(vae.spec, next(vae.parameters()).dtype, REFERENCE)
+    seen: dict[str, tuple[torch.Size, int]] = {}
+    for name, module in twin.named_modules():
+        if isinstance(module, CausalConv3d):
+            module.kernel = _recorder(seen, name, DirectConv(module.weight, module.bias))
+        elif isinstance(module, Resample) and module.mode.startswith("upsample"):
+            module.kernel = _recorder(seen, name, UpsampledConv(module.conv.weight, module.conv.bias))
+    spec, dtype = vae.spec, next(vae.parameters()).dtype
+    rows, columns = _PICTURE
+    state = BandState()
+    for frames in (1, 1):  # the first and a later one
+        twin.decode_chunk(torch.empty(1, spec.z_dim, frames, rows, columns, device="meta", dtype=dtype), state)
+    state = BandState()
+    height, width = rows * spec.spatial_scale, columns * spec.spatial_scale
+    for frames in (1, spec.temporal_scale):
+        twin.encode_chunk(torch.empty(1, 3, frames, height, width, device="meta", dtype=dtype), state)
+    modules = dict(vae.named_modules())
+    return {name: (modules[name], *seen[name]) for name in seen}
+
+
+def _recorder(seen: dict[str, tuple[torch.Size, int]], name: str, kernel: Kernel) -> Kernel:
+    def record(x_BCTHW: Tensor, pad_rows: int) -> Tensor:
+        seen[name] = (x_BCTHW.shape, pad_rows)
+        return kernel(x_BCTHW, pad_rows)
+
+    return record
+
+
+def _choose_norm(policy: Policy, weight: Tensor) -> tuple[str | None, list[Decision]]:
+    """The one that was insisted on, else a compiled pass where there is one, else the tiled one, else the plain."""
+    reasons = {
+        rewrite: policy.refuses(rewrite)
+        for rewrite in (ops.NORM_SILU_NATIVE, ops.NORM_SILU_TRITON, ops.NORM_SILU_TILED)
+    }
+    reasons[ops.NORM_SILU_NATIVE] = reasons[ops.NORM_SILU_NATIVE] or refuses_native(weight)
+    reasons[ops.NORM_SILU_TRITON] = reasons[ops.NORM_SILU_TRITON] or refuses_triton(weight)
+    if weight.device.type != "cpu":
+        reasons[ops.NORM_SILU_TILED] = reasons[ops.NORM_SILU_TILED] or "it is for the caches of a CPU"
+    able = [rewrite for rewrite, reason in reasons.items() if reason is None]
+    chosen = next((rewrite for rewrite in able if policy.insists(rewrite)), able[0] if able else None)
+    told = []
+    for rewrite, reason in reasons.items():
+        if rewrite is chosen:
+            told.append(Decision(name=rewrite.name, used=True, reason="it applies"))
+        else:
+            told.append(_off(policy, rewrite, reason or f"{chosen.name if chosen else ''} is used instead"))
+    return chosen.name if chosen else None, told
+
+
+def _tell(policy: Policy, kernels: Mapping[str, str], weight: Tensor) -> list[Decision]:
+    """One decision per rewrite of convolutions."""
+    counts = Counter(kernels.values())
+    told = [Decision(name=ops.CHANNELS_LAST.name, used=True, reason="the layout of all activations")]
+    for rewrite in (ops.POINTWISE, ops.UNFOLDED, ops.WINOGRAD, ops.WINOGRAD_PLAIN, ops.PHASES):
+        if count := counts[rewrite.name]:
+            told.append(Decision(name=rewrite.name, used=True, reason=f"{count} layers"))
+        else:
+            refusal = policy.refuses(rewrite) or rewrite.refuses(None, weight.new_empty(1, 1, 3, 3, 3))
+            told.append(_off(policy, rewrite, refusal or "slower here in every layer, or no memory for it"))
+    return told
+
+
+def _off(policy: Policy, rewrite: Rewrite, reason: str) -> Decision:
+    """The decision against a rewrite. Raises RequestError if the user insisted on it."""
+    if policy.insists(rewrite):
+        raise RequestError(f"rewrite {rewrite.name}=on is not possible here: {reason}; leave it out")
+    return Decision(name=rewrite.name, used=False, reason=reason)

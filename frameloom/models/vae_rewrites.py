@@ -1,0 +1,89 @@
+"""The rewrites of the WanVAE as a whole: how a video is cut on its way through, and all rewrites that there are."""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_state import Passage
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops import vae_rewrites as operations
+from frameloom.ops.registry import Policy, Rewrite, Sizes, make_policy
+
+_Z_DIM = 4
+_SMALL: Mapping[str, Any] = MappingProxyType(
+    {
+        "base_dim": 8,
+        "z_dim": _Z_DIM,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * _Z_DIM,
+        "latents_std": [1.0] * _Z_DIM,
+    }
+)
+
+
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """A small random VAE and latents (B, Z, T, H, W) of at most seven rows and columns."""
+    height, width = (1 + min(side, 12) // 2 for side in (sizes.height, sizes.width))
+    with torch.random.fork_rng():
+        torch.manual_seed(sizes.seed)
+        vae = WanVAE(VaeSpec.from_config(dict(_SMALL))).eval().to(device, dtype)
+        z = torch.randn(sizes.batch, _Z_DIM, 1 + min(sizes.frames, 3), height, width)
+    return vae, z.to(device, dtype)
+
+
+@torch.inference_mode()
+def _plainly(vae: WanVAE, z: Tensor) -> Tensor:
+    return vae.decode(z)
+
+
+def _by(passage: Passage) -> Callable[[WanVAE, Tensor], Tensor]:
+    @torch.inference_mode()
+    def decode(vae: WanVAE, z: Tensor) -> Tensor:
+        return vae.decode(z, passage)
+
+    return decode
+
+
+BUFFERS = Rewrite(
+    name="vae.buffers",
+    exactness="bitwise",
+    replaces="concatenating each convolution's input with the frames before it, and keeping a copy of its end",
+    reference=_plainly,
+    fast=_by(Passage(steps=1)),
+    refuses=operations.never,
+    example=_example,
+    tolerance=0.0,
+    because="the same numbers are written to one buffer instead",
+    dtypes=(torch.float32, torch.bfloat16),
+)
+CHUNKS = Rewrite(
+    name="vae.chunks",
+    exactness="rounding",
+    replaces="one latent frame at a time",
+    reference=_plainly,
+    fast=_by(Passage(steps=3)),
+    refuses=operations.never,
+    example=_example,
+    because="a convolution over more frames may be cut up in another way by the library",
+)
+BANDS = Rewrite(
+    name="vae.bands",
+    exactness="rounding",
+    replaces="whole pictures, by bands of rows that remember the rows they need",
+    reference=_plainly,
+    fast=_by(Passage(steps=1, rows=2)),
+    refuses=operations.never,
+    example=_example,
+    because="every row is computed from the same rows; the library may sum in another order for another height",
+)
+VAE_REWRITES = (BUFFERS, CHUNKS, BANDS, *operations.OPERATIONS)
+
+
+def vae_policy(exactness: str, rewrites: Iterable[str]) -> Policy:
+    """What a user allows of these; see `make_policy`."""
+    return make_policy(exactness, rewrites, [rewrite.name for rewrite in VAE_REWRITES])

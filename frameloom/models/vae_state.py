@@ -1,0 +1,260 @@
+"""What a pass over a video remembers: frames that came before, and rows of the picture that were not yet used up.
+
+Shapes: B batch, C channels, T frames, H rows (height), W width. Two states, one protocol:
+
+- `CausalState` is the plain one: whole pictures, differentiable, the reference of the other.
+- `BandState` lets the picture pass in bands of rows. A convolution over three rows gives one row less than it was given
+  at the top of the picture, keeps two rows for the next band, and catches up at the bottom; so nothing is computed
+  twice, nothing is blended, and every row is the one that the whole picture would have given.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from frameloom.errors import InternalError
+
+
+class Reach(NamedTuple):
+    """How a convolution walks over rows: kernel height, stride, and the zero rows above and below the picture."""
+
+    kernel: int
+    stride: int = 1
+    above: int = 0
+    below: int = 0
+
+    @classmethod
+    def same(cls, kernel: int) -> "Reach":
+        """As many rows out as in."""
+        return cls(kernel, 1, kernel // 2, kernel // 2)
+
+
+class RowPadding(NamedTuple):
+    """Zero rows that a convolution must add by itself."""
+
+    above: int
+    below: int
+
+
+class Prepare(Protocol):
+    """What happens to a convolution's input on its way there, such as norm and activation."""
+
+    def __call__(self, x_BCTHW: Tensor, /, *, out: Tensor | None = None) -> Tensor:
+        """Return the prepared x, in `out` where one is given."""
+        ...
+
+
+class CausalState:
+    """The past of a video: the tail of every time convolution's input, and whether there is a past at all.
+
+    A fresh state is the beginning of a video. Encoding or decoding a video in chunks of any length, handing the same
+    state along, equals doing it in one piece.
+    """
+
+    def __init__(self) -> None:
+        self.at_start = True  # True until the first chunk has passed
+        self._tails: dict[object, Tensor] = {}
+
+    def surround(
+        self, owner: nn.Module, x_BCTHW: Tensor, *, history: int, reach: Reach, prepare: Prepare | None = None
+    ) -> tuple[Tensor, RowPadding]:
+        """What `owner` must convolve, and the zero rows that it must add by itself.
+
+        `history` frames before x are put in front (zeros before the beginning of the video) and the tail is remembered.
+        """
+        if prepare is not None:
+            x_BCTHW = prepare(x_BCTHW)
+        if history:
+            tail = self._tails.get(owner)
+            if tail is None:
+                b, c, _, h, w = x_BCTHW.shape
+                tail = x_BCTHW.new_zeros(b, c, history, h, w)
+            x_BCTHW = torch.cat([tail, x_BCTHW], dim=2)
+            self._tails[owner] = x_BCTHW[:, :, -history:].clone()  # a view would keep the whole chunk alive
+        return x_BCTHW, RowPadding(reach.above, reach.below)
+
+    def align(self, owner: nn.Module, x_BCTHW: Tensor, rows: int) -> Tensor:
+        """The next `rows` rows of a stream that must keep step with another one."""
+        if x_BCTHW.shape[3] != rows:
+            raise InternalError(f"two branches of {type(owner).__name__} have {x_BCTHW.shape[3]} and {rows} rows")
+        return x_BCTHW
+
+    def whole_groups(self, owner: nn.Module, x_BCTHW: Tensor, group: int) -> Tensor:
+        """The rows of x that complete groups of `group` rows; whole pictures always do."""
+        return x_BCTHW
+
+    def by_rows(self, x_BCTHW: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """network(x), in as many bands as the state is made for."""
+        return network(x_BCTHW)
+
+
+class Band(NamedTuple):
+    """Which part of a picture passes: its number, and whether the picture begins or ends with it."""
+
+    number: int
+    first: bool
+    last: bool
+
+
+class BandState(CausalState):
+    """Whole pictures or bands of rows, through buffers that are written once; for inference only.
+
+    `rows`: how many rows of the input of `by_rows` make a band; None passes whole pictures. `channels_last`: the memory
+    order of what is given to the convolutions.
+    """
+
+    def __init__(self, *, rows: int | None = None, channels_last: bool = True) -> None:
+        super().__init__()
+        self._rows_per_band = rows
+        self._channels_last = channels_last
+        self._band: Band | None = None
+        self._pending: dict[object, Tensor] = {}
+        self._scratch: Tensor | None = None
+
+    def surround(
+        self, owner: nn.Module, x_BCTHW: Tensor, *, history: int, reach: Reach, prepare: Prepare | None = None
+    ) -> tuple[Tensor, RowPadding]:
+        """As CausalState; in a band the rows that `owner` still needs are part of what it must convolve."""
+        band = self._band if reach.kernel > 1 else None
+        if prepare is None and history == 0 and band is None:
+            return x_BCTHW, RowPadding(reach.above, reach.below)
+        window = self._window(owner, x_BCTHW, history=history, reach=reach, band=band)
+        rows = slice(window.top, window.top + x_BCTHW.shape[3])
+        inner = window.whole[:, :, history:, rows]
+        if prepare is None:
+            inner.copy_(x_BCTHW)
+        else:
+            prepare(x_BCTHW, out=inner)
+        if history:
+            self._remember(owner, window.whole[:, :, :, rows], history)
+        if band is None:
+            return window.whole, RowPadding(reach.above, reach.below)
+        return self._consume(owner, window.whole, reach, band), RowPadding(0, 0)
+
+    def align(self, owner: nn.Module, x_BCTHW: Tensor, rows: int) -> Tensor:
+        """The next `rows` rows of x; what is left waits for the next band."""
+        if self._band is None:
+            return super().align(owner, x_BCTHW, rows)
+        x_BCTHW = self._with_pending(("align", owner), x_BCTHW)
+        if x_BCTHW.shape[3] < rows or (self._band.last and x_BCTHW.shape[3] != rows):
+            raise InternalError(f"two branches of {type(owner).__name__} have {x_BCTHW.shape[3]} and {rows} rows")
+        self._keep(("align", owner), x_BCTHW[:, :, :, rows:])
+        return x_BCTHW[:, :, :, :rows]
+
+    def whole_groups(self, owner: nn.Module, x_BCTHW: Tensor, group: int) -> Tensor:
+        """The rows of x, with those that waited, that complete groups of `group` rows; the rest waits."""
+        if self._band is None:
+            return x_BCTHW
+        x_BCTHW = self._with_pending(("group", owner), x_BCTHW)
+        count = x_BCTHW.shape[3] // group * group
+        self._keep(("group", owner), x_BCTHW[:, :, :, count:])
+        return x_BCTHW[:, :, :, :count]
+
+    def by_rows(self, x_BCTHW: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """network(x) in bands; the rows that come out of each are put together."""
+        height = x_BCTHW.shape[3]
+        if self._rows_per_band is None or self._rows_per_band >= height:
+            return network(x_BCTHW)
+        starts = range(0, height, self._rows_per_band)
+        parts = []
+        for index, start in enumerate(starts):
+            self._band = Band(index, first=index == 0, last=index == len(starts) - 1)
+            parts.append(network(x_BCTHW[:, :, :, start : start + self._rows_per_band]))
+        self._band = None
+        if self._pending:
+            raise InternalError(f"{len(self._pending)} layers were left with rows that nobody asked for")
+        return torch.cat(parts, dim=3)
+
+    def _window(self, owner: nn.Module, x_BCTHW: Tensor, *, history: int, reach: Reach, band: Band | None) -> "_Window":
+        """A buffer with place for x, and all that surrounds it written: past frames, rows above, zero rows."""
+        b, c, t, h, w = x_BCTHW.shape
+        above = self._pending.pop(owner, None) if band else None
+        top = 0 if band is None else reach.above if band.first else 0 if above is None else above.shape[3]
+        bottom = reach.below if band and band.last else 0
+        whole = self._buffer((b, c, history + t, top + h + bottom, w), x_BCTHW)
+        if history:
+            tail = self._tails.get(self._key(owner))
+            past = whole[:, :, :history, top : top + h]
+            if tail is None:
+                past.zero_()
+            else:
+                past.copy_(tail)
+        if above is not None:
+            whole[:, :, :, :top].copy_(above)
+        elif top:
+            whole[:, :, :, :top].zero_()
+        if bottom:
+            whole[:, :, :, top + h :].zero_()
+        return _Window(whole, top)
+
+    def _consume(self, owner: nn.Module, whole: Tensor, reach: Reach, band: Band) -> Tensor:
+        """The rows that a whole number of steps of the kernel covers; the rows needed again are kept."""
+        steps = max(0, (whole.shape[3] - reach.kernel) // reach.stride + 1)
+        used = steps * reach.stride
+        if not band.last:
+            self._keep(owner, whole[:, :, :, used:])
+        return whole[:, :, :, : used + reach.kernel - reach.stride if steps else 0]
+
+    def _remember(self, owner: nn.Module, x_BCTHW: Tensor, history: int) -> None:
+        key = self._key(owner)
+        tail = self._tails.get(key)
+        if tail is None:
+            self._tails[key] = x_BCTHW[:, :, -history:].clone()
+        else:
+            tail.copy_(x_BCTHW[:, :, -history:])
+
+    def _key(self, owner: nn.Module) -> object:
+        return owner if self._band is None else (owner, self._band.number)
+
+    def _keep(self, key: object, x_BCTHW: Tensor) -> None:
+        if x_BCTHW.shape[3]:
+            self._pending[key] = x_BCTHW.clone()
+
+    def _with_pending(self, key: object, x_BCTHW: Tensor) -> Tensor:
+        waiting = self._pending.pop(key, None)
+        return x_BCTHW if waiting is None else torch.cat([waiting, x_BCTHW], dim=3)
+
+    def _buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for one window at a time: the convolution that asked is done before the next one asks."""
+        b, c, t, h, w = shape
+        size = b * c * t * h * w
+        if self._scratch is None or self._scratch.numel() < size or self._scratch.dtype != like.dtype:
+            self._scratch = None  # before the larger one is made
+            self._scratch = like.new_empty(size)
+        flat = self._scratch[:size]
+        if self._channels_last:
+            return flat.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+        return flat.view(b, c, t, h, w)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """How a video passes through the VAE: latent frames at a time, and rows of the input per band (None: all).
+
+    `buffers` False is the plain way of `CausalState`, which knows no bands.
+    """
+
+    steps: int = 1
+    rows: int | None = None
+    channels_last: bool = False
+    buffers: bool = True
+
+    def state(self) -> CausalState:
+        """The state of a video's beginning."""
+        if not self.buffers:
+            return CausalState()
+        return BandState(rows=self.rows, channels_last=self.channels_last)
+
+    def __str__(self) -> str:
+        pictures = "whole pictures" if self.rows is None else f"bands of {self.rows} rows"
+        return f"{self.steps} latent frame{'s' if self.steps > 1 else ''} at a time, {pictures}"
+
+
+class _Window(NamedTuple):
+    """A buffer, and the row of it at which the input begins."""
+
+    whole: Tensor
+    top: int

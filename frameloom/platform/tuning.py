@@ -1,0 +1,81 @@
+"""Chooses between ways to compute the same thing by timing them here, and remembers the answer in the cache folder."""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform as host
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from frameloom.platform.device import cpu_flags, timed
+from frameloom.settings import LOGGER_NAME, cache_folder
+
+log = logging.getLogger(LOGGER_NAME)
+_ROUNDS = 3
+
+
+class Tuner:
+    """Timed choices of one machine, in one JSON file. A file that cannot be read or written costs time, not the run."""
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self._path = (folder or cache_folder()) / f"choices-{_machine(device)}.json"
+        self._known = _read(self._path)
+        self._fresh = 0
+
+    def best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
+        """The name of the fastest way; what `prepare` gives is timed in turns once per `key` and names."""
+        full_key = f"{key} | {' '.join(sorted(names))}"
+        found = self._known.get(full_key)
+        if isinstance(found, str) and found in names:
+            return found
+        chosen = min(self._seconds(prepare()).items(), key=lambda item: item[1])[0]
+        self._known[full_key] = chosen
+        self._fresh += 1
+        return chosen
+
+    def save(self) -> None:
+        """Write what was measured, beside the final name and then renamed."""
+        if not self._fresh:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            known = _read(self._path) | self._known  # another process may have measured meanwhile
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
+                json.dump(known, file, indent=1, sort_keys=True)
+            os.replace(file.name, self._path)
+        except OSError as error:
+            log.warning("measured choices are not kept: %s", error)
+
+    def _seconds(self, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        best = dict.fromkeys(ways, float("inf"))
+        for round_ in range(_ROUNDS + 1):
+            for name, run in ways.items():
+                seconds = timed(run, self.device)
+                if round_:  # the first round warms up
+                    best[name] = min(best[name], seconds)
+        return best
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+@functools.cache
+def _machine(device: torch.device) -> str:
+    """Changes with whatever may change which way is fastest."""
+    parts = [host.machine(), host.system(), torch.__version__]
+    if device.type == "cuda":
+        parts += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
+    else:
+        parts += [device.type, str(torch.get_num_threads()), *sorted(cpu_flags())]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]

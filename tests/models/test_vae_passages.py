@@ -1,0 +1,115 @@
+"""The VAE cut into chunks of frames and bands of rows: the same pictures, and what happens when a row is lost."""
+
+import pytest
+import torch
+from test_wan_vae import KINDS, make_pair, relative_error
+
+from frameloom.errors import RequestError
+from frameloom.models.vae_fast import choose, install
+from frameloom.models.vae_state import BandState, Passage
+from frameloom.ops.registry import Policy
+from frameloom.platform.tuning import Tuner
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def fast_twin(kind: str, tmp_path, **forced: bool):
+    reference, ours = make_pair(kind)
+    choices = choose(ours, Policy(forced=forced), Tuner(torch.device("cpu"), tmp_path))
+    install(ours, choices)
+    return reference, ours, choices
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bands_of_rows_decode_the_same_pixels(kind: str, bands: int) -> None:
+    """In float64 the difference is rounding at 1e-16; in float32 the library sums in other orders for other heights."""
+    reference, ours = make_pair(kind)
+    z = torch.randn(1, ours.spec.z_dim, 3, 7, 5)
+    passage = Passage(rows=-(-7 // bands))
+    assert relative_error(ours.decode(z, passage), reference.decode(z).sample) <= 1e-5
+    ours, z = ours.double(), z.double()
+    assert relative_error(ours.decode(z, passage), ours.decode(z)) <= 1e-14
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_any_length_with_fast_kernels_equal_diffusers(kind: str, steps: int, tmp_path) -> None:
+    reference, ours, choices = fast_twin(kind, tmp_path)
+    z = torch.randn(1, ours.spec.z_dim, 10, 3, 5)
+    passage = Passage(steps=steps, rows=2 if steps % 2 else None, channels_last=choices.channels_last)
+    assert relative_error(ours.decode(z, passage), reference.decode(z).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("way", ["vae.conv_winograd", "vae.conv_winograd_plain", "vae.conv3d_unfold"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_convolution_in_bands_and_whole(kind: str, way: str, tmp_path) -> None:
+    reference, ours, choices = fast_twin(kind, tmp_path, **{way: True})
+    assert way in choices.kernels.values()
+    z = torch.randn(2, ours.spec.z_dim, 3, 5, 4)
+    for rows in (None, 2, 1):
+        video = ours.decode(z, Passage(steps=2, rows=rows, channels_last=True))
+        assert relative_error(video, reference.decode(z).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 35])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bands_of_rows_encode_the_same_latents(kind: str, rows: int, tmp_path) -> None:
+    reference, ours, choices = fast_twin(kind, tmp_path)
+    scale = ours.spec.spatial_scale
+    x = torch.rand(1, 3, 9, 3 * scale, 2 * scale) * 2 - 1
+    expected = reference.encode(x).latent_dist.parameters
+    passage = Passage(steps=2, rows=rows, channels_last=choices.channels_last)
+    assert relative_error(ours.encode(x, passage), expected) <= 1e-5
+
+
+class ForgetfulState(BandState):
+    """Loses row `row` of what layer number `victim` keeps for the next band; `lost` says whether anything was in it."""
+
+    def __init__(self, *, victim: int = -1, row: int = 0) -> None:
+        super().__init__(rows=3, channels_last=False)
+        self.victim, self.row = victim, row
+        self.keys: dict[object, int] = {}
+        self.lost = False
+
+    def _keep(self, key: object, x_BCTHW: torch.Tensor) -> None:
+        number = self.keys.setdefault(key, len(self.keys))
+        if number == self.victim and self.row < x_BCTHW.shape[3]:
+            x_BCTHW = x_BCTHW.clone()
+            self.lost |= bool(x_BCTHW[:, :, :, self.row].any())
+            x_BCTHW[:, :, :, self.row] = 0
+        super()._keep(key, x_BCTHW)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_that_is_kept_can_be_missed(kind: str) -> None:
+    _, ours = make_pair(kind)
+    ours = ours.double()  # so that rounding hides nothing
+    z = torch.randn(1, ours.spec.z_dim, 1, 27, 1, dtype=torch.float64)
+
+    def decode(state: BandState) -> torch.Tensor:
+        return ours.decode_chunk(z, state)
+
+    counting = ForgetfulState()
+    whole = decode(counting)
+    assert relative_error(whole, ours.decode(z)) <= 1e-14
+    layers = len(counting.keys)
+    losses = 0
+    for victim in range(layers):
+        states = [ForgetfulState(victim=victim, row=row) for row in (0, 1)]
+        for state in states:
+            broken = decode(state)
+            assert not state.lost or relative_error(broken, whole) > 1e-9, f"layer {victim} lost row {state.row} unseen"
+        losses += any(state.lost for state in states)
+    assert losses == layers  # the picture is tall enough for the deepest layer to keep rows
+
+
+def test_a_forced_way_that_does_not_apply_is_an_error(tmp_path) -> None:
+    _, ours = make_pair("2.1")
+    ours = ours.double()
+    with pytest.raises(RequestError, match=r"vae.conv_winograd_plain=on is not possible here: it computes in float32"):
+        choose(ours, Policy(forced={"vae.conv_winograd_plain": True}), Tuner(torch.device("cpu"), tmp_path))

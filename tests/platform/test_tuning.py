@@ -1,0 +1,56 @@
+"""Timed choices are made once, kept, and cost nothing but time when they cannot be."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from frameloom.platform.tuning import Tuner
+
+CPU = torch.device("cpu")
+
+
+def ways():
+    return {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
+
+
+def never():
+    pytest.fail("it was measured again")
+
+
+def test_the_fastest_way_is_found_once_and_remembered(tmp_path: Path) -> None:
+    tuner = Tuner(CPU, tmp_path)
+    assert tuner.best("a layer", ["slow", "fast"], ways) == "fast"
+    assert tuner.best("a layer", ["slow", "fast"], never) == "fast"
+    tuner.save()
+    assert Tuner(CPU, tmp_path).best("a layer", ["fast", "slow"], never) == "fast"
+
+
+def test_other_names_or_keys_are_measured_anew(tmp_path: Path) -> None:
+    tuner = Tuner(CPU, tmp_path)
+    tuner.best("a layer", ["slow", "fast"], ways)
+    assert tuner.best("a layer", ["slow"], lambda: {"slow": ways()["slow"]}) == "slow"
+    assert tuner.best("another", ["slow", "fast"], ways) == "fast"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a layer | fast slow": 3}'])
+def test_a_file_that_makes_no_sense_is_measured_over(tmp_path: Path, text: str) -> None:
+    first = Tuner(CPU, tmp_path)
+    first.best("a layer", ["slow", "fast"], ways)
+    first.save()
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    again = Tuner(CPU, tmp_path)
+    assert again.best("a layer", ["slow", "fast"], ways) == "fast"
+    again.save()
+    assert json.loads(path.read_text())["a layer | fast slow"] == "fast"
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    tuner = Tuner(CPU, tmp_path / "file")
+    assert tuner.best("a layer", ["slow", "fast"], ways) == "fast"
+    tuner.save()
+    assert "measured choices are not kept" in caplog.text

@@ -1,0 +1,77 @@
+"""`frameloom verify` keeps its promises, and finds one that is broken."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from frameloom.engine.build import build_engine
+from frameloom.models.vae_rewrites import BUFFERS, VAE_REWRITES
+from frameloom.ops import vae_rewrites as ops
+from frameloom.ops.registry import Policy
+from frameloom.verify import verify, verify_rewrite
+
+CPU = torch.device("cpu")
+
+
+def test_every_promise_is_kept_here() -> None:
+    findings = list(verify())
+    assert {finding.name.split()[0] for finding in findings} == {rewrite.name for rewrite in VAE_REWRITES}
+    assert [finding.name for finding in findings if finding.kept is False] == []
+    assert all(finding.note for finding in findings if finding.kept is None)
+    assert all(finding.speedup > 0 for finding in findings if finding.kept)
+
+
+def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
+    found = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("VAE of")]
+    assert len(found) == 12
+    assert all(finding.kept for finding in found)
+    assert {finding.name.split(", ")[1] for finding in found} == {"decode", "encode"}
+
+
+@pytest.mark.parametrize("rewrite", [ops.PHASES, BUFFERS], ids=lambda rewrite: rewrite.name)
+def test_a_result_that_differs_breaks_the_promise(rewrite) -> None:
+    wrong = dataclasses.replace(rewrite, fast=lambda *a: rewrite.reference(*a) * 1.0001)
+    finding = verify_rewrite(wrong, torch.float32, CPU)
+    assert finding.kept is False
+    assert finding.verdict == "BROKEN"
+
+
+def test_numbers_that_are_none_break_the_promise() -> None:
+    wrong = dataclasses.replace(ops.PHASES, fast=lambda *a: ops.PHASES.reference(*a) * float("nan"))
+    assert verify_rewrite(wrong, torch.float32, CPU).kept is False
+
+
+def test_where_a_rewrite_does_not_apply_the_reason_is_told() -> None:
+    elsewhere = dataclasses.replace(ops.PHASES, refuses=lambda *_: "not on Sundays")
+    finding = verify_rewrite(elsewhere, torch.float32, CPU)
+    assert (finding.kept, finding.verdict, finding.note) == (None, "not here", "not on Sundays")
+
+
+def test_the_command_prints_a_table_and_exits_with_1_when_a_promise_is_broken(run, monkeypatch) -> None:
+    monkeypatch.setattr("frameloom.verify.VAE_REWRITES", (ops.POINTWISE,))
+    code, out, _ = run("verify", "--json")
+    record = json.loads(out)
+    assert (code, record["broken"]) == (0, [])
+    wrong = dataclasses.replace(ops.POINTWISE, fast=lambda *a: ops.POINTWISE.reference(*a) + 1)
+    monkeypatch.setattr("frameloom.verify.VAE_REWRITES", (wrong,))
+    code, out, _ = run("verify")
+    assert code == 1
+    assert "BROKEN" in out
+    assert "2 promises are broken: vae.pointwise_linear float32" in out
+
+
+def test_the_engine_tells_what_it_decided(checkpoint_of) -> None:
+    with build_engine(checkpoint_of(), exactness="bitwise") as engine:
+        told = {decision.name: decision for decision in engine.decisions}
+        assert set(told) == {rewrite.name for rewrite in VAE_REWRITES}
+        assert told["vae.buffers"].used
+        assert not any(decision.used for name, decision in told.items() if name != "vae.buffers")
+        assert "bitwise was asked for" in told["vae.conv_winograd_plain"].reason
+    with build_engine(checkpoint_of()) as engine:
+        assert sum(decision.used for decision in engine.decisions) >= 5
+
+
+def test_the_default_policy_allows_rounding() -> None:
+    assert Policy().exactness == "rounding"
