@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
-from frameloom.models.vae_fast import REFERENCE, without_weights
+from frameloom.models.vae_fast import REFERENCE, prepare, without_weights
 from frameloom.models.vae_rewrites import vae_policy
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import relative_error
@@ -190,6 +190,7 @@ def _our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Te
     vae.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
     fast = make_fast(vae, policy=vae_policy(case.exactness, case.rewrites), budget_bytes=case.memory_bytes)
     plan = fast.planner.decode if case.direction == "decode" else fast.planner.encode
+    prepare(vae.decoder if case.direction == "decode" else vae.encoder)
     passage = next(plan(tuple(x.shape)))
 
     def ours() -> Tensor:

@@ -21,6 +21,9 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        for leaf in args:
+            if isinstance(leaf, torch.Tensor):
+                self._known.add(leaf.untyped_storage())  # a view of what was there before is nothing new
         out = func(*args, **(kwargs or {}))
         for leaf in tree_flatten(out)[0]:
             if isinstance(leaf, torch.Tensor):

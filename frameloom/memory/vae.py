@@ -22,6 +22,9 @@ log = logging.getLogger(LOGGER_NAME)
 _OVERHEAD = 1.1  # workspaces of the libraries and the allocator's rounding, which the prediction does not see
 _SHARE_OF_FREE = 0.6  # of the free memory that a plan may take when nobody set a budget
 _CHUNKS = (4, 2, 1)  # latent frames at a time
+# On a CPU whole pictures are slower than bands, whose activations stay near the caches: benchmarks/results/.
+_CPU_ROWS, _CPU_PIXELS = 16, 8192  # of a band, at least
+_NARROWEST = 8  # rows of a band: the past of the video takes most of the memory then, 1 row would save 3 %
 _FRAME_COPIES = 4  # of a chunk's frames that exist while they are rounded to bytes
 
 
@@ -74,38 +77,43 @@ class VaePlanner:
         height, width = picture_BCHW[2:]
         what = f"the VAE on {width}x{height}" + (" pixels" if encode else " latents")
         budget, whose = self._budget()
-        needed = functools.partial(self.needed, picture_BCHW, steps, encode=encode)
-        chosen, amount = self._first_that_fits(steps, height, needed, budget)
+        scale = 1 if encode else self.spec.spatial_scale
+        chosen, amount = self._first_that_fits(
+            steps,
+            height * scale,
+            width * scale,
+            functools.partial(self.needed, picture_BCHW, steps, encode=encode),
+            budget,
+        )
         if amount > budget:
             raise RequestError(
                 f"{what} needs at least {_amount(amount)} besides its weights, and {whose} is {_amount(budget)}; "
                 f"allow {amount} bytes or more, or ask for a smaller picture"
             )
         log.info("%s: %s; about %s, %s is %s", what, chosen, _amount(amount), whose, _amount(budget))
-        narrower = _narrower(chosen, chosen.rows or height) if self.choices.bands else iter(())
+        narrower = _narrower(chosen, chosen.rows or height * scale) if self.choices.bands else iter(())
         return itertools.chain([chosen], narrower)
 
     def _first_that_fits(
-        self, steps: int, height: int, needed: Callable[[Passage], int], budget: int
+        self, steps: int, height: int, width: int, needed: Callable[[Passage], int], budget: int
     ) -> tuple[Passage, int]:
-        """The passage and its bytes; the narrowest there is, and what it takes, where none fits."""
-        plain = self.choices.passage
-        for chunk in _CHUNKS if self.choices.chunks else (1,):
-            if chunk <= max(1, steps):
-                passage = replace(plain, steps=chunk)
-                amount = needed(passage)
-                if amount <= budget:
-                    return passage, amount
-        if height == 1 or not self.choices.bands:
-            return passage, amount
-        # Memory grows with the rows of a band by a straight line, over what the past of the video takes.
-        half, quarter = -(-height // 2), -(-height // 4)
-        upper, lower = needed(replace(plain, rows=half)), needed(replace(plain, rows=quarter))
-        slope = (upper - lower) / max(1, half - quarter)
-        rows = half if upper <= budget else int(quarter + (budget - lower) / max(1.0, slope) + 1e-6)
-        if rows < 1:
-            return replace(plain, rows=1), round(lower - slope * (quarter - 1))
-        return replace(plain, rows=min(rows, half)), round(lower + slope * (min(rows, half) - quarter))
+        """The passage and its bytes; the narrowest there is, and what it takes, where none fits. Sizes in pixels."""
+        for passage in self._candidates(steps, height, width):
+            amount = needed(passage)
+            if amount <= budget:
+                break
+        return passage, amount
+
+    def _candidates(self, steps: int, height: int, width: int) -> Iterator[Passage]:
+        """Ways for a picture of so many pixels, the fastest first."""
+        plain, widest = self.choices.passage, height
+        if self.choices.bands and self.device.type == "cpu":
+            widest = max(_CPU_ROWS, -(-_CPU_PIXELS // width))
+        rows = None if widest >= height else widest
+        chunks = [chunk for chunk in _CHUNKS if chunk <= max(1, steps)] if self.choices.chunks else [1]
+        yield from (replace(plain, steps=chunk, rows=rows) for chunk in chunks)
+        if self.choices.bands:
+            yield from _narrower(plain, rows or height)
 
     def _budget(self) -> tuple[int, str]:
         if self.budget_bytes is not None:
@@ -114,9 +122,9 @@ class VaePlanner:
 
 
 def _narrower(passage: Passage, rows: int) -> Iterator[Passage]:
-    """Half the band, and half of that, for when memory runs out although the plan fitted."""
-    while rows > 1:
-        rows = -(-rows // 2)
+    """One latent frame at a time in half the band, and half of that."""
+    while rows > _NARROWEST:
+        rows = max(_NARROWEST, -(-rows // 2))
         yield replace(passage, steps=1, rows=rows)
 
 

@@ -5,7 +5,7 @@ Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file aut
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,19 @@ from frameloom.attention.core import Attend, sdpa
 from frameloom.models.vae_state import CausalState, Prepare, Reach, RowPadding
 
 Resampling = Literal["upsample2d", "upsample3d", "downsample2d", "downsample3d"]
-Kernel = Callable[[Tensor, int], Tensor]
-"""A prepared convolution: x with its past in front (and its rows around it, in a band), and the zero rows to add."""
+
+
+class Kernel(Protocol):
+    """A prepared convolution; `tile_rows` rows of its result are computed together."""
+
+    @property
+    def tile_rows(self) -> int:
+        """1 where each row is computed as if it were alone."""
+        ...
+
+    def __call__(self, x_BCTHW: Tensor, pad_rows: int, /) -> Tensor:
+        """Convolve x with its past in front (and, in a band, its rows around it), `pad_rows` zero rows added."""
+        ...
 
 
 class CausalConv3d(nn.Conv3d):
@@ -37,7 +48,8 @@ class CausalConv3d(nn.Conv3d):
     ) -> Tensor:
         """Convolve a chunk (B, C, T, H, W) -> (B, C', T, H, W), after `prepare` if there is one."""
         depth, height, width = self.kernel_size
-        x_BCTHW, pad = state.surround(self, x_BCTHW, history=depth - 1, reach=Reach.same(height), prepare=prepare)
+        reach = Reach.same(height, tile=self.kernel.tile_rows if self.kernel else 1)
+        x_BCTHW, pad = state.surround(self, x_BCTHW, history=depth - 1, reach=reach, prepare=prepare)
         if _is_incomplete(x_BCTHW, pad, height):
             return _no_rows(x_BCTHW, self.out_channels, frames=x_BCTHW.shape[2] - depth + 1, width=x_BCTHW.shape[4])
         if self.kernel is not None:
@@ -175,7 +187,8 @@ class Resample(nn.Module):
         conv = self.conv
         if self.kernel is None:
             x_BCTHW = _upsampled(x_BCTHW, self.resample[0])
-        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=Reach.same(3))
+        reach = Reach.same(3, tile=self.kernel.tile_rows if self.kernel else 1)
+        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=reach)
         if _is_incomplete(x_BCTHW, pad, 3):
             scale = 1 if self.kernel is None else 2
             return _no_rows(x_BCTHW, conv.out_channels, frames=x_BCTHW.shape[2], width=scale * x_BCTHW.shape[4])

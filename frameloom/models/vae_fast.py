@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from frameloom.ops.conv import DirectConv, PhaseUpsampledConv, PointwiseConv, Un
 from frameloom.ops.norm_silu import norm_silu_native, norm_silu_tiled, refuses_native
 from frameloom.ops.registry import Decision, Policy, Rewrite
 from frameloom.ops.triton_norm_silu import norm_silu_triton, refuses_triton
-from frameloom.ops.winograd import PlainWinogradConv, WinogradConv
+from frameloom.ops.winograd import PlainWinogradConv, UpsampledWinogradConv, WinogradConv, bytes_at_points
 from frameloom.platform.tuning import Tuner
 
 Maker = Callable[[Tensor, Tensor | None], Kernel]
@@ -36,8 +37,10 @@ _MAKERS: Mapping[str, Maker] = MappingProxyType(
         ops.WINOGRAD.name: WinogradConv,
         ops.WINOGRAD_PLAIN.name: PlainWinogradConv,
         ops.PHASES.name: PhaseUpsampledConv,
+        ops.UPSAMPLED_WINOGRAD.name: UpsampledWinogradConv,
     }
 )
+_AT_POINTS = (ops.WINOGRAD.name, ops.WINOGRAD_PLAIN.name, ops.UPSAMPLED_WINOGRAD.name)
 _NORMS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = MappingProxyType(
     {
         ops.NORM_SILU_NATIVE.name: norm_silu_native,
@@ -117,10 +120,26 @@ def without_weights(spec: VaeSpec, dtype: torch.dtype, choices: VaeChoices) -> W
     with torch.device("meta"):
         vae = WanVAE(spec).eval().to(dtype)
         install(vae, choices)
+        prepare(vae)
     for module in vae.modules():
         if isinstance(module, AttentionBlock):
             module.attend = _nothing  # torch's attention on the meta device makes scores that the real one never holds
     return vae
+
+
+def prepare(part: nn.Module) -> None:
+    """Bring the kernels of the encoder, the decoder or both into the form they compute with; else their first use does.
+
+    Until then a kernel that changes the form of its weights holds the smaller one: call this before memory is planned.
+    """
+    for module in part.modules():
+        if isinstance(module, CausalConv3d | Resample) and isinstance(module.kernel, _Prepares):
+            module.kernel.prepare()
+
+
+@runtime_checkable
+class _Prepares(Protocol):
+    def prepare(self) -> None: ...
 
 
 def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
@@ -150,14 +169,14 @@ def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: i
     for name, (module, shape, pad_rows) in _inputs(vae).items():
         conv = module.conv if isinstance(module, Resample) else module
         assert isinstance(conv, nn.Conv2d | nn.Conv3d)
-        winograd = 4 * conv.weight.numel() * 4  # four times as many, in float32
+        winograd = bytes_at_points(conv.weight)
         ways = _ways(module, conv.weight, policy, allow_winograd=winograd <= budget)
         if not ways:
             continue
         key = f"{conv.in_channels}>{conv.out_channels} {tuple(conv.kernel_size)} {tuple(shape)} {conv.weight.dtype}"
         prepare = functools.partial(_runs, conv, shape, pad_rows, ways)
         best = ways[0] if len(ways) == 1 else tuner.best(key, ways, prepare)
-        budget -= winograd if best in (ops.WINOGRAD.name, ops.WINOGRAD_PLAIN.name) else 0
+        budget -= winograd if best in _AT_POINTS else 0
         if best in _MAKERS:
             chosen[name] = best
     tuner.save()
@@ -168,18 +187,22 @@ _PLAIN = "plain"  # of an upsampler: doubling and convolution one after the othe
 
 
 def _ways(module: nn.Module, weight: Tensor, policy: Policy, *, allow_winograd: bool) -> list[str]:
-    """Names of the rewrites that may compute a module; the one that was insisted on, alone, if there is one."""
+    """Names of the rewrites that may compute a module, for the tuner; the one that was insisted on, alone.
+
+    A matrix product sums a row of the picture in the same order whatever the height of the band: where there is one
+    that is as fast as any, nothing else is tried.
+    """
+
+    def able(*candidates: Rewrite) -> list[str]:
+        allowed = [r for r in candidates if policy.refuses(r) is None and r.refuses(None, weight) is None]
+        insisted = [r.name for r in allowed if policy.insists(r) and r is not ops.CHANNELS_LAST]
+        return insisted[:1] or [r.name for r in allowed]
+
+    at_points = [ops.WINOGRAD, ops.WINOGRAD_PLAIN] if allow_winograd else []
     if isinstance(module, Resample):
-        candidates = [ops.PHASES]
-    elif set(weight.shape[2:]) == {1}:
-        candidates = [ops.POINTWISE, ops.CHANNELS_LAST]
-    else:
-        candidates = [ops.CHANNELS_LAST, ops.UNFOLDED, *([ops.WINOGRAD, ops.WINOGRAD_PLAIN] if allow_winograd else [])]
-    able = [r for r in candidates if policy.refuses(r) is None and r.refuses(None, weight) is None]
-    insisted = [r.name for r in able if policy.insists(r) and r is not ops.CHANNELS_LAST]
-    if insisted:
-        return insisted[:1]
-    return [r.name for r in able] + ([_PLAIN] if isinstance(module, Resample) else [])
+        fixed = [] if policy.insists(ops.PHASES) or not allow_winograd else able(ops.UPSAMPLED_WINOGRAD)
+        return fixed or [*able(ops.PHASES), *([] if policy.insists(ops.PHASES) else [_PLAIN])]
+    return able(ops.POINTWISE) or able(ops.CHANNELS_LAST, ops.UNFOLDED, *at_points)
 
 
 def _runs(
@@ -200,9 +223,9 @@ def _inputs(vae: WanVAE) -> dict[str, tuple[nn.Module, torch.Size, int]]:
     seen: dict[str, tuple[torch.Size, int]] = {}
     for name, module in twin.named_modules():
         if isinstance(module, CausalConv3d):
-            module.kernel = _recorder(seen, name, DirectConv(module.weight, module.bias))
+            module.kernel = _Recorder(seen, name, DirectConv(module.weight, module.bias))
         elif isinstance(module, Resample) and module.mode.startswith("upsample"):
-            module.kernel = _recorder(seen, name, UpsampledConv(module.conv.weight, module.conv.bias))
+            module.kernel = _Recorder(seen, name, UpsampledConv(module.conv.weight, module.conv.bias))
     spec, dtype = vae.spec, next(vae.parameters()).dtype
     rows, columns = _PICTURE
     state = BandState()
@@ -216,12 +239,19 @@ def _inputs(vae: WanVAE) -> dict[str, tuple[nn.Module, torch.Size, int]]:
     return {name: (modules[name], *seen[name]) for name in seen}
 
 
-def _recorder(seen: dict[str, tuple[torch.Size, int]], name: str, kernel: Kernel) -> Kernel:
-    def record(x_BCTHW: Tensor, pad_rows: int) -> Tensor:
-        seen[name] = (x_BCTHW.shape, pad_rows)
-        return kernel(x_BCTHW, pad_rows)
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    """A kernel that notes what it is given."""
 
-    return record
+    seen: dict[str, tuple[torch.Size, int]]
+    name: str
+    kernel: Kernel
+    tile_rows: int = 1
+
+    def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
+        """As the kernel."""
+        self.seen[self.name] = (x_BCTHW.shape, pad_rows)
+        return self.kernel(x_BCTHW, pad_rows)
 
 
 def _choose_norm(policy: Policy, weight: Tensor) -> tuple[str | None, list[Decision]]:
@@ -249,11 +279,14 @@ def _tell(policy: Policy, kernels: Mapping[str, str], weight: Tensor) -> list[De
     """One decision per rewrite of convolutions."""
     counts = Counter(kernels.values())
     told = [Decision(name=ops.CHANNELS_LAST.name, used=True, reason="the layout of all activations")]
-    for rewrite in (ops.POINTWISE, ops.UNFOLDED, ops.WINOGRAD, ops.WINOGRAD_PLAIN, ops.PHASES):
+    upsamplers = (ops.PHASES, ops.UPSAMPLED_WINOGRAD)
+    for rewrite in (ops.POINTWISE, ops.UNFOLDED, ops.WINOGRAD, ops.WINOGRAD_PLAIN, *upsamplers):
         if count := counts[rewrite.name]:
             told.append(Decision(name=rewrite.name, used=True, reason=f"{count} layers"))
         else:
-            refusal = policy.refuses(rewrite) or rewrite.refuses(None, weight.new_empty(1, 1, 3, 3, 3))
+            refusal = policy.refuses(rewrite) or rewrite.refuses(
+                None, weight.new_empty((1, 1, 3, 3) if rewrite in upsamplers else (1, 1, 3, 3, 3))
+            )
             told.append(_off(policy, rewrite, refusal or "slower here in every layer, or no memory for it"))
     return told
 

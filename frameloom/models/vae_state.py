@@ -8,7 +8,8 @@ Shapes: B batch, C channels, T frames, H rows (height), W width. Two states, one
   twice, nothing is blended, and every row is the one that the whole picture would have given.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,17 +20,21 @@ from frameloom.errors import InternalError
 
 
 class Reach(NamedTuple):
-    """How a convolution walks over rows: kernel height, stride, and the zero rows above and below the picture."""
+    """How a convolution walks over rows: kernel height, stride, and the zero rows above and below the picture.
+
+    `tile` rows are computed together, and a band ends between tiles: they lie where those of the whole picture lie.
+    """
 
     kernel: int
     stride: int = 1
     above: int = 0
     below: int = 0
+    tile: int = 1
 
     @classmethod
-    def same(cls, kernel: int) -> "Reach":
+    def same(cls, kernel: int, *, tile: int = 1) -> "Reach":
         """As many rows out as in."""
-        return cls(kernel, 1, kernel // 2, kernel // 2)
+        return cls(kernel, 1, kernel // 2, kernel // 2, tile)
 
 
 class RowPadding(NamedTuple):
@@ -45,6 +50,10 @@ class Prepare(Protocol):
     def __call__(self, x_BCTHW: Tensor, /, *, out: Tensor | None = None) -> Tensor:
         """Return the prepared x, in `out` where one is given."""
         ...
+
+
+Stage = Callable[[Tensor], Tensor]
+"""Part of a network through which the rows of a picture may pass in bands."""
 
 
 class CausalState:
@@ -86,13 +95,15 @@ class CausalState:
         """The rows of x that complete groups of `group` rows; whole pictures always do."""
         return x_BCTHW
 
-    def by_rows(self, x_BCTHW: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """network(x), in as many bands as the state is made for."""
-        return network(x_BCTHW)
+    def by_rows(self, x_BCTHW: Tensor, stages: Sequence[Stage]) -> Tensor:
+        """x through one stage after the other, in bands if the state is made for them."""
+        for stage in stages:
+            x_BCTHW = stage(x_BCTHW)
+        return x_BCTHW
 
 
 class Band(NamedTuple):
-    """Which part of a picture passes: its number, and whether the picture begins or ends with it."""
+    """Which part of a picture passes a stage: its number, and whether the picture begins or ends with it."""
 
     number: int
     first: bool
@@ -102,7 +113,7 @@ class Band(NamedTuple):
 class BandState(CausalState):
     """Whole pictures or bands of rows, through buffers that are written once; for inference only.
 
-    `rows`: how many rows of the input of `by_rows` make a band; None passes whole pictures. `channels_last`: the memory
+    `rows`: how many rows a stage of `by_rows` is given at most; None passes whole pictures. `channels_last`: the memory
     order of what is given to the convolutions.
     """
 
@@ -153,20 +164,33 @@ class BandState(CausalState):
         self._keep(("group", owner), x_BCTHW[:, :, :, count:])
         return x_BCTHW[:, :, :, :count]
 
-    def by_rows(self, x_BCTHW: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """network(x) in bands; the rows that come out of each are put together."""
-        height = x_BCTHW.shape[3]
-        if self._rows_per_band is None or self._rows_per_band >= height:
-            return network(x_BCTHW)
-        starts = range(0, height, self._rows_per_band)
-        parts = []
-        for index, start in enumerate(starts):
-            self._band = Band(index, first=index == 0, last=index == len(starts) - 1)
-            parts.append(network(x_BCTHW[:, :, :, start : start + self._rows_per_band]))
+    def by_rows(self, x_BCTHW: Tensor, stages: Sequence[Stage]) -> Tensor:
+        """x through the stages in bands; the rows that come out of the last one are put together."""
+        if self._rows_per_band is None:
+            return super().by_rows(x_BCTHW, stages)
+        parts = list(self._flow(x_BCTHW, stages, [itertools.count() for _ in stages], last=True))
         self._band = None
         if self._pending:
             raise InternalError(f"{len(self._pending)} layers were left with rows that nobody asked for")
         return torch.cat(parts, dim=3)
+
+    def _flow(
+        self, x_BCTHW: Tensor, stages: Sequence[Stage], numbers: Sequence[Iterator[int]], *, last: bool
+    ) -> Iterator[Tensor]:
+        """What comes out of the stages for x, the next rows of the first one's input (`last`: there are no more).
+
+        Each stage's rows go on before it is given more, cut again if they have become too many.
+        """
+        if not stages:
+            yield x_BCTHW
+            return
+        assert self._rows_per_band is not None
+        height, size = x_BCTHW.shape[3], self._rows_per_band
+        for start in range(0, height, size):
+            number, ends = next(numbers[0]), last and start + size >= height
+            self._band = Band(number, first=number == 0, last=ends)
+            rows = stages[0](x_BCTHW[:, :, :, start : start + size])
+            yield from self._flow(rows, stages[1:], numbers[1:], last=ends)
 
     def _window(self, owner: nn.Module, x_BCTHW: Tensor, *, history: int, reach: Reach, band: Band | None) -> "_Window":
         """A buffer with place for x, and all that surrounds it written: past frames, rows above, zero rows."""
@@ -191,8 +215,9 @@ class BandState(CausalState):
         return _Window(whole, top)
 
     def _consume(self, owner: nn.Module, whole: Tensor, reach: Reach, band: Band) -> Tensor:
-        """The rows that a whole number of steps of the kernel covers; the rows needed again are kept."""
+        """The rows that a whole number of the kernel's steps and tiles covers; the rows needed again are kept."""
         steps = max(0, (whole.shape[3] - reach.kernel) // reach.stride + 1)
+        steps -= 0 if band.last else steps % reach.tile
         used = steps * reach.stride
         if not band.last:
             self._keep(owner, whole[:, :, :, used:])
@@ -232,7 +257,7 @@ class BandState(CausalState):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passage:
-    """How a video passes through the VAE: latent frames at a time, and rows of the input per band (None: all).
+    """How a video passes through the VAE: latent frames at a time, and rows per band at most (None: whole pictures).
 
     `buffers` False is the plain way of `CausalState`, which knows no bands.
     """

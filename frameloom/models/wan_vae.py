@@ -4,6 +4,7 @@ Shapes: B batch, C colour channels, T frames, H height, W width; z has Z latent 
 Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file autoencoder_kl_wan.py (Diffusers).
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -126,15 +127,10 @@ class Encoder(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """(B, C, T, H, W) -> (B, 2Z, T', H', W')."""
-        h = self.mid_block(state.by_rows(x_BCTHW, lambda rows: self._down(rows, state)), state)
+        stages = [functools.partial(stage, state=state) for stage in (self.conv_in, *self.down_blocks)]
+        h = self.mid_block(state.by_rows(x_BCTHW, stages), state)
         out: Tensor = self.conv_out(h, state, prepare=self.norm_out.then_silu)
         return out
-
-    def _down(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
-        h: Tensor = self.conv_in(x_BCTHW, state)
-        for block in self.down_blocks:
-            h = block(h, state)
-        return h
 
 
 class Decoder(nn.Module):
@@ -160,13 +156,9 @@ class Decoder(nn.Module):
     def forward(self, z_BZTHW: Tensor, state: CausalState) -> Tensor:
         """(B, Z, T', H', W') -> (B, C, T, H, W), not clamped."""
         h = self.mid_block(self.conv_in(z_BZTHW, state), state)
-        return state.by_rows(h, lambda rows: self._up(rows, state))
-
-    def _up(self, h_BCTHW: Tensor, state: CausalState) -> Tensor:
-        for block in self.up_blocks:
-            h_BCTHW = block(h_BCTHW, state)
-        out: Tensor = self.conv_out(h_BCTHW, state, prepare=self.norm_out.then_silu)
-        return out
+        stages = [functools.partial(stage, state=state) for stage in self.up_blocks]
+        out = functools.partial(self.conv_out, state=state, prepare=self.norm_out.then_silu)
+        return state.by_rows(h, [*stages, out])
 
 
 class UpStage(nn.Module):

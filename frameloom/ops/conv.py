@@ -15,6 +15,8 @@ _UNFOLDED_BYTES = 64 << 20  # the copy that an unfolded convolution works on; mo
 class DirectConv:
     """Torch's own convolution, its weight in channels-last order so that nothing is reordered per call."""
 
+    tile_rows = 1
+
     def __init__(self, weight_OCTHW: Tensor, bias_O: Bias) -> None:
         self.weight = weight_OCTHW.detach().contiguous(memory_format=torch.channels_last_3d)
         self.bias = None if bias_O is None else bias_O.detach()
@@ -25,15 +27,22 @@ class DirectConv:
 
 
 class PointwiseConv:
-    """A 1x1x1 convolution as a matrix product over channels, for channels-last x."""
+    """A (Kt, 1, 1) convolution as a matrix product over the channels of all time taps, for channels-last x."""
+
+    tile_rows = 1
 
     def __init__(self, weight_OCTHW: Tensor, bias_O: Bias) -> None:
-        self.weight = weight_OCTHW.detach().flatten(1)
+        self.taps = weight_OCTHW.shape[2]
+        self.weight = weight_OCTHW.detach()[..., 0, 0].transpose(1, 2).flatten(1)  # (O, taps * C)
         self.bias = None if bias_O is None else bias_O.detach()
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
-        """(B, C, T, H, W) -> (B, O, T, H, W)."""
-        return F.linear(x_BCTHW.permute(0, 2, 3, 4, 1), self.weight, self.bias).permute(0, 4, 1, 2, 3)
+        """(B, C, T, H, W) -> (B, O, T - Kt + 1, H, W)."""
+        last = x_BCTHW.permute(0, 2, 3, 4, 1)
+        frames = last.shape[1] - self.taps + 1
+        if self.taps > 1:
+            last = torch.cat([last[:, k : k + frames] for k in range(self.taps)], dim=-1)
+        return F.linear(last, self.weight, self.bias).permute(0, 4, 1, 2, 3)
 
 
 class UnfoldedConv:
@@ -41,6 +50,8 @@ class UnfoldedConv:
 
     The copy that this needs is made for a few frames at a time. Where 2D convolutions are faster than 3D ones.
     """
+
+    tile_rows = 1
 
     def __init__(self, weight_OCTHW: Tensor, bias_O: Bias) -> None:
         self.taps = weight_OCTHW.shape[2]
@@ -70,6 +81,8 @@ class UnfoldedConv:
 class UpsampledConv:
     """Nearest-neighbour doubling of rows and columns, then a 3x3 convolution, frame by frame."""
 
+    tile_rows = 1
+
     def __init__(self, weight_OCHW: Tensor, bias_O: Bias) -> None:
         self.weight = weight_OCHW.detach().contiguous(memory_format=torch.channels_last)
         self.bias = None if bias_O is None else bias_O.detach()
@@ -87,23 +100,27 @@ class UpsampledConv:
 class PhaseUpsampledConv:
     """The same on the small picture: each of the four pixels that come of one sees only 2x2 of its neighbours.
 
-    9 taps become 4 with added weights (Shi et al., arXiv:1609.07009, for the phases). One 2x2 convolution computes all
+    9 taps become 4 with added weights (Shi et al., arXiv:1609.07009, for the phases). One matrix product computes all
     four phases at every corner between pixels, and each phase takes the corner it needs.
     """
+
+    tile_rows = 1
 
     def __init__(self, weight_OCHW: Tensor, bias_O: Bias) -> None:
         wide = weight_OCHW.detach().double()
         phases = torch.stack([_fold(_fold(wide, -2, i), -1, j) for i in (0, 1) for j in (0, 1)])  # (4, O, C, 2, 2)
         self.channels = weight_OCHW.shape[0]
-        self.weight = phases.flatten(0, 1).to(weight_OCHW.dtype).contiguous(memory_format=torch.channels_last)
+        self.weight = phases.flatten(0, 1).permute(0, 2, 3, 1).flatten(1).to(weight_OCHW.dtype)  # (4 * O, 4 * C)
         self.bias = None if bias_O is None else bias_O.detach().repeat(4)
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
         """(B, C, T, H, W) -> (B, O, T, 2H, 2W); with pad_rows 0 the first and last row of x are neighbours only."""
         batch, _, frames, _, width = x_BCTHW.shape
-        corners = F.conv2d(x_BCTHW.transpose(1, 2).flatten(0, 1), self.weight, self.bias, padding=(pad_rows, 1))
-        height = corners.shape[2] - 1
-        corners = corners.permute(0, 2, 3, 1).reshape(-1, height + 1, width + 1, 2, 2, self.channels)
+        padded = F.pad(x_BCTHW.permute(0, 2, 3, 4, 1).flatten(0, 1), (0, 0, 1, 1, pad_rows, pad_rows))
+        height = padded.shape[1] - 2
+        around = [padded[:, i : i + height + 1, j : j + width + 1] for i in (0, 1) for j in (0, 1)]
+        corners = F.linear(torch.cat(around, dim=-1), self.weight, self.bias)
+        corners = corners.view(-1, height + 1, width + 1, 2, 2, self.channels)
         out = corners.new_empty(batch, frames, height, 2, width, 2, self.channels)
         flat = out.flatten(0, 1)
         for i in (0, 1):

@@ -31,6 +31,8 @@ _SIGNATURES = {
     "frameloom_norm_silu": (_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT, _INT),
     "frameloom_winograd_input": (_POINTER, *(_INT,) * 9, _POINTER),
     "frameloom_winograd_output": (_POINTER, _POINTER, *(_INT,) * 5, _POINTER, *(_INT,) * 3),
+    "frameloom_upsample_input": (_POINTER, *(_INT,) * 9, _POINTER),
+    "frameloom_upsample_output": (_POINTER, _POINTER, *(_INT,) * 5, _POINTER, *(_INT,) * 3),
 }
 
 

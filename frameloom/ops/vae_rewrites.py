@@ -67,6 +67,10 @@ def _needs_float32(weight: Tensor) -> str | None:
     return f"weights that were added are rounded again, in {weight.dtype} by more than the class allows"
 
 
+def _not_one_pixel(weight: Tensor) -> str | None:
+    return None if weight.ndim == 5 and set(weight.shape[3:]) == {1} else "the kernel sees more than one pixel"
+
+
 NORM_SILU_TILED = Rewrite(
     name="vae.norm_silu_tiled",
     exactness="rounding",
@@ -113,12 +117,12 @@ CHANNELS_LAST = Rewrite(
 POINTWISE = Rewrite(
     name="vae.pointwise_linear",
     exactness="rounding",
-    replaces="1x1x1 convolutions",
+    replaces="convolutions over one pixel, with one time tap or several",
     reference=_plain,
     fast=_prepared(PointwiseConv),
-    refuses=lambda x, weight, *_: None if set(weight.shape[2:]) == {1} else "the kernel is not 1x1x1",
-    example=_convolution(1, 1, 1),
-    because="the same products, summed by a matrix product",
+    refuses=lambda x, weight, *_: _not_one_pixel(weight),
+    example=_convolution(3, 1, 1),
+    because="the same products, summed by matrix products",
     dtypes=_HALF_AND_SINGLE,
 )
 UNFOLDED = Rewrite(
@@ -135,7 +139,7 @@ UNFOLDED = Rewrite(
 WINOGRAD = Rewrite(
     name="vae.conv_winograd",
     exactness="rounding",
-    replaces="3x3x3 convolutions, with a quarter of the multiplications",
+    replaces="3x3x3 convolutions, with a sixth of the multiplications",
     reference=_plain,
     fast=_prepared(winograd.WinogradConv),
     refuses=lambda x, weight, *_: winograd.refuses(weight),
@@ -164,6 +168,17 @@ PHASES = Rewrite(
     example=_convolution(3, 3),
     because="weights that meet the same pixel are added first, in float64, and rounded once",
 )
+UPSAMPLED_WINOGRAD = Rewrite(
+    name="vae.upsample_winograd",
+    exactness="rounding",
+    replaces="nearest-neighbour doubling followed by a 3x3 convolution, with a quarter of the multiplications",
+    reference=_prepared(UpsampledConv),
+    fast=_prepared(winograd.UpsampledWinogradConv),
+    refuses=lambda x, weight, *_: winograd.refuses_upsampled(weight),
+    example=_convolution(3, 3),
+    because=WINOGRAD.because,
+    dtypes=_HALF_AND_SINGLE,
+)
 OPERATIONS = (
     CHANNELS_LAST,
     POINTWISE,
@@ -171,6 +186,7 @@ OPERATIONS = (
     WINOGRAD,
     WINOGRAD_PLAIN,
     PHASES,
+    UPSAMPLED_WINOGRAD,
     NORM_SILU_TILED,
     NORM_SILU_NATIVE,
     NORM_SILU_TRITON,

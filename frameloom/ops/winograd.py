@@ -1,13 +1,15 @@
 """3x3 convolutions over rows and columns with a quarter of the multiplications: Winograd F(4x4, 3x3).
 
 The picture is cut into tiles of 4x4 outputs; each tile's 6x6 inputs and the kernel are evaluated at 36 points,
-multiplied there, and the products brought back (arXiv:1509.09308). Time taps are accumulated at the points. The points
-are 0, ±5/8, ±3/2 and infinity in each direction: half the rounding error of the usual 0, ±1, ±2, and exact in binary.
-The way there and back is compiled where there is a compiler (`WinogradConv`), else torch's (`PlainWinogradConv`).
+multiplied there, and the products brought back (arXiv:1509.09308). The points are 0, ±5/8, ±3/2 and infinity in each
+direction: half the rounding error of the usual 0, ±1, ±2, and exact in binary. The way there and back is compiled where
+there is a compiler (`WinogradConv`, which does the same over time, too: a sixth of the multiplications), else torch's
+(`PlainWinogradConv`, which adds up the time taps at the points).
 
 Shapes as in ops/conv.py, plus L frames with their past, N tiles, P = 36 points; x without B is one video.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from frameloom.ops.native import address, kernels, native
 TILE = 4
 _A, _B = 0.625, 1.5
 _A2, _B2 = _A * _A, _B * _B
+_CHANNELS_AT_ONCE = 16  # of a kernel on its way to the points, in float64
 _POINTS = (0.0, _A, -_A, _B, -_B)
 
 
@@ -32,77 +35,165 @@ class _Tiles(NamedTuple):
 
 
 class _Winograd(ABC):
-    """A (Kt, 3, 3) convolution of stride 1 on a CPU, computed in float32; subclasses go to the points and back."""
+    """A (Kt, 3, 3) convolution of stride 1 on a CPU, computed in float32; subclasses go to the points and back.
 
-    block_bytes: int  # points of inputs and outputs worked on at a time
+    The weight is brought to the points when it is first needed, and then let go.
+    """
+
+    tile_rows = TILE
+    least_block_bytes: int  # points of inputs and outputs worked on at a time
 
     def __init__(self, weight_OCTHW: Tensor, bias_O: Tensor | None) -> None:
-        self.points = kernel_at_points(weight_OCTHW.detach())  # (Kt, P, C, O)
-        bias = weight_OCTHW.new_zeros(weight_OCTHW.shape[0]) if bias_O is None else bias_O.detach()
+        self._weight: Tensor | None = weight_OCTHW.detach()
+        self.channels, _, self.taps = weight_OCTHW.shape[:3]
+        bias = weight_OCTHW.new_zeros(self.channels) if bias_O is None else bias_O.detach()
         self.bias = bias.float()
+        # The weights are read once per block.
+        self.block_bytes = max(self.least_block_bytes, bytes_at_points(weight_OCTHW) // 2)
+
+    @staticmethod
+    def time_matrix(taps: int) -> Tensor:
+        """(K, taps), float64: what is multiplied for the time taps, each tap by itself here."""
+        return torch.eye(taps, dtype=torch.float64)
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
         """(B, C, T, H, W) -> (B, O, T - Kt + 1, H + 2 pad_rows - 2, W)."""
-        batch, _, length, rows, width = x_BCTHW.shape
-        taps, _, _, channels = self.points.shape
+        return self._videos(x_BCTHW, pad_rows, height=x_BCTHW.shape[3] + 2 * pad_rows - 2, width=x_BCTHW.shape[4])
+
+    def _videos(self, x_BCTHW: Tensor, pad_rows: int, *, height: int, width: int) -> Tensor:
+        batch, _, length = x_BCTHW.shape[:3]
         dtype, x_BCTHW = x_BCTHW.dtype, dense_frames(x_BCTHW.float())
-        out = empty_frames(x_BCTHW, (batch, channels, length - taps + 1, rows + 2 * pad_rows - 2, width))
+        out = empty_frames(x_BCTHW, (batch, self.channels, length - self.taps + 1, height, width))
         for x_CTHW, out_CTHW in zip(x_BCTHW, out, strict=True):
             self._one(x_CTHW, out_CTHW, pad_rows)
         return out.to(dtype)
 
+    @functools.cached_property
+    def points(self) -> Tensor:
+        """The weight at the points, (K, P, C, O), float32."""
+        weight, self._weight = self._weight, None
+        assert weight is not None, "the points of a kernel were thrown away"
+        return kernel_at_points(weight, self.time_matrix(self.taps))
+
+    def prepare(self) -> None:
+        """Bring the weight to the points now."""
+        self.points  # noqa: B018  # computed when it is first read
+
     def _one(self, x_CTHW: Tensor, out_CTHW: Tensor, pad_rows: int) -> None:
-        taps, _, in_channels, channels = self.points.shape
-        length, (frames, height, width) = x_CTHW.shape[1], out_CTHW.shape[1:]
+        height, width = out_CTHW.shape[2:]
         columns, last = -(-width // TILE), -(-height // TILE)
-        per_row = 36 * 4 * columns * (length * in_channels + frames * channels)
+        per_row = 4 * columns * self._numbers_per_tile(x_CTHW.shape[0], out_CTHW.shape[0], out_CTHW.shape[1])
         at_once = max(1, min(last, self.block_bytes // max(1, per_row)))
         for first in range(0, last, at_once):
-            tiles = _Tiles(first, min(at_once, last - first), columns)
-            count = tiles.rows * columns
-            points = x_CTHW.new_empty(36, length, count, in_channels)
-            product = x_CTHW.new_empty(36, frames * count, channels)
-            if x_CTHW.is_meta:  # memory is being planned
-                continue
-            self._to_points(x_CTHW, points, pad_rows, tiles)
-            for k in range(taps):
-                shifted = points[:, k : k + frames].flatten(1, 2)
-                product.baddbmm_(shifted, self.points[k], beta=min(k, 1))
-            self._from_points(product, out_CTHW, tiles)
+            self._some(x_CTHW, out_CTHW, pad_rows, _Tiles(first, min(at_once, last - first), columns))
 
     @abstractmethod
-    def _to_points(self, x_CTHW: Tensor, points_PLNC: Tensor, pad_rows: int, tiles: _Tiles) -> None:
-        """Evaluate the inputs of some tiles; pixels outside of the picture are zero."""
+    def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
+        """How many numbers inputs and outputs have at the points, per tile."""
 
     @abstractmethod
-    def _from_points(self, points_PNO: Tensor, out_CTHW: Tensor, tiles: _Tiles) -> None:
-        """Interpolate the outputs of some tiles and add the bias."""
+    def _some(self, x_CTHW: Tensor, out_CTHW: Tensor, pad_rows: int, tiles: _Tiles) -> None:
+        """Compute the outputs of some tiles; pixels outside of the picture are zero."""
 
 
 class WinogradConv(_Winograd):
-    """With compiled ways to the points and back."""
+    """3x3x3 with compiled ways to the points and back, and F(2, 3) over time: pairs of frames at four points of time.
 
-    block_bytes = 24 << 20
+    An odd last frame needs three of them, which cost what three time taps cost.
+    """
 
-    def _to_points(self, x_CTHW: Tensor, points_PLNC: Tensor, pad_rows: int, tiles: _Tiles) -> None:
-        channels, length, height, width = x_CTHW.shape
-        kernels().frameloom_winograd_input(
-            address(x_CTHW), x_CTHW.stride(1), height, width, channels, pad_rows, tiles.first, length, tiles.rows,
-            tiles.columns, address(points_PLNC),
-        )  # fmt: skip
+    least_block_bytes = 24 << 20
 
-    def _from_points(self, points_PNO: Tensor, out_CTHW: Tensor, tiles: _Tiles) -> None:
+    @staticmethod
+    def time_matrix(taps: int) -> Tensor:
+        """Three taps at the points 0, 1, -1 and infinity."""
+        assert taps == 3, "chosen without asking `refuses`"
+        return torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+
+    def _some(self, x_CTHW: Tensor, out_CTHW: Tensor, pad_rows: int, tiles: _Tiles) -> None:
+        in_channels, _, in_height, _ = x_CTHW.shape
         channels, frames, height, width = out_CTHW.shape
+        count = tiles.rows * tiles.columns
+        three, fourth = 3 * 36 * -(-frames // 2) * count, 36 * (frames // 2) * count
+        points, product = x_CTHW.new_empty(three + fourth, in_channels), x_CTHW.new_empty(three + fourth, channels)
+        if x_CTHW.is_meta:  # memory is being planned
+            return
+        kernels().frameloom_winograd_input(
+            address(x_CTHW), x_CTHW.stride(1), in_height, width, in_channels, pad_rows, tiles.first, frames, tiles.rows,
+            tiles.columns, address(points),
+        )  # fmt: skip
+        weights, result = self.points.flatten(0, 1), product[:three].view(3 * 36, -1, channels)
+        torch.bmm(points[:three].view(3 * 36, -1, in_channels), weights[: 3 * 36], out=result)
+        if fourth:
+            result = product[three:].view(36, -1, channels)
+            torch.bmm(points[three:].view(36, -1, in_channels), weights[3 * 36 :], out=result)
         kernels().frameloom_winograd_output(
-            address(points_PNO), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
+            address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
             address(out_CTHW), out_CTHW.stride(1), height, width,
         )  # fmt: skip
+
+    def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
+        return 36 * (3 * -(-frames // 2) + frames // 2) * (in_channels + channels)
+
+
+class UpsampledWinogradConv(_Winograd):
+    """Nearest-neighbour doubling of rows and columns, then a 3x3 convolution, compiled as `WinogradConv` is.
+
+    The doubled picture is never written: the way to the points reads every pixel of the small one twice.
+    """
+
+    tile_rows = TILE // 2
+    least_block_bytes = 24 << 20
+
+    def __init__(self, weight_OCHW: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__(weight_OCHW.unsqueeze(2), bias_O)
+
+    def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
+        """(B, C, T, H, W) -> (B, O, T, 2H, 2W); with pad_rows 0 the first and last row of x are neighbours only."""
+        height, width = x_BCTHW.shape[3:]
+        return self._videos(x_BCTHW, pad_rows, height=2 * (height if pad_rows else height - 2), width=2 * width)
+
+    def _some(self, x_CTHW: Tensor, out_CTHW: Tensor, pad_rows: int, tiles: _Tiles) -> None:
+        in_channels, frames, in_height, in_width = x_CTHW.shape
+        channels, _, height, width = out_CTHW.shape
+        count = frames * tiles.rows * tiles.columns
+        points, product = x_CTHW.new_empty(36, count, in_channels), x_CTHW.new_empty(36, count, channels)
+        if x_CTHW.is_meta:  # memory is being planned
+            return
+        kernels().frameloom_upsample_input(
+            address(x_CTHW), x_CTHW.stride(1), in_height, in_width, in_channels, pad_rows, tiles.first, frames,
+            tiles.rows, tiles.columns, address(points),
+        )  # fmt: skip
+        torch.bmm(points, self.points[0], out=product)
+        kernels().frameloom_upsample_output(
+            address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
+            address(out_CTHW), out_CTHW.stride(1), height, width,
+        )  # fmt: skip
+
+    def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
+        return 36 * frames * (in_channels + channels)
 
 
 class PlainWinogradConv(_Winograd):
     """With torch's own operations, in blocks that fit the cache."""
 
-    block_bytes = 8 << 20
+    least_block_bytes = 8 << 20
+
+    def _some(self, x_CTHW: Tensor, out_CTHW: Tensor, pad_rows: int, tiles: _Tiles) -> None:
+        in_channels, length, _, _ = x_CTHW.shape
+        channels, frames, _, _ = out_CTHW.shape
+        count = tiles.rows * tiles.columns
+        points = x_CTHW.new_empty(36, length, count, in_channels)
+        product = x_CTHW.new_empty(36, frames * count, channels)
+        if x_CTHW.is_meta:  # memory is being planned
+            return
+        self._to_points(x_CTHW, points, pad_rows, tiles)
+        for k in range(self.taps):
+            product.baddbmm_(points[:, k : k + frames].flatten(1, 2), self.points[k], beta=min(k, 1))
+        self._from_points(product, out_CTHW, tiles)
+
+    def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
+        return 36 * ((frames + self.taps - 1) * in_channels + frames * channels)
 
     def _to_points(self, x_CTHW: Tensor, points_PLNC: Tensor, pad_rows: int, tiles: _Tiles) -> None:
         channels, length, height, width = x_CTHW.shape
@@ -159,11 +250,24 @@ def _interpolate(m: Tensor, out: Tensor) -> None:
     torch.add(m[5], difference_a, alpha=_A2, out=out[3]).add_(difference_b, alpha=_B2)
 
 
-def kernel_at_points(weight_OCTHW: Tensor) -> Tensor:
-    """Weights (O, C, Kt, 3, 3) evaluated at the 36 points, in float64 and rounded once to float32: (Kt, P, C, O)."""
-    g = evaluation_matrix().to(weight_OCTHW.device)
-    points = torch.einsum("ih,jw,octhw->tijco", g, g, weight_OCTHW.double())
-    return points.flatten(1, 2).float().contiguous()
+def kernel_at_points(weight_OCTHW: Tensor, time: Tensor) -> Tensor:
+    """Weights (O, C, Kt, 3, 3) at the 36 points, their time taps by `time` (K, Kt); rounded once: (K, P, C, O)."""
+    g = evaluation_matrix()
+    matrix = torch.einsum("kt,ih,jw->kijthw", time, g, g).flatten(0, 2).flatten(1)  # (K * P, taps)
+    matrix = matrix.to(weight_OCTHW.device)
+    taps_TCO = weight_OCTHW.flatten(2).permute(2, 1, 0)
+    taps, in_channels, channels = taps_TCO.shape
+    points = weight_OCTHW.new_empty(matrix.shape[0], in_channels, channels, dtype=torch.float32)
+    for first in range(0, in_channels, _CHANNELS_AT_ONCE):
+        some, out = (tensor[:, first : first + _CHANNELS_AT_ONCE] for tensor in (taps_TCO, points))
+        out.copy_((matrix @ some.double().reshape(taps, -1)).view(out.shape))
+    return points.view(time.shape[0], -1, in_channels, channels)
+
+
+def bytes_at_points(weight_OCTHW: Tensor) -> int:
+    """Memory that a kernel (O, C, Kt, 3, 3) or (O, C, 3, 3) takes at the points, at most."""
+    channels, in_channels, *taps, _, _ = weight_OCTHW.shape
+    return 4 * 36 * channels * in_channels * (taps[0] + 1 if taps else 1)
 
 
 def evaluation_matrix() -> Tensor:
@@ -186,6 +290,17 @@ def refuses_plain(weight_OCTHW: Tensor) -> str | None:
     return None
 
 
+def refuses_upsampled(weight_OCHW: Tensor) -> str | None:
+    """Why `UpsampledWinogradConv` cannot compute a convolution; None where it can."""
+    if weight_OCHW.ndim != 4:
+        return "it is for 3x3 kernels behind a doubling"
+    return refuses_plain(weight_OCHW.unsqueeze(2)) or (None if native().library else native().reason)
+
+
 def refuses(weight_OCTHW: Tensor) -> str | None:
     """Why `WinogradConv` cannot compute a convolution; None where it can."""
-    return refuses_plain(weight_OCTHW) or (None if native().library else native().reason)
+    if reason := refuses_plain(weight_OCTHW):
+        return reason
+    if weight_OCTHW.shape[2] != 3:
+        return "it is for 3x3x3 kernels"
+    return None if native().library else native().reason

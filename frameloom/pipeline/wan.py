@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.models.encoders import TextEncoder
+from frameloom.models.vae_fast import prepare
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
@@ -105,6 +106,7 @@ class WanPipeline:
 
     def plan(self, request: ResolvedRequest) -> Iterator[Passage]:
         """How its latents will pass through the VAE. Raises RequestError where memory will not do, before any work."""
+        prepare(self.vae.decoder)
         return self.vae_planner.decode((len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request)))
 
     def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
@@ -149,6 +151,7 @@ class WanPipeline:
         num_frames, height, width, channels = frames.shape
         with clock.stage("encode"):
             report(Progress(stage="encode", step=0, total=1))
+            prepare(self.vae.encoder)
             passages = self.vae_planner.encode((1, channels, num_frames, height, width))
             latents = stages.encode(self.vae, frames, passages)
             report(Progress(stage="encode", step=1, total=1))
