@@ -52,7 +52,10 @@ BASELINES = ("shipped", "channels_last")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaeCase:
-    """One comparison. `frames` is 4k+1; `allocator` default or tuned; `memory` is the budget of our side."""
+    """One comparison. `frames` is 4k+1; `allocator` default or tuned; `memory_bytes` is the budget of our side.
+
+    `peaks` False leaves out the runs that measure memory, one of each side.
+    """
 
     vae: str = "2.1"
     direction: str = "decode"
@@ -67,6 +70,7 @@ class VaeCase:
     exactness: str = "rounding"
     rewrites: tuple[str, ...] = ()
     memory_bytes: int | None = None
+    peaks: bool = True
 
     def check(self) -> None:
         """Raise RequestError for what cannot be run."""
@@ -107,7 +111,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
         "flops": flops,
         "matmul_flops_per_s": peak,
         "fraction_of_peak": {name: flops / value / peak for name, value in medians.items()},
-        "peak_bytes": {name: _peak_in_own_process(case, name) for name in ("ours", "diffusers")},
+        "peak_bytes": {name: _peak_in_own_process(case, name) for name in seconds} if case.peaks else {},
         **facts,
         "machine": machine(device),
     }
@@ -170,7 +174,10 @@ def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> t
     if only == "ours":
         return _nothing, ours, facts
     if case.baseline == "channels_last":
-        reference = reference.to(memory_format=torch.channels_last_3d)
+        for module in reference.modules():
+            if isinstance(module, torch.nn.Conv3d | torch.nn.Conv2d):
+                last = torch.channels_last_3d if isinstance(module, torch.nn.Conv3d) else torch.channels_last
+                module.weight.data = module.weight.data.contiguous(memory_format=last)
     theirs_x = x.contiguous(memory_format=torch.channels_last_3d) if case.baseline == "channels_last" else x
 
     def theirs() -> Tensor:

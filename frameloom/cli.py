@@ -213,6 +213,7 @@ def bench_vae(
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
     vae_memory: VaeMemoryOption = "auto",
+    peaks: Annotated[bool, typer.Option(help="Also measure the peak memory, in one more run of each side.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Time the VAE against diffusers.AutoencoderKLWan with the same weights, both in turns."""
@@ -220,16 +221,17 @@ def bench_vae(
     record = frameloom.bench_vae(
         vae=vae, direction=direction, height=height, width=width, frames=frames, dtype=dtype, baseline=baseline,
         allocator=allocator, rounds=rounds, device=device, exactness=exactness, rewrites=tuple(rewrite or ()),
-        memory_bytes=memory_bytes(vae_memory),
+        memory_bytes=memory_bytes(vae_memory), peaks=peaks,
     )  # fmt: skip
     if as_json:
         print(json.dumps(record))
         return
     console = _console(quiet=False)
     table = Table("", "ours", "diffusers", title=f"Wan {vae} {direction}, {size}, {dtype}, {allocator} allocator")
-    seconds, peaks, shares = record["seconds"], record["peak_bytes"], record["fraction_of_peak"]
+    seconds, shares = record["seconds"], record["fraction_of_peak"]
     table.add_row("median seconds", *(f"{seconds[side]:.2f}" for side in _SIDES))
-    table.add_row("peak memory", *(_bytes(peaks[side]) for side in _SIDES))
+    if peaks:
+        table.add_row("peak memory", *(_bytes(record["peak_bytes"][side]) for side in _SIDES))
     table.add_row("of the matmul rate", *(f"{shares[side]:.0%}" for side in _SIDES))
     console.print(table)
     speedup = record["speedup"]
