@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +22,10 @@ log = logging.getLogger(LOGGER_NAME)
 _OVERHEAD = 1.1  # workspaces of the libraries and the allocator's rounding, which the prediction does not see
 _SHARE_OF_FREE = 0.6  # of the free memory that a plan may take when nobody set a budget
 _CHUNKS = (4, 2, 1)  # latent frames at a time
-# On a CPU whole pictures are slower than bands, whose activations stay near the caches: benchmarks/results/.
-_CPU_ROWS, _CPU_PIXELS = 16, 8192  # of a band, at least
+# On a CPU whole pictures are slower than bands: near the caches, and in blocks that the C library keeps when they are
+# freed (up to 32 MB; larger ones come fresh from the system, page by page). docs/log.md has the figures.
+_CPU_CHUNKS = (2, 1)
+_CPU_BAND_BYTES = 32_000_000  # of the largest activation
 _NARROWEST = 8  # rows of a band: the past of the video takes most of the memory then, 1 row would save 3 %
 _FRAME_COPIES = 4  # of a chunk's frames that exist while they are rounded to bytes
 
@@ -106,14 +108,23 @@ class VaePlanner:
 
     def _candidates(self, steps: int, height: int, width: int) -> Iterator[Passage]:
         """Ways for a picture of so many pixels, the fastest first."""
-        plain, widest = self.choices.passage, height
+        plain, rows = self.choices.passage, None
+        chunks: Sequence[int] = _CPU_CHUNKS if self.device.type == "cpu" else _CHUNKS
+        if not self.choices.chunks:
+            chunks = (1,)
         if self.choices.bands and self.device.type == "cpu":
-            widest = max(_CPU_ROWS, -(-_CPU_PIXELS // width))
-        rows = None if widest >= height else widest
-        chunks = [chunk for chunk in _CHUNKS if chunk <= max(1, steps)] if self.choices.chunks else [1]
-        yield from (replace(plain, steps=chunk, rows=rows) for chunk in chunks)
+            widest = self._cpu_rows(width, chunks[0])
+            rows = None if widest >= height else widest
+        yield from (replace(plain, steps=chunk, rows=rows) for chunk in chunks if chunk <= max(1, steps))
         if self.choices.bands:
             yield from _narrower(plain, rows or height)
+
+    def _cpu_rows(self, width: int, chunk: int) -> int:
+        """Rows of a band whose largest activation has _CPU_BAND_BYTES; a multiple of four, as Winograd's tiles are."""
+        spec = self.spec
+        channels = max(spec.base_dim, spec.decoder_base_dim or 0)
+        per_row = channels * chunk * spec.temporal_scale * (width // (spec.patch_size or 1)) * self.dtype.itemsize
+        return max(_NARROWEST, _CPU_BAND_BYTES // max(1, per_row) // 4 * 4)
 
     def _budget(self) -> tuple[int, str]:
         if self.budget_bytes is not None:

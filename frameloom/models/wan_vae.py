@@ -5,7 +5,7 @@ Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file aut
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -47,10 +47,16 @@ class WanVAE(nn.Module):
         T is 1 + temporal_scale * k. The mode of the posterior is the first Z channels. Raises RequestError on a shape
         that the compression does not divide.
         """
+        return torch.cat(list(self.encode_stream(x_BCTHW, passage)), dim=2)
+
+    def encode_stream(
+        self, x_BCTHW: Tensor, passage: Passage | None = None, *, prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the moments chunk by chunk. `prepare` makes frames as above of what is given, such as bytes."""
         self.check_frames(*x_BCTHW.shape[2:])
         state, steps = _begin(passage)
-        chunks = _chunks(x_BCTHW, steps * self.spec.temporal_scale)
-        return torch.cat([self.encode_chunk(x, state) for x in chunks], dim=2)
+        for x in _chunks(x_BCTHW, steps * self.spec.temporal_scale):
+            yield self.encode_chunk(x if prepare is None else prepare(x), state)
 
     def decode(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Tensor:
         """Frames (B, 3, T, H, W) in [-1, 1] of latents (B, Z, T', H', W'); T = 1 + temporal_scale * (T' - 1)."""

@@ -103,12 +103,21 @@ def decode(
 
 @torch.inference_mode()
 def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
-    """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W')."""
+    """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W').
+
+    The float video is never whole.
+    """
     weight = next(vae.parameters())
-    x = torch.from_numpy(np.array(frames)).to(weight.device)  # a copy: read-only arrays would warn
-    x_BCTHW = (x.to(torch.float32) / 127.5 - 1.0).permute(3, 0, 1, 2)[None].to(weight.dtype)
-    (moments,) = _with_less_memory(passages, lambda passage: iter([vae.encode(x_BCTHW, passage)]))
-    mode, _ = moments.chunk(2, dim=1)
+    x_BCTHW = torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None]  # a copy: read-only arrays would warn
+
+    def as_floats(chunk: Tensor) -> Tensor:
+        return (chunk.to(weight.device).to(torch.float32) / 127.5 - 1.0).to(weight.dtype)
+
+    def moments(passage: Passage) -> Iterator[Tensor]:
+        yield torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2)
+
+    (found,) = _with_less_memory(passages, moments)
+    mode, _ = found.chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))
 
 
