@@ -73,7 +73,9 @@ def _read(path: Path) -> dict[str, str]:
 @functools.cache
 def _machine(device: torch.device) -> str:
     """Changes with whatever may change which way is fastest."""
-    parts = [host.machine(), host.system(), torch.__version__]
+    kernels = sorted(path for path in (Path(__file__).parents[1] / "ops").iterdir() if path.suffix in (".py", ".cpp"))
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in kernels)).hexdigest()
+    parts = [host.machine(), host.system(), torch.__version__, sources]
     if device.type == "cuda":
         parts += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
     else:
