@@ -144,7 +144,7 @@ WINOGRAD = Rewrite(
     fast=_prepared(winograd.WinogradConv),
     refuses=lambda x, weight, *_: winograd.refuses(weight),
     example=_convolution(3, 3, 3),
-    because="evaluation at six points and back loses a bit more than a direct sum (measured: 1.8 times its error)",
+    because="going to the points and back loses a bit (96 channels: error 1.2e-6, a direct sum's is 0.4e-6 to 0.9e-6)",
     dtypes=_HALF_AND_SINGLE,
 )
 WINOGRAD_PLAIN = Rewrite(
