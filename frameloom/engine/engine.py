@@ -179,7 +179,7 @@ class Engine:
             raise RequestError("the latents hold values that are no finite numbers and cannot be decoded; check them")
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
             clock = StageClock(device=self._open.device)
-            passages = self._open.vae_planner.decode(tuple(latents.shape))
+            passages = self._open.plan_decode(tuple(latents.shape))
             frames = _whole(self._open.decode(latents, passages, clock, progress or _silent))
         return frames[0] if len(frames) == 1 else frames
 

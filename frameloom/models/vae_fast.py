@@ -153,7 +153,7 @@ def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
     for key, rewrite, reason in (
         ("buffers", BUFFERS, "it applies"),
         ("chunks", CHUNKS, "where memory allows"),
-        ("bands", BANDS, "where memory is short"),
+        ("bands", BANDS, "where memory is short, and on a CPU where pictures are large"),
     ):
         refusal = policy.refuses(rewrite) or (None if allowed.get("buffers", True) else f"it needs {BUFFERS.name}")
         allowed[key] = refusal is None

@@ -106,8 +106,12 @@ class WanPipeline:
 
     def plan(self, request: ResolvedRequest) -> Iterator[Passage]:
         """How its latents will pass through the VAE. Raises RequestError where memory will not do, before any work."""
+        return self.plan_decode((len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request)))
+
+    def plan_decode(self, shape_BZTHW: tuple[int, ...]) -> Iterator[Passage]:
+        """The same for latents of a shape. The decoder's kernels are made first: they are part of what is not free."""
         prepare(self.vae.decoder)
-        return self.vae_planner.decode((len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request)))
+        return self.vae_planner.decode(shape_BZTHW)
 
     def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
         """Prompts to latents: float32 (B, C, T', H', W'), normalised."""
