@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_wan_vae import KINDS, make_pair, relative_error
 
 from frameloom.errors import RequestError
+from frameloom.models.vae_blocks import CausalConv3d
 from frameloom.models.vae_fast import choose, install
 from frameloom.models.vae_state import BandState, Passage
 from frameloom.ops.registry import Policy
@@ -110,6 +112,38 @@ def test_no_row_that_is_kept_can_be_missed(kind: str) -> None:
             assert not state.lost or relative_error(broken, whole) > 1e-9, f"layer {victim} lost row {state.row} unseen"
         losses += any(state.lost for state in states)
     assert losses == layers  # the picture is tall enough for the deepest layer to keep rows
+
+
+class InTiles:
+    """A convolution in float64 whose rows are computed four at a time, as Winograd's are."""
+
+    tile_rows = 4
+
+    def __init__(self, conv: CausalConv3d) -> None:
+        self.conv = conv
+
+    def __call__(self, x: torch.Tensor, pad_rows: int) -> torch.Tensor:
+        return F.conv3d(x, self.conv.weight, self.conv.bias, padding=(0, pad_rows, self.conv.kernel_size[2] // 2))
+
+
+def test_no_row_that_waits_for_its_tile_can_be_missed() -> None:
+    _, ours = make_pair("2.1 three stages")
+    ours = ours.double()
+    z = torch.randn(1, ours.spec.z_dim, 1, 27, 1, dtype=torch.float64)
+    whole = ours.decode(z)
+    for module in ours.modules():
+        if isinstance(module, CausalConv3d) and module.kernel_size[1] == 3:
+            module.kernel = InTiles(module)
+    counting = ForgetfulState()
+    assert relative_error(ours.decode_chunk(z, counting), whole) <= 1e-14
+    lost = 0
+    for victim in range(len(counting.keys)):
+        for row in range(6):
+            state = ForgetfulState(victim=victim, row=row)
+            broken = ours.decode_chunk(z, state)
+            assert not state.lost or relative_error(broken, whole) > 1e-9, f"layer {victim} lost row {row} unseen"
+            lost += state.lost
+    assert lost > 3 * len(counting.keys)  # more rows wait than a convolution alone would keep
 
 
 def test_a_forced_way_that_does_not_apply_is_an_error(tmp_path) -> None:
