@@ -15,7 +15,7 @@ from frameloom.platform.device import free_memory_bytes
 from frameloom.platform.tuning import Tuner
 from frameloom.weights.source import Component
 
-_WINOGRAD_SHARE = 4  # weights at Winograd's points take five times their memory: at most this part of what is free
+_WINOGRAD_SHARE = 4  # weights at the points take five times their memory: this part of what is free, in each half
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -79,8 +79,8 @@ REFERENCE = VaeChoices(
 def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | None = None) -> VaeChoices:
     """Which way each convolution and norm of `vae` is computed.
 
-    `winograd_bytes` bounds the memory of weights evaluated at Winograd's points. Raises RequestError for a rewrite that
-    was insisted on and does not apply.
+    `winograd_bytes` bounds the memory of weights evaluated at Winograd's points, of the encoder's and of the decoder's
+    each. Raises RequestError for a rewrite that was insisted on and does not apply.
     """
     passing, told = _choose_passing(policy)
     weight = next(vae.parameters())
@@ -164,19 +164,24 @@ def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
 
 
 def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None) -> dict[str, str]:
-    budget = float("inf") if winograd_bytes is None else winograd_bytes
+    limit = float("inf") if winograd_bytes is None else winograd_bytes
+    left = {"encoder": limit, "decoder": limit}
     chosen: dict[str, str] = {}
-    for name, (module, shape, pad_rows) in _inputs(vae).items():
+    # Where Winograd's weights do not all fit, the layers with the most pixels gain the most per byte.
+    by_pixels = sorted(_inputs(vae).items(), key=lambda item: -item[1][1][2:].numel())
+    for name, (module, shape, pad_rows) in by_pixels:
         conv = module.conv if isinstance(module, Resample) else module
         assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+        half = name.partition(".")[0]
         winograd = bytes_at_points(conv.weight)
-        ways = _ways(module, conv.weight, policy, allow_winograd=winograd <= budget)
+        ways = _ways(module, conv.weight, policy, allow_winograd=half in left and winograd <= left[half])
         if not ways:
             continue
         key = f"{conv.in_channels}>{conv.out_channels} {tuple(conv.kernel_size)} {tuple(shape)} {conv.weight.dtype}"
         prepare = functools.partial(_runs, conv, shape, pad_rows, ways)
         best = ways[0] if len(ways) == 1 else tuner.best(key, ways, prepare)
-        budget -= winograd if best in _AT_POINTS else 0
+        if best in _AT_POINTS:
+            left[half] -= winograd
         if best in _MAKERS:
             chosen[name] = best
     tuner.save()

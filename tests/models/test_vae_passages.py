@@ -10,6 +10,7 @@ from frameloom.models.vae_blocks import CausalConv3d
 from frameloom.models.vae_fast import choose, install
 from frameloom.models.vae_state import BandState, Passage
 from frameloom.ops.registry import Policy
+from frameloom.ops.winograd import bytes_at_points
 from frameloom.platform.tuning import Tuner
 
 
@@ -151,3 +152,21 @@ def test_a_forced_way_that_does_not_apply_is_an_error(tmp_path) -> None:
     ours = ours.double()
     with pytest.raises(RequestError, match=r"vae.conv_winograd_plain=on is not possible here: it computes in float32"):
         choose(ours, Policy(forced={"vae.conv_winograd_plain": True}), Tuner(torch.device("cpu"), tmp_path))
+
+
+def test_winograd_goes_to_the_layers_with_most_pixels_where_memory_is_short(tmp_path) -> None:
+    _, ours = make_pair("2.1")
+    policy, tuner = Policy(forced={"vae.conv_winograd_plain": True}), Tuner(torch.device("cpu"), tmp_path)
+    every = winograd_layers(choose(ours, policy, tuner))
+    sizes = {name: bytes_at_points(ours.get_submodule(name).weight) for name in every if name.startswith("decoder.")}
+    limit = sum(sizes.values()) // 4
+    chosen = winograd_layers(choose(ours, policy, tuner, winograd_bytes=limit))
+    scarce = {name for name in chosen if name.startswith("decoder.")}
+    assert {name for name in sizes if name.startswith("decoder.up_blocks.3.resnets")} <= scarce
+    assert not any(name.startswith("decoder.mid_block") for name in scarce)
+    assert sum(sizes[name] for name in scarce) <= limit
+    assert chosen - scarce, "the encoder has a limit of its own"
+
+
+def winograd_layers(choices) -> set[str]:
+    return {name for name, way in choices.kernels.items() if way == "vae.conv_winograd_plain"}
