@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frameloom.engine.rewrites import REWRITES
 from frameloom.engine.vae import FastVae, load_fast_vae, load_plain_vae
 from frameloom.models.spec import VaeSpec
-from frameloom.models.vae_rewrites import VAE_REWRITES
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, Policy, Rewrite, Sizes, document, relative_error
 from frameloom.platform.device import choose_device, timed
-from frameloom.weights.source import open_checkpoint
+from frameloom.weights.source import open_vae
 
 _SIZES = (
     Sizes(in_channels=16, out_channels=24, frames=3, height=11, width=14),
@@ -64,18 +64,20 @@ class Finding:
 
 
 def verify(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> Iterator[Finding]:
-    """Every rewrite on example inputs, then, with a `model`, its VAE. Raises CheckpointError or RequestError."""
+    """Every rewrite on example inputs, then, with a `model`, its VAE; the model may be a folder that holds just a VAE.
+
+    Raises CheckpointError or RequestError.
+    """
     where, _ = choose_device(device)
-    checkpoint = None if model is None else open_checkpoint(model)
-    for rewrite in VAE_REWRITES:
+    component, name = (None, "") if model is None else (open_vae(model), Path(os.fspath(model)).name)
+    for rewrite in REWRITES:
         for dtype in rewrite.dtypes:
             yield verify_rewrite(rewrite, dtype, where)
-    if checkpoint is not None:
-        component = checkpoint.components["vae"]
+    if component is not None:
         spec = VaeSpec.from_config(component.config, where=str(component.folder / "config.json"))
         plain = load_plain_vae(component, spec, torch.float32, where)
         fast = load_fast_vae(component, spec, torch.float32, where, policy=Policy())
-        yield from verify_vae(plain, fast, f"VAE of {Path(checkpoint.name).name}")
+        yield from verify_vae(plain, fast, f"VAE of {name}")
 
 
 @torch.inference_mode()
@@ -188,4 +190,4 @@ def _speedup(
 
 
 if __name__ == "__main__":
-    print(document(VAE_REWRITES), end="")
+    print(document(REWRITES), end="")

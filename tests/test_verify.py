@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from frameloom.engine.build import build_engine
+from frameloom.engine.compiled import COMPILED
+from frameloom.engine.rewrites import REWRITES
+from frameloom.errors import CheckpointError
 from frameloom.models.vae_rewrites import BUFFERS, VAE_REWRITES
 from frameloom.ops import vae_rewrites as ops
 from frameloom.ops.registry import Policy
@@ -15,19 +18,38 @@ from frameloom.verify import verify, verify_rewrite
 CPU = torch.device("cpu")
 
 
-def test_every_promise_is_kept_here() -> None:
+@pytest.fixture
+def quick(monkeypatch) -> set[str]:
+    """Without the rewrite that takes most of a minute; tests/engine/test_compiled.py verifies it."""
+    rewrites = tuple(rewrite for rewrite in REWRITES if rewrite is not COMPILED)
+    monkeypatch.setattr("frameloom.verify.REWRITES", rewrites)
+    return {rewrite.name for rewrite in rewrites}
+
+
+def test_every_promise_is_kept_here(quick) -> None:
     findings = list(verify())
-    assert {finding.name.split()[0] for finding in findings} == {rewrite.name for rewrite in VAE_REWRITES}
+    assert {finding.name.split()[0] for finding in findings} == quick
     assert [finding.name for finding in findings if finding.kept is False] == []
     assert all(finding.note for finding in findings if finding.kept is None)
     assert all(finding.speedup > 0 for finding in findings if finding.kept)
 
 
-def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
+def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of, quick) -> None:
     found = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("VAE of")]
     assert len(found) == 12
     assert all(finding.kept for finding in found)
     assert {finding.name.split(", ")[1] for finding in found} == {"decode", "encode"}
+
+
+def test_a_folder_that_holds_a_vae_alone_will_do(checkpoint_of) -> None:
+    found = [finding for finding in verify(checkpoint_of() / "vae") if finding.name.startswith("VAE of vae")]
+    assert len(found) == 12
+    assert all(finding.kept for finding in found)
+
+
+def test_a_folder_that_holds_another_network_is_refused(checkpoint_of) -> None:
+    with pytest.raises(CheckpointError, match="is for 'WanTransformer3DModel'; give a checkpoint, or a folder that"):
+        next(verify(checkpoint_of() / "transformer"))
 
 
 @pytest.mark.parametrize("rewrite", [ops.PHASES, BUFFERS], ids=lambda rewrite: rewrite.name)
@@ -50,12 +72,12 @@ def test_where_a_rewrite_does_not_apply_the_reason_is_told() -> None:
 
 
 def test_the_command_prints_a_table_and_exits_with_1_when_a_promise_is_broken(run, monkeypatch) -> None:
-    monkeypatch.setattr("frameloom.verify.VAE_REWRITES", (ops.POINTWISE,))
+    monkeypatch.setattr("frameloom.verify.REWRITES", (ops.POINTWISE,))
     code, out, _ = run("verify", "--json")
     record = json.loads(out)
     assert (code, record["broken"]) == (0, [])
     wrong = dataclasses.replace(ops.POINTWISE, fast=lambda *a: ops.POINTWISE.reference(*a) + 1)
-    monkeypatch.setattr("frameloom.verify.VAE_REWRITES", (wrong,))
+    monkeypatch.setattr("frameloom.verify.REWRITES", (wrong,))
     code, out, _ = run("verify")
     assert code == 1
     assert "BROKEN" in out

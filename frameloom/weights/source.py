@@ -103,6 +103,22 @@ def open_checkpoint(model: str | os.PathLike[str], *, fetch_weights: bool = True
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
 
 
+def open_vae(model: str | os.PathLike[str]) -> Component:
+    """The VAE of a checkpoint, or the one that a local folder holds alone, as `save_pretrained` writes it.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    folder = Path(os.path.expanduser(os.fspath(model)))
+    alone = folder / "config.json"
+    if not alone.is_file() or (folder / "model_index.json").exists():
+        return open_checkpoint(model).components["vae"]
+    (class_name,) = _MODEL_CLASSES["vae"]
+    found = read_json(alone).get("_class_name")
+    if found != class_name:
+        raise CheckpointError(f"{alone} is for {found!r}; give a checkpoint, or a folder that holds an {class_name}")
+    return _component(folder, "vae", class_name=class_name)
+
+
 def _checkpoint(
     root: Path, name: str, *, index: JsonObject, classes: Mapping[str, str], remote: RemoteFiles | None = None
 ) -> Checkpoint:
@@ -117,7 +133,7 @@ def _checkpoint(
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         defaults=read_json(own) if own.exists() else {},
         components={
-            part: _component(root / part, class_name=classes[part], remote=remote)
+            part: _component(root / part, part, class_name=classes[part], remote=remote)
             for part in classes
             if part != "scheduler"
         },
@@ -258,10 +274,10 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def _component(folder: Path, *, class_name: str, remote: RemoteFiles | None) -> Component:
+def _component(folder: Path, name: str, *, class_name: str, remote: RemoteFiles | None = None) -> Component:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing, though model_index.json lists it; download the checkpoint again")
-    name, is_model = folder.name, folder.name in _MODEL_CLASSES
+    is_model = name in _MODEL_CLASSES
     names = remote.names(name) if remote else _names(folder)
     files = _weight_files(folder, names) if is_model else ()
     return Component(
