@@ -1,6 +1,7 @@
 """Peak memory of decoding, each run in a process of its own: `python benchmarks/memory.py`; writes benchmarks/results/.
 
-Does it grow with the number of frames? Does half the memory give the same pixels? Wan 2.1's config, random weights.
+Is it less than Diffusers'? Does it grow with the number of frames? Does half the memory give the same pixels? Wan 2.1's
+config, random weights, on a CPU.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 HEIGHT, WIDTH = 240, 320
+LARGE = {"height": 480, "width": 832, "frames": 17, "allocator": "default"}
+DIRECT = ("vae.conv_winograd", "vae.conv_winograd_plain", "vae.upsample_winograd", "vae.norm_silu_native")  # off
 
 
 def main() -> None:
@@ -27,7 +30,10 @@ def main() -> None:
         half = _decode(9, budget=whole["working_bytes"] // 2, keep=f"{folder}/half.npy")
         alike = _decode(9, steps=half["steps"])
         apart = np.abs(np.load(f"{folder}/whole.npy").astype(int) - np.load(f"{folder}/half.npy"))
+    direct = {side: _peak(side) for side in ("ours", "diffusers")}
     record = {
+        "direct path without a compiler, 480x832x17, peak bytes": direct,
+        "ours to diffusers": direct["ours"] / direct["diffusers"],
         "size": f"{HEIGHT}x{WIDTH}, Wan 2.1, float32",
         "17 frames": short,
         "81 frames": long,
@@ -45,6 +51,16 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def _peak(side: str) -> int:
+    """Bytes of a process that decodes once by direct convolutions, or as Diffusers does."""
+    case = {**LARGE, "device": "cpu", "rewrites": [f"{name}=off" for name in DIRECT]}
+    command = [sys.executable, "-m", "frameloom.bench.vae", side, json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the run of {side} failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
 def _decode(frames: int, *, budget: int | None = None, steps: int | None = None, keep: str = "") -> dict[str, Any]:
     """One process. `steps`: whole pictures, so many latent frames at a time; None: what the planner says."""
     asked = {"frames": frames, "budget": budget, "steps": steps, "keep": keep}
@@ -60,7 +76,7 @@ def _child(frames: int, budget: int | None, steps: int | None, keep: str) -> dic
     """Decode noise; the resident peak of this process, and how much of it came after the weights were there."""
     import torch
 
-    from frameloom.bench import CONFIGS
+    from frameloom.bench.vae import CONFIGS
     from frameloom.engine.vae import make_fast
     from frameloom.models.spec import VaeSpec
     from frameloom.models.vae_fast import prepare

@@ -12,7 +12,6 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NO_COMPILER = "--rewrite vae.conv_winograd=off --rewrite vae.upsample_winograd=off --rewrite vae.norm_silu_native=off"
-DIRECT = f"{NO_COMPILER} --rewrite vae.conv_winograd_plain=off"
 BRIEF = "--rounds 2 --no-peaks"
 
 CPU = {
@@ -25,7 +24,6 @@ CPU = {
     "encode 2.1, tuned allocator": f"--direction encode --size 240x320x17 {BRIEF}",
     "encode 2.2, tuned allocator": f"--vae 2.2 --direction encode --size 256x320x17 {BRIEF}",
     "decode 2.1 in bfloat16, tuned allocator": f"--size 240x320x9 --dtype bfloat16 {BRIEF}",
-    "decode 2.1 direct, memory": f"--size 480x832x17 --rounds 1 --allocator default {DIRECT}",
 }
 CUDA = {
     f"{direction} {vae} {size} against {baseline}": (

@@ -21,6 +21,7 @@ from frameloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
     from frameloom.types import Progress
@@ -37,8 +38,11 @@ __all__ = [
     "Progress",
     "RequestError",
     "Video",
+    "bench_dit",
+    "bench_generate",
     "bench_vae",
     "describe",
+    "diagnose",
     "load",
     "shapes",
     "verify_model",
@@ -51,9 +55,14 @@ _LAZY = {
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
     "describe_checkpoint": "frameloom.engine.describe",
+    "examine": "frameloom.doctor",
     "verify": "frameloom.verify",
-    "run_vae": "frameloom.bench",
-    "VaeCase": "frameloom.bench",
+    "run_dit": "frameloom.bench.dit",
+    "DitCase": "frameloom.bench.dit",
+    "run_generate": "frameloom.bench.generate",
+    "GenerateCase": "frameloom.bench.generate",
+    "run_vae": "frameloom.bench.vae",
+    "VaeCase": "frameloom.bench.vae",
 }
 
 
@@ -64,18 +73,23 @@ def load(
     dtype: str = "auto",
     exactness: str = "rounding",
     rewrites: Sequence[str] = (),
+    compilation: str = "auto",
+    attention: str = "auto",
     vae_memory: int | str = "auto",
 ) -> "Engine":
     """Load a checkpoint in Diffusers layout, a folder or a hub id; without an argument the built-in model.
 
-    `device`: auto, cpu, cuda, cuda:N or mps. `dtype`: auto, float32, bfloat16 or float16. `exactness`: bitwise,
-    rounding or lossy, what a rewrite may change; `rewrites` switches single ones: ["vae.conv_winograd=off"].
-    `vae_memory`: auto, or what the VAE may take besides its weights (6_000_000_000 or "6GB"). Use the engine in a
-    `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
+    `device`: auto, cpu, cuda, rocm, npu, musa, xpu or mps, one of several by its number (cuda:1). `dtype`: auto,
+    float32, bfloat16 or float16. `exactness`: bitwise, rounding or lossy, what a rewrite may change; `rewrites`
+    switches single ones: ["vae.conv_winograd=off"]. `compilation`: auto, on or off, whether torch.compile is used.
+    `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights
+    (6_000_000_000 or "6GB"). Use the engine in a `with` statement, or call its `close`. Raises CheckpointError or
+    RequestError, each one sentence.
     """
     engine: Engine = _lazy("build_engine")(
-        _named(model), device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, vae_memory=vae_memory
-    )
+        _named(model), device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
+        attention=attention, vae_memory=vae_memory,
+    )  # fmt: skip
     return engine
 
 
@@ -92,9 +106,34 @@ def verify_model(model: str | os.PathLike[str] | None = None, *, device: str = "
 
 
 def bench_vae(**case: Any) -> dict[str, Any]:
-    """Time the VAE against Diffusers'; the fields of `frameloom.bench.VaeCase` by name."""
+    """Time the VAE against Diffusers'; the fields of `frameloom.bench.vae.VaeCase` by name."""
     record: dict[str, Any] = _lazy("run_vae")(_lazy("VaeCase")(**case))
     return record
+
+
+def bench_dit(**case: Any) -> dict[str, Any]:
+    """Time a denoising step against Diffusers'; the fields of `frameloom.bench.dit.DitCase` by name."""
+    record: dict[str, Any] = _lazy("run_dit")(_lazy("DitCase")(**case))
+    return record
+
+
+def bench_generate(model: str | os.PathLike[str] | None = None, **case: Any) -> dict[str, Any]:
+    """Time whole requests against Diffusers'; the fields of `frameloom.bench.generate.GenerateCase` by name."""
+    record: dict[str, Any] = _lazy("run_generate")(_lazy("GenerateCase")(model=str(_named(model)), **case))
+    return record
+
+
+def diagnose(device: str = "auto") -> "list[MachineFinding]":
+    """What this machine has for the device, what it lacks, and what that costs. Raises RequestError."""
+    try:
+        examine = _lazy("examine")
+    except (ImportError, OSError, RuntimeError) as error:  # how torch fails when it, or an extension of it, is broken
+        raise RequestError(
+            f"torch cannot be loaded ({error}); install it again, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 if an "
+            "extension of it is to blame"
+        ) from error
+    findings: list[MachineFinding] = examine(device)
+    return findings
 
 
 def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -44,11 +44,20 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="Folder or hub id of a checkpoint in Diffusers layout. Default: the built-in model."),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, rocm, npu, musa, xpu or mps; one of several by its number: cuda:1.")
+]
 ExactnessOption = Annotated[
     str, typer.Option(help="What a rewrite may change: bitwise (nothing), rounding, or lossy (the picture).")
 ]
 RewriteOption = Annotated[
     list[str] | None, typer.Option(help="Switch one rewrite: NAME=on or NAME=off. May be given several times.")
+]
+CompileOption = Annotated[
+    str, typer.Option("--compile", help="torch.compile: auto (where it is known to pay), on or off.")
+]
+AttentionOption = Annotated[
+    str, typer.Option(help="auto, or a backend by its name: that one or an error; `frameloom doctor` lists them.")
 ]
 VaeMemoryOption = Annotated[
     str, typer.Option(help="What the VAE may take besides its weights: auto, or bytes such as 6GB.")
@@ -94,10 +103,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
     quality: Annotated[int | None, typer.Option(help="0 (smallest) to 100 (best) for mp4 and webm.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
+    compilation: CompileOption = "auto",
+    attention: AttentionOption = "auto",
     vae_memory: VaeMemoryOption = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
@@ -124,8 +135,9 @@ def generate(
         console.print(hint, style="yellow")
     begun = time.perf_counter()
     with frameloom.load(
-        model, device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), vae_memory=vae_memory
-    ) as engine:
+        model, device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
+        attention=attention, vae_memory=vae_memory,
+    ) as engine:  # fmt: skip
         loaded_s = time.perf_counter() - begun
         if explain:
             for decision in engine.decisions:
@@ -171,7 +183,7 @@ def inspect(
 @app.command()
 def verify(
     model: ModelOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Prove on this machine that the fast ways compute what the reference does; exit code 1 if one does not."""
@@ -196,6 +208,20 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(device: DeviceOption = "auto", as_json: JsonOption = False) -> None:
+    """Say what this machine has, what it lacks, what that costs, and how to get it."""
+    findings = frameloom.diagnose(device)
+    if as_json:
+        print(json.dumps({"findings": [finding.record() for finding in findings]}))
+        return
+    table = Table("part", "here", "what was found", "what it costs, and what to do")
+    for finding in findings:
+        advice_given = "; ".join(filter(None, (finding.costs, finding.hint)))
+        table.add_row(finding.part, "yes" if finding.found else "no", finding.what, advice_given)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False).print(table)
+
+
 bench = typer.Typer(help="Paired timings against the reference implementation.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -209,7 +235,7 @@ def bench_vae(
     baseline: Annotated[str, typer.Option(help="shipped, or channels_last weights and input.")] = "shipped",
     allocator: Annotated[str, typer.Option(help="default or tuned, for both sides.")] = "tuned",
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
     vae_memory: VaeMemoryOption = "auto",
@@ -226,23 +252,95 @@ def bench_vae(
     if as_json:
         print(json.dumps(record))
         return
-    console = _console(quiet=False)
-    table = Table("", "ours", "diffusers", title=f"Wan {vae} {direction}, {size}, {dtype}, {allocator} allocator")
-    seconds, shares = record["seconds"], record["fraction_of_peak"]
-    table.add_row("median seconds", *(f"{seconds[side]:.2f}" for side in _SIDES))
+    rows = {"of the matmul rate": [f"{record['fraction_of_peak'][side]:.0%}" for side in _SIDES]}
     if peaks:
-        table.add_row("peak memory", *(_bytes(record["peak_bytes"][side]) for side in _SIDES))
-    table.add_row("of the matmul rate", *(f"{shares[side]:.0%}" for side in _SIDES))
+        rows["peak memory"] = [_bytes(record["peak_bytes"][side]) for side in _SIDES]
+    _print_comparison(f"Wan {vae} {direction}, {size}, {dtype}, {allocator} allocator", record, rows)
+
+
+@bench.command("dit")
+def bench_dit(
+    dit: Annotated[str, typer.Option(help="1.3B, 14B, 5B or tiny: the config; weights are random.")] = "1.3B",
+    layers: Annotated[int | None, typer.Option(help="Only so many layers; all by default.")] = None,
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x416x17",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    guided: Annotated[bool, typer.Option(help="With and without the prompt, as guidance needs it.")] = True,
+    baseline: Annotated[str, typer.Option(help="shipped, or compiled by torch.compile.")] = "shipped",
+    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    device: DeviceOption = "auto",
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    compilation: CompileOption = "auto",
+    attention: AttentionOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time a denoising step against diffusers.WanTransformer3DModel with the same weights, both in turns."""
+    height, width, frames = video_size(size)
+    record = frameloom.bench_dit(
+        dit=dit, layers=layers, height=height, width=width, frames=frames, dtype=dtype, guided=guided,
+        baseline=baseline, device=device, rounds=rounds, exactness=exactness, rewrites=tuple(rewrite or ()),
+        compilation=compilation, attention=attention,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(record))
+        return
+    rows = {"of the matmul rate": [f"{record['fraction_of_peak'][side]:.0%}" for side in _SIDES]}
+    rows |= {f"time in {part}": [f"{record['shares'][side][part]:.0%}" for side in _SIDES] for part in _PARTS}
+    kind = "guided step" if guided else "step"
+    _print_comparison(f"Wan {dit}, one {kind}, {size}, {record['tokens']} tokens, {dtype}", record, rows)
+
+
+@bench.command("generate")
+def bench_generate(
+    model: ModelOption = None,
+    prompt: Annotated[str, typer.Option(help="What the video should show.")] = "a red circle moving left",
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels; the checkpoint's by default.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    device: DeviceOption = "auto",
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    compilation: CompileOption = "auto",
+    attention: AttentionOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time a whole request against diffusers.WanPipeline on the same checkpoint, both in turns."""
+    record = frameloom.bench_generate(
+        model, prompt=prompt, size=video_size(size) if size else None, steps=steps, guidance=guidance, dtype=dtype,
+        rounds=rounds, device=device, exactness=exactness, rewrites=tuple(rewrite or ()), compilation=compilation,
+        attention=attention,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(record))
+        return
+    rows = {stage: [f"{seconds:.2f}", ""] for stage, seconds in record["stages"].items()}
+    rows["levels of 255 apart"] = [str(record["levels_apart"]), ""]
+    _print_comparison(f"{record['what']}, {dtype}", record, rows)
+
+
+def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[str]]) -> None:
+    """What a paired benchmark found: a column for each side, then the ratio, the error and the decisions."""
+    console = _console(quiet=False)
+    table = Table("", *_SIDES, title=title)
+    table.add_row("median seconds", *(f"{record['seconds'][side]:.2f}" for side in _SIDES))
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     console.print(table)
     speedup = record["speedup"]
     console.print(
         f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})", style="bold"
     )
-    console.print(f"relative error {record['relative_error']:.1e}; {record['passage']}")
+    how = record.get("passage") or record.get("guidance", "")
+    console.print(f"relative error {record['relative_error']:.1e}; {how}", soft_wrap=True)
     for decision in record["decisions"]:
         console.print(decision, soft_wrap=True)
 
 
+_PARTS = ("linear", "attention", "other")
 _SIDES = ("ours", "diffusers")
 
 

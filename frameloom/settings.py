@@ -3,6 +3,7 @@
 FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line shows info and above by default.
 FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
 frameloom in XDG_CACHE_HOME or ~/.cache.
+TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
 """
 
 import logging
@@ -30,3 +31,8 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("FRAMELOOM_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frameloom"
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep what it generates in the cache folder; torch reads no other setting for it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))

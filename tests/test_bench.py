@@ -5,13 +5,13 @@ import math
 
 import pytest
 
-from frameloom.bench import CONFIGS, VaeCase, count_flops, run_vae
+from frameloom.bench.vae import CONFIGS, VaeCase, count_flops, run_vae
 from frameloom.errors import RequestError
 
 
 @pytest.fixture
 def no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frameloom.bench._peak_in_own_process", lambda case, name: 10**9)
+    monkeypatch.setattr("frameloom.bench.vae._peak_in_own_process", lambda case, name: 10**9)
 
 
 def test_the_encoder_is_timed_too(no_second_process: None) -> None:

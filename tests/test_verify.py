@@ -10,7 +10,7 @@ from frameloom.engine.build import build_engine
 from frameloom.engine.compiled import COMPILED
 from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import CheckpointError
-from frameloom.models.vae_rewrites import BUFFERS, VAE_REWRITES
+from frameloom.models.vae_rewrites import BUFFERS
 from frameloom.ops import vae_rewrites as ops
 from frameloom.ops.registry import Policy
 from frameloom.verify import verify, verify_rewrite
@@ -18,7 +18,7 @@ from frameloom.verify import verify, verify_rewrite
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick(monkeypatch) -> set[str]:
     """Without the rewrite that takes most of a minute; tests/engine/test_compiled.py verifies it."""
     rewrites = tuple(rewrite for rewrite in REWRITES if rewrite is not COMPILED)
@@ -34,7 +34,7 @@ def test_every_promise_is_kept_here(quick) -> None:
     assert all(finding.speedup > 0 for finding in findings if finding.kept)
 
 
-def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of, quick) -> None:
+def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
     found = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("VAE of")]
     assert len(found) == 12
     assert all(finding.kept for finding in found)
@@ -87,12 +87,12 @@ def test_the_command_prints_a_table_and_exits_with_1_when_a_promise_is_broken(ru
 def test_the_engine_tells_what_it_decided(checkpoint_of) -> None:
     with build_engine(checkpoint_of(), exactness="bitwise") as engine:
         told = {decision.name: decision for decision in engine.decisions}
-        assert set(told) == {rewrite.name for rewrite in VAE_REWRITES}
-        assert told["vae.buffers"].used
-        assert not any(decision.used for name, decision in told.items() if name != "vae.buffers")
+        assert set(told) == {*(rewrite.name for rewrite in REWRITES), "attention.sdpa"}
+        used = {name for name, decision in told.items() if decision.used}
+        assert used == {"vae.buffers", "dit.prompt_once", "dit.shared_branches", "attention.sdpa"}
         assert "bitwise was asked for" in told["vae.conv_winograd_plain"].reason
     with build_engine(checkpoint_of()) as engine:
-        assert sum(decision.used for decision in engine.decisions) >= 5
+        assert sum(decision.used for decision in engine.decisions) >= 10
 
 
 def test_the_default_policy_allows_rounding() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from frameloom.config import memory_bytes
+from frameloom.engine.dit import load_fast_dit
 from frameloom.engine.engine import Engine
-from frameloom.engine.modules import fill, set_attention
+from frameloom.engine.modules import fill
+from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import load_fast_vae
 from frameloom.errors import CheckpointError
 from frameloom.models.defaults import Defaults, defaults_for
@@ -20,8 +22,6 @@ from frameloom.models.encoders import (
     text_encoder_keeps_fp32,
 )
 from frameloom.models.spec import TransformerSpec, VaeSpec
-from frameloom.models.vae_rewrites import vae_policy
-from frameloom.models.wan_dit import Attention, WanDiT
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import (
@@ -47,16 +47,19 @@ def build_engine(
     dtype: str = "auto",
     exactness: str = "rounding",
     rewrites: Sequence[str] = (),
+    compilation: str = "auto",
+    attention: str = "auto",
     vae_memory: int | str = "auto",
 ) -> Engine:
     """Open a checkpoint (folder or hub id), build its networks and fill them.
 
-    `device`: auto, cpu, cuda, cuda:N, mps. `dtype`: auto, float32, bfloat16, float16; auto takes the dtype the
+    `device`: as `choose_device` takes it. `dtype`: auto, float32, bfloat16, float16; auto takes the dtype the
     checkpoint is meant for and keeps the VAE in float32, as the reference documents it. `exactness` and `rewrites`
-    ("NAME=on", "NAME=off"): what may be computed in another way, see docs/rewrites.md. `vae_memory`: auto, or the bytes
-    that the VAE may take besides its weights. Raises CheckpointError for a path or file, RequestError for the rest.
+    ("NAME=on", "NAME=off"): what may be computed in another way, see docs/rewrites.md. `compilation`: auto, on or off,
+    whether torch.compile is used. `attention`: auto, or the name of a backend. `vae_memory`: auto, or the bytes that
+    the VAE may take besides its weights. Raises CheckpointError for a path or file, RequestError for the rest.
     """
-    policy = vae_policy(exactness, rewrites)
+    policy = policy_of(exactness, rewrites, compilation=compilation)
     vae_bytes = memory_bytes(vae_memory)
     where, why_device = choose_device(device)
     log.info("device %s: %s", where, why_device)
@@ -83,14 +86,15 @@ def build_engine(
     _tune_allocator(where)
     with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
         text_encoder = _load_text_encoder(checkpoint, compute, where)
-        experts = tuple(
-            _load_transformer(checkpoint.components[name], spec, compute, where)
+        experts = [
+            load_fast_dit(checkpoint.components[name], spec, compute, where, policy=policy, attention=attention)
             for name, spec in zip(names, specs, strict=True)
-        )
+        ]
         fast = load_fast_vae(vae, vae_spec, vae_dtype, where, policy=policy, budget_bytes=vae_bytes)
         pipeline = WanPipeline(
             text_encoder=text_encoder,
-            experts=experts,
+            experts=tuple(expert.dit for expert in experts),
+            step_planner=experts[0].planner,
             vae=fast.vae,
             vae_planner=fast.planner,
             scheduler=checkpoint.scheduler,
@@ -98,9 +102,10 @@ def build_engine(
             expand_timesteps=checkpoint.expand_timesteps,
             device=where,
         )
-    for decision in fast.decisions:
+    decisions = (*experts[0].decisions, *fast.decisions)
+    for decision in decisions:
         log.debug("%s", decision)
-    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=fast.decisions)
+    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions)
 
 
 def _check_text_to_video(checkpoint: Checkpoint) -> None:
@@ -155,15 +160,6 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch
     model = build_text_encoder(component.config, where=str(component.folder / "config.json"))
     fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True)
     return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
-
-
-def _load_transformer(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
-    with torch.device("meta"):
-        model = WanDiT(spec).eval()
-    fill(model, component, dtype, device, keep=WanDiT.keep_in_fp32)
-    # Per block: self-attention and cross-attention.
-    set_attention(model, Attention, expected=2 * spec.num_layers)
-    return model
 
 
 def _tune_allocator(device: torch.device) -> None:

@@ -221,6 +221,7 @@ class Engine:
             "seed": request.seed,
             "fps": request.fps,
             "seconds": dict(clock.seconds),
+            "step_seconds": clock.step_seconds,
             "peak_memory_bytes": peak_memory_bytes(self._open.device),
             "torch": torch.__version__,
         }

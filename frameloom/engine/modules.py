@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from frameloom.attention.core import choose
+from frameloom.attention.core import choose, cuda_capability
 from frameloom.errors import InternalError
 from frameloom.models.encoders import TIED
 from frameloom.settings import LOGGER_NAME
@@ -30,14 +30,32 @@ def fill(
     log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
 
 
-def set_attention(model: nn.Module, kind: type[nn.Module], *, expected: int) -> None:
-    """Give every attention module its backend, and count them: one skipped in silence would be a bug."""
-    attend, reason = choose()
+def set_attention(
+    model: nn.Module,
+    kind: type[nn.Module],
+    *,
+    expected: int,
+    name: str = "auto",
+    platform: str = "cpu",
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+    biased: bool = False,
+) -> str:
+    """Give every attention module its backend, and count them: one skipped in silence would be a bug.
+
+    One backend serves the whole network; `choose` explains the rest, except the device, which is that of the weights.
+    Returns what was chosen and why. Raises RequestError for a backend that was named and cannot be used.
+    """
     modules = [module for module in model.modules() if isinstance(module, kind)]
     if len(modules) != expected:
         raise InternalError(
             f"{type(model).__name__} has {len(modules)} attention modules where {expected} were expected"
         )
+    capability = cuda_capability(next(model.parameters()).device, platform)
+    attend, reason = choose(
+        name, platform=platform, head_dim=head_dim, dtype=dtype, biased=biased, capability=capability
+    )
     for module in modules:
         module.attend = attend  # type: ignore[assignment]  # an attribute, not a submodule
     log.debug("attention of %d modules in %s: %s", expected, type(model).__name__, reason)
+    return reason

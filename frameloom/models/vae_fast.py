@@ -142,7 +142,7 @@ class _Prepares(Protocol):
     def prepare(self) -> None: ...
 
 
-def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
+def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
     return torch.empty_like(q_BLHK)
 
 

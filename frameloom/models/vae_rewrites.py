@@ -1,6 +1,6 @@
 """The rewrites of the WanVAE as a whole: how a video is cut on its way through, and all rewrites that there are."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,7 @@ from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops import vae_rewrites as operations
-from frameloom.ops.registry import Policy, Rewrite, Sizes, make_policy
+from frameloom.ops.registry import Rewrite, Sizes
 
 _Z_DIM = 4
 _SMALL: Mapping[str, Any] = MappingProxyType(
@@ -82,8 +82,3 @@ BANDS = Rewrite(
     because="every row is computed from the same rows; the library may sum in another order for another height",
 )
 VAE_REWRITES = (BUFFERS, CHUNKS, BANDS, *operations.OPERATIONS)
-
-
-def vae_policy(exactness: str, rewrites: Iterable[str]) -> Policy:
-    """What a user allows of these; see `make_policy`."""
-    return make_policy(exactness, rewrites, [rewrite.name for rewrite in VAE_REWRITES])

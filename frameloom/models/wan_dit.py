@@ -1,17 +1,19 @@
 """The Wan diffusion transformer (arXiv:2503.20314): noisy latent and conditions in, flow velocity out.
 
 Parameter names are those of Diffusers checkpoints (WanTransformer3DModel): a state dict loads strictly.
-From the top: the network, its conditions, the block, attention, small layers.
+From the top: the network, what its blocks are told, its conditions, the block, attention, small layers.
 """
 
 # Shape suffixes: B batch; C latent channels; T, H, W latent frames, rows, columns (in BCTHW); L tokens;
 # D width; H heads and K head dimension (in BLHK); S text tokens; N image tokens; E input features of a
-# condition; P values of one patch; M timesteps per sample (1, or L: one per token); 6 shift, scale and gate
-# of two branches.
+# condition; P values of one patch; F frames of tokens; M distinct timesteps per sample (1; L where each token has
+# its own); 6 shift, scale and gate of two branches.
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +22,139 @@ from torch import Tensor, nn
 from frameloom.attention.core import Attend, sdpa
 from frameloom.errors import CheckpointError, RequestError
 from frameloom.models.spec import TransformerSpec
-from frameloom.ops.modulate import add_gated, norm_scale_shift
+from frameloom.ops.dit_ops import Ops
 from frameloom.ops.norm import at_least_fp32, layer_norm, rms_norm
 from frameloom.ops.patch import Grid, unpatchify
-from frameloom.ops.rope import RotaryTable, rotary_table, rotate
+from frameloom.ops.rope import RotaryTable, rotary_table
 
 ROPE_TABLES_KEPT = 4  # per network; one for each (token grid, device) in use
+Kernel = Callable[[Tensor], Tensor]
+_FEW_TIMESTEPS = 8  # per sample: so many have the modulation of all blocks made at once
 CLIP_NORM_EPS = 1e-5  # fixed in the reference, whatever the checkpoint's eps
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BlockCondition:
-    """Everything a block needs beside the tokens. All blocks of a step share one."""
+class FrameTimes(NamedTuple):
+    """Timesteps of a video whose frames differ: a few distinct values, and the value of each frame of tokens.
 
-    modulation_BM6D: Tensor
-    text_BSD: Tensor
-    image_BND: Tensor | None
-    rope: RotaryTable
+    Work and memory grow with the number of values: an image given as the first frame makes two of them.
+    """
+
+    values_BM: Tensor
+    index_F: Tensor
 
 
 class RunBlocks(Protocol):
-    """How the token stream passes the blocks: the seam for step caches and sharded sequences."""
+    """How the token stream passes the blocks, once per prompt: the seam for step caches and sharded sequences."""
 
-    def __call__(self, blocks: nn.ModuleList, x_BLD: Tensor, cond: BlockCondition, /) -> Tensor:
-        """Return x_BLD after the last block."""
+    def __call__(
+        self, blocks: Sequence["Block"], x_BLD: Tensor, step: "Step", prompts: Sequence["Prompt"], /
+    ) -> list[Tensor]:
+        """Return, for each prompt, its tokens after the last block; a prompt may have a multiple of B samples."""
         ...
 
 
-def run_in_order(blocks: nn.ModuleList, x_BLD: Tensor, cond: BlockCondition, /) -> Tensor:
-    """Every block once, first to last."""
-    for block in blocks:
-        x_BLD = block(x_BLD, cond)
-    return x_BLD
+def run_in_order(
+    blocks: Sequence["Block"], x_BLD: Tensor, step: "Step", prompts: Sequence["Prompt"], /
+) -> list[Tensor]:
+    """Every block, first to last. Until the first block reads the prompt, all prompts share one computation."""
+    first, *others = blocks
+    looked = first.look(x_BLD, step.modulation(0), step.rope)
+    results = []
+    for prompt in prompts:
+        repeats = prompt.batch_size // x_BLD.shape[0]
+        mine = step.repeated(repeats)
+        x = first.read(looked.repeated(repeats), mine.modulation(0), prompt.of_blocks[0])
+        for index, block in enumerate(others, start=1):
+            x = block(x, mine.modulation(index), mine.rope, prompt.of_blocks[index])
+        results.append(x)
+    return results
+
+
+class KeysValues(NamedTuple):
+    """What the cross-attention of one block sees of a prompt. `bias_BS` is added to the logits of the text's keys."""
+
+    text: tuple[Tensor, Tensor]
+    bias_BS: Tensor | None
+    image: tuple[Tensor, Tensor] | None
+
+
+class Prompt(NamedTuple):
+    """Keys and values of every block, first to last."""
+
+    of_blocks: tuple[KeysValues, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples."""
+        return self.of_blocks[0].text[0].shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Step:
+    """What all blocks are told of one step: the modulation by the timestep, and the positions.
+
+    `sums_NBM6D`: the modulation of every block; None where each token has its own timestep, which would be much memory.
+    """
+
+    tables_N6D: Tensor
+    projection_BM6D: Tensor
+    sums_NBM6D: Tensor | None
+    last_BM2D: Tensor
+    index_F: Tensor | None
+    rope: RotaryTable
+
+    def modulation(self, block: int) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, of one block; see `spread`."""
+        if self.sums_NBM6D is not None:
+            return self.spread(self.sums_NBM6D[block])
+        return self.spread(self.tables_N6D[block] + self.projection_BM6D)
+
+    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
+        """values (B, M, n, D) as n tensors that broadcast over tokens: (B, 1, D), (B, L, D) or (B, F, 1, D)."""
+        if self.index_F is None:
+            return values.unbind(2)
+        return values[:, self.index_F].unsqueeze(3).unbind(2)
+
+    def repeated(self, times: int) -> "Step":
+        """For a batch that holds this one several times; one sample does for any number."""
+        if times == 1 or self.projection_BM6D.shape[0] == 1:
+            return self
+        sums = self.sums_NBM6D
+        return replace(
+            self,
+            projection_BM6D=self.projection_BM6D.repeat(times, 1, 1, 1),
+            sums_NBM6D=None if sums is None else sums.repeat(1, times, 1, 1, 1),
+            last_BM2D=self.last_BM2D.repeat(times, 1, 1, 1),
+        )
+
+
+class Looked(NamedTuple):
+    """A block before it reads the prompt: its tokens, and the queries of the cross-attention."""
+
+    x_BLD: Tensor
+    q_BLHK: Tensor
+
+    def repeated(self, times: int) -> "Looked":
+        """The batch several times over."""
+        if times == 1:
+            return self
+        return Looked(self.x_BLD.repeat(times, 1, 1), self.q_BLHK.repeat(times, 1, 1, 1))
+
+
+def collapse_padding(text_BSE: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Text features without the zeros that fill them up, but for one; and a bias for its key, or None if none fell.
+
+    All these positions are one vector after the projection, so n equal keys weigh as much as one whose logit is
+    log(n) larger: bias_S float32. Reads the text on the host, once per prompt.
+    """
+    used = (text_BSE != 0).any(-1).any(0).tolist()
+    length = max((index + 1 for index, is_used in enumerate(used) if is_used), default=0)
+    num_padding = text_BSE.shape[1] - length
+    if num_padding < 2:
+        return text_BSE, None
+    bias_S = torch.zeros(length + 1, device=text_BSE.device)
+    bias_S[-1] = math.log(num_padding)
+    return text_BSE[:, : length + 1], bias_S
 
 
 class WanDiT(nn.Module):
@@ -70,33 +173,82 @@ class WanDiT(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.out_channels * spec.patch_volume)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
         self.run_blocks: RunBlocks = run_in_order
+        self.collapses_padding = False
+        self.ops = Ops()
         self._rope_tables: dict[tuple[Grid, torch.device], RotaryTable] = {}
 
-    def forward(self, x_BCTHW: Tensor, timestep: Tensor, text_BSE: Tensor, image_BNE: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        timestep: Tensor | FrameTimes,
+        text_BSE: Tensor,
+        image_BNE: Tensor | None = None,
+    ) -> Tensor:
         """Return velocity_BCTHW, out_channels wide, in `self.dtype`; inputs may have any float dtype.
 
-        timestep: (B,), or (B, L) with one per token, between 0 and 1000. text_BSE: UMT5 features.
-        image_BNE: CLIP features, only for checkpoints with an image branch; where both the first and the last
-        frame are given, (B, 514, E) or, as CLIP returns them, (2B, 257, E). Raises RequestError on a misfit.
+        The arguments are those of `velocities` and of `read_prompt`. Raises RequestError on a misfit.
         """
-        self._check_inputs(x_BCTHW, timestep, image_BNE)
-        grid = self.token_grid(*x_BCTHW.shape[2:])
-        x_BLD = self.patch_embedding(x_BCTHW.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
-        time_BMD, modulation_BM6D = self.condition_embedder.embed_time(timestep, self.dtype)
-        cond = BlockCondition(
-            modulation_BM6D=modulation_BM6D,
-            text_BSD=self.condition_embedder.text_embedder(text_BSE.to(self.dtype)),
-            image_BND=self.condition_embedder.embed_image(image_BNE, self.dtype),
-            rope=self._rope_table(grid, x_BCTHW.device),
-        )
-        x_BLD = self.run_blocks(self.blocks, x_BLD, cond)
-        return unpatchify(self._project_out(x_BLD, time_BMD), grid, patch_size=self.spec.patch_size)
+        self._check_latents(x_BCTHW, timestep)
+        (velocity_BCTHW,) = self.velocities(x_BCTHW, timestep, [self.read_prompt(text_BSE, image_BNE)])
+        return velocity_BCTHW
 
-    def _project_out(self, x_BLD: Tensor, time_BMD: Tensor) -> Tensor:
-        shift_BMD, scale_BMD = (self.scale_shift_table + at_least_fp32(time_BMD)[:, :, None]).unbind(2)
-        x_BLD = norm_scale_shift(x_BLD, self.spec.eps, scale=scale_BMD, shift=shift_BMD)
+    def read_prompt(self, text_BSE: Tensor, image_BNE: Tensor | None = None) -> "Prompt":
+        """Keys and values of the text and the image in every block: the same in all steps.
+
+        text_BSE: UMT5 features. image_BNE: CLIP features, only for checkpoints with an image branch; where both the
+        first and the last frame are given, (B, 514, E) or, as CLIP returns them, (2B, 257, E).
+        """
+        self._check_image(image_BNE)
+        bias_S: Tensor | None = None
+        if self.collapses_padding:
+            text_BSE, bias_S = collapse_padding(text_BSE)
+        text_BSD = self.condition_embedder.text_embedder(text_BSE.to(self.dtype))
+        image_BND = self.condition_embedder.embed_image(image_BNE, self.dtype)
+        bias_BS = None if bias_S is None else bias_S.expand(text_BSD.shape[0], -1)
+        return Prompt(tuple(block.attn2.keys_and_values(text_BSD, image_BND, bias_BS) for block in self.block_list))
+
+    def velocities(self, x_BCTHW: Tensor, timestep: Tensor | FrameTimes, prompts: Sequence["Prompt"]) -> list[Tensor]:
+        """The velocity of the same latents under each prompt; what does not depend on the prompt is computed once.
+
+        timestep: (B,), or (B, L) with one per token, between 0 and 1000; or FrameTimes. A prompt of k·B samples
+        yields k·B velocities: the latents repeated. Raises RequestError on a misfit.
+        """
+        grid = self._check_latents(x_BCTHW, timestep)
+        x_BLD = self._embed(x_BCTHW)
+        step = self._step(timestep, self._rope_table(grid, x_BCTHW.device))
+        results = self.run_blocks(self.block_list, x_BLD, step, prompts)
+        cells = (self._project_out(x, step.repeated(x.shape[0] // x_BLD.shape[0])) for x in results)
+        return [unpatchify(cells_BLP, grid, patch_size=self.spec.patch_size) for cells_BLP in cells]
+
+    def _embed(self, x_BCTHW: Tensor) -> Tensor:
+        patches = self.patch_embedding
+        return self.ops.patch_embed(x_BCTHW.to(self.dtype), patches.weight, patches.bias, self.spec.patch_size)
+
+    def _step(self, timestep: Tensor | FrameTimes, rope: RotaryTable) -> "Step":
+        values, index_F = timestep if isinstance(timestep, FrameTimes) else (timestep, None)
+        time_BMD, projection_BM6D = self.condition_embedder.embed_time(values, self.dtype)
+        tables_N6D = torch.cat([block.scale_shift_table for block in self.block_list])
+        projection_BM6D = at_least_fp32(projection_BM6D)
+        few = projection_BM6D.shape[1] <= _FEW_TIMESTEPS
+        return Step(
+            tables_N6D=tables_N6D,
+            projection_BM6D=projection_BM6D,
+            sums_NBM6D=tables_N6D[:, None, None] + projection_BM6D if few else None,
+            last_BM2D=self.scale_shift_table + at_least_fp32(time_BMD)[:, :, None],
+            index_F=index_F,
+            rope=rope,
+        )
+
+    def _project_out(self, x_BLD: Tensor, step: "Step") -> Tensor:
+        shift, scale = step.spread(step.last_BM2D)
+        x_BLD = self.ops.norm_scale_shift(x_BLD, self.spec.eps, scale=scale, shift=shift)
         cells_BLP: Tensor = self.proj_out(x_BLD)
         return cells_BLP
+
+    @property
+    def block_list(self) -> list["Block"]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,15 +269,20 @@ class WanDiT(nn.Module):
             grid.append(size // patch)
         return grid[0], grid[1], grid[2]
 
-    def _check_inputs(self, x_BCTHW: Tensor, timestep: Tensor, image_BNE: Tensor | None) -> None:
+    def _check_latents(self, x_BCTHW: Tensor, timestep: Tensor | FrameTimes) -> Grid:
         batch, channels, *size = x_BCTHW.shape
         if channels != self.spec.in_channels:
             raise RequestError(f"the latent has {channels} channels; this checkpoint takes {self.spec.in_channels}")
-        num_tokens = math.prod(self.token_grid(*size))
-        if tuple(timestep.shape) not in {(batch,), (batch, num_tokens)}:
-            raise RequestError(
-                f"timestep has shape {tuple(timestep.shape)}; give ({batch},) or ({batch}, {num_tokens})"
-            )
+        grid = self.token_grid(*size)
+        known: list[tuple[int, ...]] = [(batch,), (batch, math.prod(grid))]
+        if isinstance(timestep, FrameTimes):
+            timestep, known = timestep.index_F, [(grid[0],)]
+        if tuple(timestep.shape) not in known:
+            allowed = " or ".join(str(shape) for shape in known)
+            raise RequestError(f"timestep has shape {tuple(timestep.shape)}; give {allowed}")
+        return grid
+
+    def _check_image(self, image_BNE: Tensor | None) -> None:
         if image_BNE is None and self.spec.image_dim is not None:
             raise RequestError("this checkpoint needs CLIP image features; give an image")
         if image_BNE is not None and self.spec.image_dim is None:
@@ -230,20 +387,32 @@ class Block(nn.Module):
         self.eps = spec.eps
         self.attn1 = SelfAttention(spec)
         self.attn2 = CrossAttention(spec)
-        self.norm2 = LayerNorm(spec.dim, spec.eps) if spec.cross_attn_norm else nn.Identity()
+        self.norm2 = LayerNorm(spec.dim, spec.eps) if spec.cross_attn_norm else None
         self.ffn = FeedForward(spec.dim, spec.ffn_dim, dim_out=spec.dim, activation=nn.GELU(approximate="tanh"))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim**0.5)
+        self.ops = Ops()
 
-    def forward(self, x_BLD: Tensor, cond: BlockCondition) -> Tensor:
-        """x_BLD -> x_BLD."""
-        modulation_BM6D = self.scale_shift_table + at_least_fp32(cond.modulation_BM6D)
-        shift1, scale1, gate1, shift3, scale3, gate3 = modulation_BM6D.unbind(2)  # each (B, M, D)
+    def forward(self, x_BLD: Tensor, modulation: Sequence[Tensor], rope: RotaryTable, prompt: KeysValues) -> Tensor:
+        """x_BLD -> x_BLD. `modulation`: the six of `Step.modulation`."""
+        return self.read(self.look(x_BLD, modulation, rope), modulation, prompt)
 
-        attended = self.attn1(norm_scale_shift(x_BLD, self.eps, scale=scale1, shift=shift1), cond.rope)
-        x_BLD = add_gated(x_BLD, attended, gate=gate1)
-        x_BLD = x_BLD + self.attn2(self.norm2(x_BLD).type_as(x_BLD), cond.text_BSD, cond.image_BND)
-        fed = self.ffn(norm_scale_shift(x_BLD, self.eps, scale=scale3, shift=shift3))
-        return add_gated(x_BLD, fed, gate=gate3)
+    def look(self, x_BLD: Tensor, modulation: Sequence[Tensor], rope: RotaryTable) -> Looked:
+        """All that comes before the prompt is read: self-attention, and the queries of the cross-attention."""
+        shift, scale, gate, *_ = modulation
+        attended = self.attn1(self.ops.norm_scale_shift(x_BLD, self.eps, scale=scale, shift=shift), rope)
+        if self.norm2 is None:
+            x_BLD = normed = self.ops.add_gated(x_BLD, attended, gate=gate)
+        else:
+            affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
+            x_BLD, normed = self.ops.add_norm(x_BLD, attended, self.eps, gate=gate, **affine)
+        return Looked(x_BLD, self.attn2.queries(normed))
+
+    def read(self, looked: Looked, modulation: Sequence[Tensor], prompt: KeysValues) -> Tensor:
+        """The rest: cross-attention to the prompt, feed-forward."""
+        *_, shift, scale, gate = modulation
+        attended = self.attn2(looked.q_BLHK, prompt)
+        x_BLD, normed = self.ops.add_norm(looked.x_BLD, attended, self.eps, scale=scale, shift=shift)
+        return self.ops.add_gated(x_BLD, self.ffn(normed), gate=gate)
 
 
 class Attention(nn.Module):
@@ -252,13 +421,20 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.head_dim = spec.attention_head_dim
-        self.to_q = nn.Linear(spec.dim, spec.dim)
-        self.to_k = nn.Linear(spec.dim, spec.dim)
-        self.to_v = nn.Linear(spec.dim, spec.dim)
-        self.to_out = nn.Sequential(nn.Linear(spec.dim, spec.dim))
+        self.to_q = Linear(spec.dim, spec.dim)
+        self.to_k = Linear(spec.dim, spec.dim)
+        self.to_v = Linear(spec.dim, spec.dim)
+        self.to_out = nn.Sequential(Linear(spec.dim, spec.dim))
         self.norm_q = RMSNorm(spec.dim, spec.eps)
         self.norm_k = RMSNorm(spec.dim, spec.eps)
         self.attend: Attend = sdpa
+
+    @property
+    def out(self) -> "Linear":
+        """The projection of the attended values."""
+        layer = self.to_out[0]
+        assert isinstance(layer, Linear)
+        return layer
 
     def split_heads(self, x_BLD: Tensor) -> Tensor:
         """x_BLD -> x_BLHK; the head count follows from the input, so a shard of the heads splits as well."""
@@ -266,15 +442,39 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Every token to every token of the video, with rotary positions."""
+    """Every token to every token of the video, with rotary positions.
+
+    `project`: the three projections in one product, (B, L, D) -> (B, L, 3 D); None: one after the other.
+    """
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__(spec)
+        self.project: Kernel | None = None
+        self.ops = Ops()
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable) -> Tensor:
         """x_BLD -> out_BLD."""
-        q_BLHK = rotate(self.split_heads(self.norm_q(self.to_q(x_BLD))), rope)
-        k_BLHK = rotate(self.split_heads(self.norm_k(self.to_k(x_BLD))), rope)
-        v_BLHK = self.split_heads(self.to_v(x_BLD))
-        out_BLD: Tensor = self.to_out(self.attend(q_BLHK, k_BLHK, v_BLHK).flatten(2))
+        if self.project is None:
+            q, k, v = self.to_q(x_BLD), self.to_k(x_BLD), self.to_v(x_BLD)
+        else:
+            q, k, v = self.project(x_BLD).chunk(3, dim=-1)
+        q_BLHK = self._turned(q, self.norm_q, rope)
+        k_BLHK = self._turned(k, self.norm_k, rope)
+        out_BLD: Tensor = self.to_out(self.attend(q_BLHK, k_BLHK, self.split_heads(v)).flatten(2))
         return out_BLD
+
+    def fuse_projections(self, make: Callable[[Tensor, Tensor], Kernel] | None = None) -> None:
+        """Compute the three projections in one product from now on, by what `make` returns for their joined weights."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.project = make(weight, bias) if make else functools.partial(F.linear, weight=weight, bias=bias)
+        for layer in layers:
+            layer.register_parameter("weight", None)
+            layer.register_parameter("bias", None)
+
+    def _turned(self, x_BLD: Tensor, norm: "RMSNorm", rope: RotaryTable) -> Tensor:
+        return self.ops.norm_rotate(x_BLD, norm.weight, norm.eps, rope, self.head_dim)
 
 
 class CrossAttention(Attention):
@@ -283,27 +483,41 @@ class CrossAttention(Attention):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__(spec)
         if spec.added_kv_proj_dim is not None:
-            self.add_k_proj = nn.Linear(spec.added_kv_proj_dim, spec.dim)
-            self.add_v_proj = nn.Linear(spec.added_kv_proj_dim, spec.dim)
+            self.add_k_proj = Linear(spec.added_kv_proj_dim, spec.dim)
+            self.add_v_proj = Linear(spec.added_kv_proj_dim, spec.dim)
             self.norm_added_k = RMSNorm(spec.dim, spec.eps)
 
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, image_BND: Tensor | None) -> Tensor:
-        """x_BLD -> out_BLD."""
-        q_BLHK = self.split_heads(self.norm_q(self.to_q(x_BLD)))
-        attended_BLHK = self.attend(q_BLHK, *self.text_kv(text_BSD))
-        if image_BND is not None:
-            attended_BLHK = attended_BLHK + self.attend(q_BLHK, *self.image_kv(image_BND))
+    def forward(self, q_BLHK: Tensor, prompt: KeysValues) -> Tensor:
+        """q_BLHK -> out_BLD."""
+        bias = () if prompt.bias_BS is None else (prompt.bias_BS,)
+        attended_BLHK = self.attend(q_BLHK, *prompt.text, *bias)
+        if prompt.image is not None:
+            attended_BLHK = attended_BLHK + self.attend(q_BLHK, *prompt.image)
         out_BLD: Tensor = self.to_out(attended_BLHK.flatten(2))
         return out_BLD
 
-    def text_kv(self, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values k_BSHK, v_BSHK of the text; they do not depend on the step."""
-        return self.split_heads(self.norm_k(self.to_k(text_BSD))), self.split_heads(self.to_v(text_BSD))
+    def queries(self, x_BLD: Tensor) -> Tensor:
+        """x_BLD -> q_BLHK."""
+        return self.split_heads(self.norm_q(self.to_q(x_BLD)))
 
-    def image_kv(self, image_BND: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values k_BNHK, v_BNHK of the image; they do not depend on the step."""
-        k_BND = self.norm_added_k(self.add_k_proj(image_BND))
-        return self.split_heads(k_BND), self.split_heads(self.add_v_proj(image_BND))
+    def keys_and_values(self, text_BSD: Tensor, image_BND: Tensor | None, bias_BS: Tensor | None) -> KeysValues:
+        """What this attention sees of a prompt; it does not depend on the step."""
+        image = None
+        if image_BND is not None:
+            k_BND = self.norm_added_k(self.add_k_proj(image_BND))
+            image = self.split_heads(k_BND), self.split_heads(self.add_v_proj(image_BND))
+        text = self.split_heads(self.norm_k(self.to_k(text_BSD))), self.split_heads(self.to_v(text_BSD))
+        return KeysValues(text=text, bias_BS=bias_BS, image=image)
+
+
+class Linear(nn.Linear):
+    """A linear layer; `kernel`, where there is one, computes it in another way (models/dit_fast.py)."""
+
+    kernel: Kernel | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return super().forward(x) if self.kernel is None else self.kernel(x)
 
 
 class TwoLayers(nn.Module):
@@ -322,18 +536,33 @@ class TwoLayers(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """linear, activation, linear, under the names net.0.proj and net.2."""
+    """linear, activation, linear, under the names net.0.proj and net.2; `kernel` may compute all three."""
 
     def __init__(self, dim_in: int, dim_hidden: int, *, dim_out: int, activation: nn.Module) -> None:
         super().__init__()
         first = nn.Sequential()
-        first.add_module("proj", nn.Linear(dim_in, dim_hidden))
-        self.net = nn.Sequential(first, activation, nn.Linear(dim_hidden, dim_out))
+        first.add_module("proj", Linear(dim_in, dim_hidden))
+        self.net = nn.Sequential(first, activation, Linear(dim_hidden, dim_out))
+        self.kernel: Kernel | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim_in) -> (..., dim_out)."""
-        y: Tensor = self.net(x)
+        y: Tensor = self.net(x) if self.kernel is None else self.kernel(x)
         return y
+
+    @property
+    def layers(self) -> tuple["Linear", "Linear"]:
+        """The two linear layers."""
+        first, second = self.net[0].get_submodule("proj"), self.net[2]
+        assert isinstance(first, Linear)
+        assert isinstance(second, Linear)
+        return first, second
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of both, as `ops.mlp` takes them."""
+        first, second = self.layers
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class LayerNorm(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
-from frameloom.platform.device import cpu_flags
+from frameloom.platform.host import cpu_flags
 from frameloom.settings import LOGGER_NAME, cache_folder
 
 log = logging.getLogger(LOGGER_NAME)

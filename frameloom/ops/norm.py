@@ -1,8 +1,14 @@
 """Normalization: root mean square over all heads, and layer norm in at least float32."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from frameloom.errors import RequestError
+
+Kind = Literal["layer", "rms"]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -28,3 +34,24 @@ def layer_norm(x: Tensor, eps: float, *, weight: Tensor | None = None, bias: Ten
     weight = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def wide_norm(
+    x: Tensor, eps: float, *, kind: Kind = "layer", weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Layer norm or root mean square norm over the last axis, in at least float32 for the caller to round.
+
+    `weight` and `bias` are (D,). Raises RequestError on another kind.
+    """
+    check_kind(kind)
+    if kind == "layer":
+        return layer_norm(x, eps, weight=weight, bias=bias)
+    x = at_least_fp32(x)
+    y = F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
+    return y if bias is None else y + bias
+
+
+def check_kind(kind: str) -> None:
+    """Raise RequestError unless `kind` is a norm that there is."""
+    if kind not in ("layer", "rms"):
+        raise RequestError(f"norm {kind!r} is unknown; use 'layer' or 'rms'")

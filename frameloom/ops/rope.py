@@ -1,14 +1,19 @@
-"""Rotary position embedding over (t, h, w), in real arithmetic on interleaved pairs (arXiv:2104.09864).
+"""Rotary position embedding over (t, h, w), in real arithmetic on pairs of a head's channels (arXiv:2104.09864).
 
-Shapes: B batch, L tokens, H heads, K head dimension, P = K/2 pairs.
+A pair is two neighbours ("interleaved", as in Wan) or the same place in both halves of a head ("halves", as in LTX-2).
+Shapes: B batch, L tokens, D width, H heads, K head dimension, P = K/2 pairs.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from frameloom.errors import RequestError
+from frameloom.ops.norm import rms_norm
+
 THETA = 10000.0
+Layout = Literal["interleaved", "halves"]
 
 
 class RotaryTable(NamedTuple):
@@ -48,3 +53,38 @@ def rotate(x_BLHK: Tensor, table: RotaryTable) -> Tensor:
     first = (even * cos - odd * sin).type_as(x_BLHK)  # rounded before the stack: half the peak memory
     second = (even * sin + odd * cos).type_as(x_BLHK)
     return torch.stack((first, second), dim=-1).flatten(-2)
+
+
+def rotate_halves(x_BLHK: Tensor, table: RotaryTable) -> Tensor:
+    """Turn each pair (i, i + P) of every head by its token's angle; result in the dtype of `x_BLHK`."""
+    first, second = x_BLHK.chunk(2, dim=-1)
+    cos, sin = table.cos_LP[:, None], table.sin_LP[:, None]
+    turned = (first * cos - second * sin).type_as(x_BLHK), (second * cos + first * sin).type_as(x_BLHK)
+    return torch.cat(turned, dim=-1)
+
+
+def norm_rotate(
+    x_BLD: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int, *, layout: Layout = "interleaved"
+) -> Tensor:
+    """Queries or keys: root mean square norm over all heads, rounded to the dtype of x, then split and turned: x_BLHK.
+
+    Raises RequestError where head_dim, the table and the layout do not fit.
+    """
+    check_rotation(x_BLD, table, head_dim, layout)
+    x_BLHK = rms_norm(x_BLD, weight, eps).view(*x_BLD.shape[:2], x_BLD.shape[2] // head_dim, head_dim)
+    return rotate(x_BLHK, table) if layout == "interleaved" else rotate_halves(x_BLHK, table)
+
+
+def check_rotation(x_BLD: Tensor, table: RotaryTable, head_dim: int, layout: str) -> None:
+    """Raise RequestError unless the heads can be cut from x and every token has an angle for every pair."""
+    _, length, width = x_BLD.shape
+    if layout not in ("interleaved", "halves"):
+        raise RequestError(f"rotary layout {layout!r} is unknown; use 'interleaved' or 'halves'")
+    if head_dim < 2 or head_dim % 2 or width % head_dim:
+        raise RequestError(f"heads of {head_dim} channels do not divide a width of {width}; give an even divisor of it")
+    for angles in table:
+        if tuple(angles.shape) != (length, head_dim // 2):
+            raise RequestError(
+                f"the rotary table has shape {tuple(angles.shape)}; {length} tokens with heads of {head_dim} channels "
+                f"need ({length}, {head_dim // 2})"
+            )

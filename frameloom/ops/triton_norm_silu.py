@@ -3,8 +3,6 @@
 Tested on a CPU through Triton's interpreter (TRITON_INTERPRET=1).
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from frameloom.ops.layout import checked_frames, empty_frames
@@ -54,14 +52,14 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(
-        x: Any,
-        out: Any,
-        gamma: Any,
-        x_stride: Any,
-        out_stride: Any,
-        pixels: Any,
-        total: Any,
-        root: Any,
+        x: tl.tensor,
+        out: tl.tensor,
+        gamma: tl.tensor,
+        x_stride: tl.tensor,
+        out_stride: tl.tensor,
+        pixels: tl.tensor,
+        total: tl.tensor,
+        root: tl.tensor,
         CHANNELS: tl.constexpr,  # Triton's constants are written so
         BLOCK_P: tl.constexpr,
         BLOCK_C: tl.constexpr,

@@ -6,6 +6,7 @@ them. Reference: Diffusers' WanPipeline, in its order of operations and of round
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
+from frameloom.models.dit_fast import LoopChoices
 from frameloom.models.vae_state import Passage
-from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_dit import Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.platform.device import is_memory_error
 from frameloom.sampling.flow import Sampler
@@ -26,6 +28,7 @@ log = logging.getLogger(LOGGER_NAME)
 
 Frames = npt.NDArray[np.uint8]
 StepCallback = Callable[[int], None]
+PLAINLY = LoopChoices()  # as the reference pipeline
 Result = TypeVar("Result")
 
 
@@ -38,40 +41,88 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prompts:
+    """Text features (B, S, E), and those of what the video should not show; `negative_BSE` None: no guidance."""
+
+    text_BSE: Tensor
+    negative_BSE: Tensor | None
+
+    @property
+    def branches(self) -> list[Tensor]:
+        """What the network reads in every step."""
+        return [self.text_BSE] if self.negative_BSE is None else [self.text_BSE, self.negative_BSE]
+
+
 @torch.inference_mode()
 def denoise(
     experts: Sequence[WanDiT],
     latents_BCTHW: Tensor,
+    prompts: Prompts,
     *,
-    text_BSE: Tensor,
-    negative_BSE: Tensor | None,
     sampler: Sampler,
     switch: ExpertSwitch,
     per_token: bool,
     on_step: StepCallback,
+    choices: LoopChoices = PLAINLY,
 ) -> Tensor:
-    """Walk the sampler's schedule from noise to latents; `negative_BSE` None means no guidance.
+    """Walk the sampler's schedule from noise to latents.
 
-    `per_token`: the network takes one timestep per token (TI2V-5B).
+    `per_token`: the network takes one timestep per token (TI2V-5B). Nothing in a step waits for the device.
     """
     state = sampler.start()
-    timesteps = sampler.schedule.timesteps
-    patch = experts[0].spec.patch_size
-    for index, t in enumerate(timesteps):
+    device, batch_size = latents_BCTHW.device, latents_BCTHW.shape[0]
+    predictor = Predictor(prompts.branches, choices)
+    patch, grid = experts[0].spec.patch_size, latents_BCTHW.shape[2:]
+    times = sampler.schedule.timesteps.to(device)  # all at once: a copy of one number would wait for the device
+    for index, t in enumerate(sampler.schedule.timesteps):
         which, scale = switch.for_timestep(t)
-        expert = experts[which]
-        timestep = t.expand(latents_BCTHW.shape[0]).to(latents_BCTHW.device)
-        if per_token:
-            _, _, frames, height, width = latents_BCTHW.shape
+        timestep = times[index].expand(batch_size)
+        if per_token and not choices.distinct_timesteps:
             timestep = expand_timesteps(
-                t, (frames, height, width), patch_size=patch, batch_size=latents_BCTHW.shape[0]
-            ).to(latents_BCTHW.device)
-        velocity = expert(latents_BCTHW, timestep, text_BSE)
-        if negative_BSE is not None:
-            velocity = guide(velocity, expert(latents_BCTHW, timestep, negative_BSE), scale)
+                times[index], (grid[0], grid[1], grid[2]), patch_size=patch, batch_size=batch_size
+            )
+        velocities = predictor(experts[which], latents_BCTHW, timestep)
+        velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
         latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
         on_step(index + 1)
     return latents_BCTHW
+
+
+class Predictor:
+    """The velocities of a step, one per branch. Keeps what the current expert read of the prompts."""
+
+    def __init__(self, texts: Sequence[Tensor], choices: LoopChoices) -> None:
+        self._texts, self._choices = texts, choices
+        self._together = choices.guidance_batched and len(texts) > 1
+        self._expert: WanDiT | None = None
+        self._read: list[Prompt] = []
+
+    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
+        """Where memory runs out in a batch of both branches, they are computed in turn from then on."""
+        try:
+            return self._predict(expert, x_BCTHW, timestep)
+        except (MemoryError, RuntimeError) as error:
+            if not self._together or not is_memory_error(error):
+                raise
+        log.warning("memory ran out with both branches of the guidance in one batch; going on with one after the other")
+        self._together, self._expert = False, None
+        return self._predict(expert, x_BCTHW, timestep)
+
+    def _predict(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
+        if not self._choices.prompt_once:
+            return [expert(x_BCTHW, timestep, text) for text in self._texts]
+        if expert is not self._expert:
+            self._read = []  # those of the other expert go first
+            texts = [torch.cat(list(self._texts))] if self._together else self._texts
+            self._read = [expert.read_prompt(text) for text in texts]
+            self._expert = expert
+        if self._together:
+            (both,) = expert.velocities(x_BCTHW, timestep, self._read)
+            return list(both.chunk(len(self._texts)))
+        if self._choices.shared_branches:
+            return expert.velocities(x_BCTHW, timestep, self._read)
+        return [velocity for prompt in self._read for velocity in expert.velocities(x_BCTHW, timestep, [prompt])]
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 """The text-to-video pipeline of Wan: the order of work, for one expert, two experts, and per-token timesteps."""
 
+import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import RequestError
+from frameloom.models.dit_fast import LoopChoices
 from frameloom.models.encoders import TextEncoder
 from frameloom.models.vae_fast import prepare
 from frameloom.models.vae_state import Passage
@@ -17,10 +20,13 @@ from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.pipeline import stages
 from frameloom.pipeline.stages import Frames
-from frameloom.platform.device import synchronise
+from frameloom.platform.device import platform_of, synchronise
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler
+from frameloom.settings import LOGGER_NAME
 from frameloom.types import Progress, ProgressCallback, ResolvedRequest, SizeRules, Stage
+
+log = logging.getLogger(LOGGER_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -29,6 +35,7 @@ class StageClock:
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    marks: list[Any] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -38,6 +45,23 @@ class StageClock:
         synchronise(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
+    def each_step(self, on_step: stages.StepCallback) -> stages.StepCallback:
+        """The same callback, with a mark in the device's time after every step; nothing waits for the device."""
+        platform = platform_of(self.device)
+        self.marks.append(platform.mark(self.device.index))
+
+        def step(index: int) -> None:
+            self.marks.append(platform.mark(self.device.index))
+            on_step(index)
+
+        return step
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Seconds of every step; ask after the stage, when the device is done."""
+        between = platform_of(self.device).seconds_between
+        return [between(first, second) for first, second in itertools.pairwise(self.marks)]
+
     def each(self, name: Stage, items: Iterator[Frames]) -> Iterator[Frames]:
         """Pass items on, and time the making of each, not what is done with it."""
         while True:
@@ -46,6 +70,14 @@ class StageClock:
             if item is None:
                 return
             yield item
+
+
+class StepPlanner(Protocol):
+    """Says how the steps of a video are computed."""
+
+    def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
+        """The way, and why."""
+        ...
 
 
 class VaePlanner(Protocol):
@@ -66,6 +98,7 @@ class WanPipeline:
 
     text_encoder: TextEncoder
     experts: tuple[WanDiT, ...]
+    step_planner: StepPlanner
     vae: WanVAE
     vae_planner: VaePlanner
     scheduler: Mapping[str, Any]
@@ -129,16 +162,18 @@ class WanPipeline:
             report(Progress(stage="text", step=1, total=1))
         channels = self.experts[0].spec.in_channels
         shape = (len(request.prompts), channels, *self._latent_size(request))
+        loop, why = self.step_planner.loop(shape, guided=negative is not None)
+        log.info("steps: %s", why)
         with clock.stage("denoise"):
             out = stages.denoise(
                 self.experts,
                 stages.initial_noise(shape, request.seed, self.device),
-                text_BSE=text,
-                negative_BSE=negative,
+                stages.Prompts(text_BSE=text, negative_BSE=negative),
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,
-                on_step=_reporter(report, "denoise", request.steps),
+                on_step=clock.each_step(_reporter(report, "denoise", request.steps)),
+                choices=loop,
             )
         return _plain(out)
 

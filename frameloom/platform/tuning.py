@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from frameloom.platform.device import cpu_flags, timed
+from frameloom.platform.device import platform_of, timed
+from frameloom.platform.host import cpu_flags
 from frameloom.settings import LOGGER_NAME, cache_folder
 
 log = logging.getLogger(LOGGER_NAME)
@@ -76,8 +77,9 @@ def _machine(device: torch.device) -> str:
     kernels = sorted(path for path in (Path(__file__).parents[1] / "ops").iterdir() if path.suffix in (".py", ".cpp"))
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in kernels)).hexdigest()
     parts = [host.machine(), host.system(), torch.__version__, sources]
-    if device.type == "cuda":
-        parts += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
-    else:
+    if device.type == "cpu":
         parts += [device.type, str(torch.get_num_threads()), *sorted(cpu_flags())]
+    else:
+        where = platform_of(device)
+        parts += [where.name, where.device_name(device.index), str(where.toolkit_version())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]

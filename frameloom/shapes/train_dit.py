@@ -162,12 +162,14 @@ class SmallAttention:
     def __init__(self, bias_S: Tensor | None = None) -> None:
         self.bias_S = bias_S
 
-    def __call__(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, /) -> Tensor:
-        """As `attention.core.sdpa`, with the bias on the keys."""
+    def __call__(self, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
+        """As `attention.core.sdpa`, with its own bias on the keys beside the one of the call."""
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         if self.bias_S is not None:
             scores = scores + self.bias_S.to(scores.device)
+        if bias_BS is not None:
+            scores = scores + bias_BS[:, None, None]
         out: Tensor = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
         return out
 

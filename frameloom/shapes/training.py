@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frameloom.platform.device import cpu_flags
+from frameloom.platform.host import cpu_flags
 from frameloom.shapes.world import Frames
 
 SEED = 20_26

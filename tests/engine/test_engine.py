@@ -9,7 +9,7 @@ import torch
 
 import frameloom
 from frameloom.engine.build import build_engine
-from frameloom.platform import device as platform_device
+from frameloom.platform import host
 from frameloom.platform.device import choose_device, choose_dtype
 from frameloom.types import Progress
 
@@ -164,7 +164,7 @@ def test_auto_keeps_the_vae_in_float32_and_says_why(checkpoint_of, tmp_path, cap
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_of(), folder)
     (folder / "frameloom.json").write_text('{"dtype": "bfloat16", "steps": 3}')
-    monkeypatch.setattr(platform_device, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     with caplog.at_level("INFO", logger="frameloom"), build_engine(folder) as engine:
         assert engine._open.experts[0].dtype == torch.bfloat16
         assert next(engine._open.vae.parameters()).dtype == torch.float32
@@ -176,9 +176,9 @@ def test_auto_keeps_the_vae_in_float32_and_says_why(checkpoint_of, tmp_path, cap
 def test_auto_dtypes_depend_on_what_the_device_computes_well(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_dtype("auto", cpu, preferred=torch.float16)[0] == torch.float32
-    monkeypatch.setattr(platform_device, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx2"}))
     assert choose_dtype("auto", cpu, preferred=torch.bfloat16)[0] == torch.float32
-    monkeypatch.setattr(platform_device, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     assert choose_dtype("auto", cpu, preferred=torch.bfloat16)[0] == torch.bfloat16
     assert choose_dtype("float16", cpu, preferred=torch.float32)[0] == torch.float16
     assert choose_device("cpu")[0] == cpu

@@ -29,10 +29,11 @@ def relative_error(a, b):
 def engine_of(checkpoint_of):
     opened = {}
 
-    def load(kind):
-        if kind not in opened:
-            opened[kind] = frameloom.load(checkpoint_of(kind), device="cpu", dtype="float32")
-        return opened[kind]
+    def load(kind, exactness="rounding"):
+        key = kind, exactness
+        if key not in opened:
+            opened[key] = frameloom.load(checkpoint_of(kind), device="cpu", dtype="float32", exactness=exactness)
+        return opened[key]
 
     yield load
     for engine in opened.values():
@@ -41,12 +42,14 @@ def engine_of(checkpoint_of):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_equal_diffusers(kind, engine_of, checkpoint_of):
-    options = {"guidance_scale": 5.0, "negative_prompt": "a blue square"}
-    ours = engine_of(kind).generate("a red circle moving left", output="latents", steps=6, seed=3, **SIZE, **options)
-    theirs = reference(checkpoint_of(kind), "a red circle moving left", output_type="latent", **SIZE, **options)
+    options = {"guidance_scale": 5.0, "negative_prompt": "a blue square", "steps": 6, **SIZE}
+    prompt = "a red circle moving left"
+    ours = engine_of(kind, "bitwise").generate(prompt, output="latents", seed=3, **options)
+    theirs = reference(checkpoint_of(kind), prompt, output_type="latent", **options)
     assert ours.dtype == torch.float32
-    assert ours.shape == theirs.shape
-    assert relative_error(ours, theirs) <= 1e-5
+    assert torch.equal(ours, theirs)
+    # Roundings of some 1e-6 per call; guidance and six steps of a random network make them larger.
+    assert relative_error(engine_of(kind).generate(prompt, output="latents", seed=3, **options), theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,12 +66,13 @@ def test_frames_are_within_one_level_of_diffusers(kind, engine_of, checkpoint_of
 def test_a_batch_of_prompts_equals_diffusers(kind, engine_of, checkpoint_of):
     prompts, negatives = ["a red circle", "the green star spins"], ["blue", "a video of one square"]
     options = {"guidance_scale": 4.0, **SIZE}
-    ours = engine_of(kind).generate(prompts, negative_prompt=negatives, output="latents", steps=3, seed=3, **options)
+    engine = engine_of(kind, "bitwise")
+    ours = engine.generate(prompts, negative_prompt=negatives, output="latents", steps=3, seed=3, **options)
     theirs = reference(
         checkpoint_of(kind), prompts, output_type="latent", steps=3, negative_prompt=negatives, **options
     )
     assert ours.shape[0] == 2
-    assert relative_error(ours, theirs) <= 1e-5
+    assert torch.equal(ours, theirs)
 
 
 def test_a_batch_returns_one_video_per_prompt(engine_of):

@@ -261,9 +261,9 @@ def test_attend_can_be_replaced(name, calls_per_block):
     calls = []
 
     def recorded(inner):
-        def attend(q_BLHK, k_BSHK, v_BSHK):
+        def attend(q_BLHK, k_BSHK, v_BSHK, *bias):
             calls.append((q_BLHK.shape, k_BSHK.shape))
-            return inner(q_BLHK, k_BSHK, v_BSHK)
+            return inner(q_BLHK, k_BSHK, v_BSHK, *bias)
 
         return attend
 
@@ -284,20 +284,22 @@ def test_run_blocks_can_be_replaced():
     inputs = make_inputs(case)
     keys, inner, seen = set(model.state_dict()), model.run_blocks, []
 
-    def skip_the_last(blocks, x_BLD, cond):
-        seen.append(cond)
-        return inner(blocks[:-1], x_BLD, cond)
+    def skip_the_last(blocks, x_BLD, step, prompts):
+        seen.append((step, *prompts))
+        return inner(blocks[:-1], x_BLD, step, prompts)
 
     expected = run_ours(model, inputs)
     model.run_blocks = skip_the_last
     shortened = run_ours(model, inputs)
     assert relative(shortened, expected) > 1e-2
     assert set(model.state_dict()) == keys
+    ((step, prompt),) = seen
     tokens = 3 * 3 * 7
-    assert seen[0].modulation_BM6D.shape == (1, 1, 6, 64)
-    assert seen[0].text_BSD.shape == (1, TEXT_TOKENS, 64)
-    assert seen[0].image_BND.shape == (1, CLIP_TOKENS, 64)
-    assert seen[0].rope.cos_LP.shape == seen[0].rope.sin_LP.shape == (tokens, 16)
+    assert [m.shape for m in step.modulation(1)] == [(1, 1, 64)] * 6
+    assert step.rope.cos_LP.shape == step.rope.sin_LP.shape == (tokens, 16)
+    assert len(prompt.of_blocks) == case.spec.num_layers
+    assert prompt.of_blocks[0].text[0].shape == (1, TEXT_TOKENS, 2, 32)
+    assert prompt.of_blocks[0].image[1].shape == (1, CLIP_TOKENS, 2, 32)
 
 
 def test_rotary_tables_are_kept_but_bounded():

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frameloom.engine.compiled import COMPILED
+from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import RequestError
-from frameloom.models.vae_rewrites import VAE_REWRITES
 from frameloom.ops.registry import BF16_SLACK, EXACTNESS, Policy, Rewrite, Sizes, document, make_policy, relative_error
 
-NAMES = [rewrite.name for rewrite in VAE_REWRITES]
-CASES = [(rewrite, dtype) for rewrite in VAE_REWRITES for dtype in rewrite.dtypes]
+QUICK = [rewrite for rewrite in REWRITES if rewrite is not COMPILED]  # that one: tests/engine/test_compiled.py
+NAMES = [rewrite.name for rewrite in REWRITES]
+CASES = [(rewrite, dtype) for rewrite in QUICK for dtype in rewrite.dtypes]
 sizes = st.builds(
     Sizes,
     batch=st.integers(1, 2),
@@ -50,17 +52,17 @@ def test_a_rewrite_computes_what_its_reference_does(rewrite: Rewrite, dtype: tor
 
 def test_names_are_distinct_and_say_their_room() -> None:
     assert len(set(NAMES)) == len(NAMES)
-    assert all(name.startswith("vae.") for name in NAMES)
-    assert {rewrite.exactness for rewrite in VAE_REWRITES} <= set(EXACTNESS)
+    assert all(name.startswith(("vae.", "dit.")) for name in NAMES)
+    assert {rewrite.exactness for rewrite in REWRITES} <= set(EXACTNESS)
 
 
 def test_the_page_is_what_the_registry_says() -> None:
     page = Path(__file__).parents[2] / "docs" / "rewrites.md"
-    assert page.read_text(encoding="utf-8") == document(VAE_REWRITES), "python -m frameloom.verify > docs/rewrites.md"
+    assert page.read_text(encoding="utf-8") == document(REWRITES), "python -m frameloom.verify > docs/rewrites.md"
 
 
 def test_a_policy_allows_its_class_and_what_lies_below() -> None:
-    by_name = {rewrite.name: rewrite for rewrite in VAE_REWRITES}
+    by_name = {rewrite.name: rewrite for rewrite in REWRITES}
     bitwise, rounding = Policy(exactness="bitwise"), Policy()
     assert bitwise.refuses(by_name["vae.buffers"]) is None
     assert bitwise.refuses(by_name["vae.chunks"]) == "it is rounding, and bitwise was asked for"
@@ -77,7 +79,7 @@ def test_a_policy_allows_its_class_and_what_lies_below() -> None:
         ("rounding", ["vae.conv_winogrd=on"], "did you mean 'vae.conv_winograd'"),
         ("rounding", ["vae.bands"], "write vae.bands=on or vae.bands=off"),
         ("rounding", ["vae.bands=maybe"], "neither on nor off"),
-        ("rounding", ["x=on"], "known are vae.bands"),
+        ("rounding", ["x=on"], "known are dit.add_norm_triton"),
     ],
 )
 def test_a_word_that_means_nothing_is_refused(exactness: str, rewrites: list[str], words: str) -> None:

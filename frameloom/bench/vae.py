@@ -1,15 +1,9 @@
-"""Paired timings against Diffusers: both sides interleaved in one process, the ratio with its spread, one record.
+"""The VAE against diffusers.AutoencoderKLWan: `frameloom bench vae`. Random weights, configs of the released ones."""
 
-`frameloom bench vae` runs this. Weights are random; the configs are those of the released checkpoints.
-"""
-
-import importlib
 import json
-import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_peak, reference_library
+from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_fast import REFERENCE, prepare, without_weights
-from frameloom.models.vae_rewrites import vae_policy
 from frameloom.models.wan_vae import WanVAE
-from frameloom.ops.registry import relative_error
 from frameloom.platform.allocator import keep_freed_memory
-from frameloom.platform.device import DTYPES, choose_device, peak_memory_bytes, timed
+from frameloom.platform.device import DTYPES, choose_device, peak_memory_bytes, reset_peak_memory
 
 # FORMATS of the released checkpoints: Wan 2.1 and 2.2-A14B; Wan 2.2-TI2V-5B.
 CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -74,15 +68,8 @@ class VaeCase:
 
     def check(self) -> None:
         """Raise RequestError for what cannot be run."""
-        choices = {"vae": CONFIGS, "direction": ("decode", "encode"), "baseline": BASELINES}
-        for name, known in {**choices, "allocator": ("default", "tuned"), "dtype": DTYPES}.items():
-            if getattr(self, name) not in known:
-                raise RequestError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        if self.rounds < 1:
-            raise RequestError(f"{self.rounds} rounds measure nothing; use 1 or more")
-
-
-Side = Callable[[], Tensor]
+        words = {"vae": CONFIGS, "direction": ("decode", "encode"), "baseline": BASELINES}
+        check_words(self, {**words, "allocator": ("default", "tuned"), "dtype": DTYPES})
 
 
 def run_vae(case: VaeCase) -> dict[str, Any]:
@@ -93,25 +80,15 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
         keep_freed_memory()
     theirs, ours, facts = _sides(case, device)
     flops = count_flops(case)
-    ratios: list[float] = []
-    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    error = relative_error(ours(), theirs())  # the first round warms both up
-    for round_ in range(case.rounds):
-        order = (("ours", ours), ("diffusers", theirs))
-        for name, side in order if round_ % 2 else order[::-1]:
-            seconds[name].append(timed(side, device))
-        ratios.append(seconds["diffusers"][-1] / seconds["ours"][-1])
+    found = in_turns({"ours": ours, "diffusers": theirs}, device, rounds=case.rounds)
     peak = matmul_peak(device, DTYPES[case.dtype])
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "case": asdict(case),
-        "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-        "seconds": medians,
-        "relative_error": error,
+        **found,
         "flops": flops,
         "matmul_flops_per_s": peak,
-        "fraction_of_peak": {name: flops / value / peak for name, value in medians.items()},
-        "peak_bytes": {name: _peak_in_own_process(case, name) for name in seconds} if case.peaks else {},
+        "fraction_of_peak": {name: flops / value / peak for name, value in found["seconds"].items()},
+        "peak_bytes": {name: _peak_in_own_process(case, name) for name in found["seconds"]} if case.peaks else {},
         **facts,
         "machine": machine(device),
     }
@@ -123,18 +100,9 @@ def run_one_side(case: VaeCase, name: str) -> int:
     if case.allocator == "tuned" and device.type == "cpu":
         keep_freed_memory()
     theirs, ours, _ = _sides(case, device, only=name)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     (ours if name == "ours" else theirs)()
     return peak_memory_bytes(device)
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a square matrix product here, in FLOP/s."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(6))
 
 
 def count_flops(case: VaeCase) -> int:
@@ -145,19 +113,6 @@ def count_flops(case: VaeCase) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         (twin.decode if case.direction == "decode" else twin.encode)(x)
     return int(counter.get_total_flops())
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> tuple[Side, Side, dict[str, Any]]:
@@ -195,7 +150,7 @@ def _our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Te
     with torch.device("meta"):
         vae = WanVAE(spec).eval()
     vae.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
-    fast = make_fast(vae, policy=vae_policy(case.exactness, case.rewrites), budget_bytes=case.memory_bytes)
+    fast = make_fast(vae, policy=policy_of(case.exactness, case.rewrites), budget_bytes=case.memory_bytes)
     plan = fast.planner.decode if case.direction == "decode" else fast.planner.encode
     prepare(vae.decoder if case.direction == "decode" else vae.encoder)
     passage = next(plan(tuple(x.shape)))
@@ -213,12 +168,8 @@ def _nothing() -> Tensor:
 
 def _diffusers_vae(config: dict[str, Any]) -> Any:
     """Diffusers' VAE with random weights of a realistic size: its own initialisation, from seed 0."""
-    try:
-        diffusers: Any = importlib.import_module("diffusers")
-    except ImportError:
-        raise RequestError("the comparison needs diffusers, which is not here; run pip install diffusers") from None
     torch.manual_seed(0)
-    return diffusers.AutoencoderKLWan(**config).eval()
+    return reference_library().AutoencoderKLWan(**config).eval()
 
 
 def _input(case: VaeCase, spec: VaeSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -234,20 +185,11 @@ def _input(case: VaeCase, spec: VaeSpec, device: torch.device, dtype: torch.dtyp
 
 
 def _peak_in_own_process(case: VaeCase, name: str) -> int:
-    command = [sys.executable, "-m", "frameloom.bench", name, json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "frameloom.bench.vae", name, json.dumps(asdict(case))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RequestError(f"the run that measures the memory of {name} failed: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            line = next((line for line in file if line.startswith("model name")), "")
-    except OSError:
-        line = ""
-    return line.partition(":")[2].strip() or platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

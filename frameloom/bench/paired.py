@@ -1,0 +1,74 @@
+"""Paired timings against Diffusers: both sides interleaved in one process, the ratio with its spread, one record."""
+
+import importlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frameloom.errors import RequestError
+from frameloom.ops.registry import relative_error
+from frameloom.platform.device import device_name, timed
+
+Side = Callable[[], Tensor]
+
+
+def in_turns(sides: Mapping[str, Side], device: torch.device, *, rounds: int) -> dict[str, Any]:
+    """Time `ours` and `diffusers`, the first in one round and the second in the next going first.
+
+    Returns speedup (median, low, high), the median seconds of each, and the relative error of the first round, which
+    warms up.
+    """
+    error = relative_error(sides["ours"](), sides["diffusers"]())
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(rounds):
+        for name in sorted(sides, reverse=round_ % 2 == 1):
+            seconds[name].append(timed(sides[name], device))
+    ratios = [theirs / ours for theirs, ours in zip(seconds["diffusers"], seconds["ours"], strict=True)]
+    return {
+        "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "relative_error": error,
+    }
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a square matrix product here, in FLOP/s."""
+    size = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(6))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def check_words(case: Any, known: Mapping[str, Collection[str]]) -> None:
+    """Raise RequestError where an attribute of a case is none of the words known for it, or its rounds are none."""
+    for name, words in known.items():
+        value = getattr(case, name)
+        if value not in words:
+            raise RequestError(f"{name} {value!r} is unknown; use one of {', '.join(words)}")
+    if case.rounds < 1:
+        raise RequestError(f"{case.rounds} rounds measure nothing; use 1 or more")
+
+
+def reference_library() -> Any:
+    """Diffusers. Raises RequestError where it is not installed."""
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError:
+        raise RequestError("the comparison needs diffusers, which is not here; run pip install diffusers") from None

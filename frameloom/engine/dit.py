@@ -1,0 +1,79 @@
+"""Loads a transformer of a checkpoint: as the reference computes it, or with the rewrites that a policy allows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from frameloom.engine.compiled import COMPILER
+from frameloom.engine.modules import fill, set_attention
+from frameloom.memory.dit import StepPlanner
+from frameloom.models.dit_fast import DitChoices, choose, install
+from frameloom.models.dit_rewrites import TOGETHER
+from frameloom.models.spec import TransformerSpec
+from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
+from frameloom.ops.registry import Decision, Policy
+from frameloom.platform.device import platform_of
+from frameloom.platform.tuning import Tuner
+from frameloom.weights.source import Component
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FastDit:
+    """A transformer with its ways, what plans its memory, and what was decided."""
+
+    dit: WanDiT
+    choices: DitChoices
+    planner: StepPlanner
+    decisions: tuple[Decision, ...]
+
+
+def load_plain_dit(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
+    """The transformer as the reference computes it, with torch's own attention."""
+    with torch.device("meta"):
+        dit = WanDiT(spec).eval()
+    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32)
+    return dit
+
+
+def load_fast_dit(
+    component: Component,
+    spec: TransformerSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    policy: Policy,
+    attention: str = "auto",
+) -> FastDit:
+    """The transformer with the rewrites that `policy` allows and that are fastest here, and an attention backend.
+
+    Raises RequestError for a rewrite or a backend that was asked for by name and cannot be used.
+    """
+    dit = load_plain_dit(component, spec, dtype, device)
+    return make_fast_dit(dit, policy=policy, attention=attention)
+
+
+def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto") -> FastDit:
+    """Give a loaded transformer its ways; it keeps no other form of its weights."""
+    weight = dit.patch_embedding.weight
+    platform = platform_of(weight.device).name
+    if policy.exactness == "bitwise" and attention == "auto":
+        attention = "sdpa"  # other kernels round otherwise
+    chosen = ""
+    for kind, biased in ((SelfAttention, False), (CrossAttention, True)):
+        found = set_attention(
+            dit, kind, expected=dit.spec.num_layers, name=attention, platform=platform,
+            head_dim=dit.spec.attention_head_dim, dtype=weight.dtype, biased=biased,
+        )  # fmt: skip
+        chosen = chosen or found
+    choices = choose(dit, policy, Tuner(weight.device), platform_name=platform, compiler=COMPILER)
+    install(dit, choices)
+    planner = StepPlanner(
+        spec=dit.spec,
+        dtype=weight.dtype,
+        choices=choices,
+        device=weight.device,
+        insisted=policy.insists(TOGETHER),
+    )
+    backend, _, reason = chosen.partition(": ")
+    told = Decision(name=f"attention.{backend.partition(' ')[0]}", used=True, reason=reason)
+    return FastDit(dit=dit, choices=choices, planner=planner, decisions=(*choices.decisions, told))

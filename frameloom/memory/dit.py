@@ -1,0 +1,73 @@
+"""Plans the steps of a video: whether the predictions with and without the prompt pass the transformer in one batch."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from frameloom.memory.meter import peak_bytes
+from frameloom.models.dit_fast import DitChoices, LoopChoices, without_weights
+from frameloom.models.spec import TransformerSpec
+from frameloom.models.wan_dit import WanDiT
+from frameloom.platform.device import free_memory_bytes
+
+_OVERHEAD = 1.1  # workspaces of the libraries and the allocator's rounding, which the prediction does not see
+_SHARE_OF_FREE = 0.6
+_TEXT_TOKENS = 512
+_FEW_TOKENS = 1024  # on a CPU: so many are over before the next operation has been looked up
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: `_twin` is kept
+class StepPlanner:
+    """Says how the steps of a video are computed: what is allowed, and of that what the memory has room for.
+
+    `insisted`: the batch of both branches was asked for by name.
+    """
+
+    spec: TransformerSpec
+    dtype: torch.dtype
+    choices: DitChoices
+    device: torch.device
+    insisted: bool = False
+
+    def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
+        """The way, and why: with guidance, both branches in one batch or one after the other."""
+        if not guided:
+            return self.choices.loop, "one branch: there is no guidance"
+        batched, why = self._batches(latents_BCTHW)
+        return replace(self.choices.loop, guidance_batched=batched), why
+
+    def _batches(self, latents_BCTHW: tuple[int, ...]) -> tuple[bool, str]:
+        """By the memory that is free; on a CPU, where a batch is no faster but for very small videos, by the size."""
+        if not self.choices.loop.guidance_batched:
+            return False, "one branch after the other: a batch is not allowed"
+        if self.insisted:
+            return True, "both branches in one batch: asked for"
+        batch, _, *cells = latents_BCTHW
+        tokens = batch * functools.reduce(int.__mul__, cells) // self.spec.patch_volume
+        if self.device.type == "cpu":
+            few = tokens <= _FEW_TOKENS
+            return few, f"both branches in one batch: {tokens} tokens" if few else "one branch after the other on a CPU"
+        needed, free = self.needed(latents_BCTHW), free_memory_bytes(self.device)
+        fits = needed <= _SHARE_OF_FREE * free
+        way = "both branches in one batch" if fits else "one branch after the other"
+        return fits, f"{way}: a batch takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+
+    def needed(self, latents_BCTHW: tuple[int, ...]) -> int:
+        """Bytes of a step with both branches in one batch, besides the weights and the keys of other blocks."""
+        batch, channels, *cells = latents_BCTHW
+
+        def run() -> None:
+            x = torch.empty(batch, channels, *cells, device="meta")
+            text = torch.empty(2 * batch, _TEXT_TOKENS, self.spec.text_dim, device="meta", dtype=self.dtype)
+            prompt = self._twin.read_prompt(text)
+            self._twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
+
+        with torch.inference_mode():
+            return round(_OVERHEAD * peak_bytes(run))
+
+    @functools.cached_property
+    def _twin(self) -> WanDiT:
+        """Two blocks without weights: the others use the same memory again."""
+        spec = replace(self.spec, num_layers=min(2, self.spec.num_layers), image_dim=None, added_kv_proj_dim=None)
+        return without_weights(spec, self.dtype, replace(self.choices, collapses_padding=False))

@@ -1,0 +1,61 @@
+"""Linear layers whose weights are laid out once for oneDNN's matrix product, which CPUs then read straight through.
+
+Shapes: x (..., K), weight (N, K), bias (N,), out (..., N). torch offers these products to its own compiler only; a
+version that has them no more leaves the layers as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS = 1024  # tokens that the layout is made for; it computes any number
+_HIDDEN_BYTES = 64 << 20  # of a feed-forward's wide activation that exists at a time
+
+
+def refuses_packed(weight: Tensor) -> str | None:
+    """Why a weight cannot be laid out here; None where it can."""
+    if weight.device.type not in ("cpu", "meta"):
+        return f"it is for CPUs, not {weight.device.type}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 and bfloat16, not {weight.dtype}"
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not has_onednn or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return "this torch has no oneDNN"
+    return None
+
+
+class PackedLinear:
+    """x · weightᵀ + bias, and GELU in its tanh form after it if asked for; keeps no other form of the weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
+        self._bias = None if bias is None else bias.detach()
+        self._activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self._packed = weight.detach()
+        if not weight.is_meta:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if x.is_meta:
+            return F.linear(x, self._packed, self._bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, *self._activation)
+        return out
+
+
+class PackedMlp:
+    """linear, GELU (tanh), linear, for some tokens at a time: the wide activation between them never exists whole."""
+
+    def __init__(self, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+        self._first, self._second = PackedLinear(w1, b1, gelu=True), PackedLinear(w2, b2)
+        self._rows = max(1, _HIDDEN_BYTES // (w1.shape[0] * w1.element_size()))
+        self._width = w2.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        flat = x.flatten(0, -2)
+        if flat.shape[0] <= self._rows:
+            return self._second(self._first(x))
+        out = flat.new_empty(flat.shape[0], self._width)
+        for piece, part in zip(torch.split(flat, self._rows), torch.split(out, self._rows), strict=True):
+            part.copy_(self._second(self._first(piece)))
+        return out.view(*x.shape[:-1], -1)
