@@ -24,7 +24,8 @@ _SHARE_OF_FREE = 0.6  # of the free memory that a plan may take when nobody set 
 _CHUNKS = (4, 2, 1)  # latent frames at a time
 # On a CPU whole pictures are slower than bands: near the caches, and in blocks that the C library keeps when they are
 # freed (up to 32 MB; larger ones come fresh from the system, page by page). docs/log.md has the figures.
-_CPU_CHUNKS = (2, 1)
+# As long as it can be, the same number of frames pass at a time: then memory decides on the bands, and not on the bits.
+_CPU_CHUNKS = (2,)
 _CPU_BAND_BYTES = 32_000_000  # of the largest activation
 _NARROWEST = 8  # rows of a band: the past of the video takes most of the memory then, 1 row would save 3 %
 _FRAME_COPIES = 4  # of a chunk's frames that exist while they are rounded to bytes
@@ -93,7 +94,8 @@ class VaePlanner:
                 f"allow {amount} bytes or more, or ask for a smaller picture"
             )
         log.info("%s: %s; about %s, %s is %s", what, chosen, _amount(amount), whose, _amount(budget))
-        narrower = _narrower(chosen, chosen.rows or height * scale) if self.choices.bands else iter(())
+        fewer = chosen if self.device.type == "cpu" else replace(chosen, steps=1)
+        narrower = _narrower(fewer, chosen.rows or height * scale) if self.choices.bands else iter(())
         return itertools.chain([chosen], narrower)
 
     def _first_that_fits(
@@ -115,9 +117,10 @@ class VaePlanner:
         if self.choices.bands and self.device.type == "cpu":
             widest = self._cpu_rows(width, chunks[0])
             rows = None if widest >= height else widest
-        yield from (replace(plain, steps=chunk, rows=rows) for chunk in chunks if chunk <= max(1, steps))
+        fitting = [chunk for chunk in chunks if chunk <= max(1, steps)] or [max(1, steps)]
+        yield from (replace(plain, steps=chunk, rows=rows) for chunk in fitting)
         if self.choices.bands:
-            yield from _narrower(plain, rows or height)
+            yield from _narrower(replace(plain, steps=fitting[-1]), rows or height)
 
     def _cpu_rows(self, width: int, chunk: int) -> int:
         """Rows of a band whose largest activation has _CPU_BAND_BYTES; a multiple of four, as Winograd's tiles are."""
@@ -133,9 +136,11 @@ class VaePlanner:
 
 
 def _narrower(passage: Passage, rows: int) -> Iterator[Passage]:
-    """One latent frame at a time in half the band, and half of that."""
+    """Half the band, and half of that; as many latent frames at a time, and in the end one."""
     while rows > _NARROWEST:
         rows = max(_NARROWEST, -(-rows // 2))
+        yield replace(passage, rows=rows)
+    if passage.steps > 1:
         yield replace(passage, steps=1, rows=rows)
 
 

@@ -34,9 +34,16 @@ def test_the_file_is_the_same_with_bitwise_rewrites_on_or_off(reference, tmp_pat
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_the_file_is_the_same_whatever_the_chunks(reference, tmp_path, monkeypatch, steps) -> None:
-    monkeypatch.setattr(plan, "_CPU_CHUNKS", (steps,))
-    assert written(tmp_path, exactness="bitwise", rewrites=["vae.chunks=on", "vae.bands=on"]) == reference
+def test_the_picture_is_the_same_whatever_the_chunks(monkeypatch, steps) -> None:
+    """Chunks are of class `rounding`: a library sums in another order for another number of frames."""
+    frames = {}
+    for count in (2, steps):
+        monkeypatch.setattr(plan, "_CPU_CHUNKS", (count,))
+        with frameloom.load(device="cpu", dtype="float32") as engine:
+            frames[count] = engine.generate(PROMPT, **OPTIONS).frames.astype(int)
+    apart = np.abs(frames[2] - frames[steps])
+    assert apart.max() <= 1
+    assert (apart > 0).mean() <= 1e-4
 
 
 def test_the_file_is_the_same_in_every_run(tmp_path) -> None:
