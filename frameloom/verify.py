@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frameloom.attention.backend import Backend, Place
+from frameloom.attention.core import BACKENDS, cuda_capability, sdpa
 from frameloom.engine.rewrites import REWRITES
 from frameloom.engine.vae import FastVae, load_fast_vae, load_plain_vae
 from frameloom.models.spec import VaeSpec
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, Policy, Rewrite, Sizes, document, relative_error
-from frameloom.platform.device import choose_device, timed
+from frameloom.platform.device import choose_device, platform_of, timed
 from frameloom.weights.source import open_vae
 
 _SIZES = (
@@ -64,13 +66,13 @@ class Finding:
 
 
 def verify(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> Iterator[Finding]:
-    """Every rewrite on example inputs, then, with a `model`, its VAE; the model may be a folder that holds just a VAE.
+    """Every rewrite and attention backend on example inputs, then, with a `model`, its VAE; a folder may hold just that.
 
     Raises CheckpointError or RequestError.
     """
     where, _ = choose_device(device)
     component, name = (None, "") if model is None else (open_vae(model), Path(os.fspath(model)).name)
-    for rewrite in REWRITES:
+    for rewrite in (*REWRITES, *attention_rewrites(platform_of(where).name)):
         for dtype in rewrite.dtypes:
             yield verify_rewrite(rewrite, dtype, where)
     if component is not None:
@@ -78,6 +80,44 @@ def verify(model: str | os.PathLike[str] | None = None, *, device: str = "auto")
         plain = load_plain_vae(component, spec, torch.float32, where)
         fast = load_fast_vae(component, spec, torch.float32, where, policy=Policy())
         yield from verify_vae(plain, fast, f"VAE of {name}")
+
+
+def attention_rewrites(platform: str) -> Iterator[Rewrite]:
+    """Every backend beside torch's own attention that a platform may have, as something to compare with that."""
+    for backend in BACKENDS:
+        if platform in backend.platforms:
+            yield Rewrite(
+                name=f"attention.{backend.name}",
+                exactness=backend.exactness,
+                replaces="torch's attention",
+                reference=sdpa,
+                fast=functools.partial(_attend, backend),
+                refuses=functools.partial(_refuses_attention, backend, platform),
+                example=_attention_example,
+                because=f"the kernel of {backend.package} sums in another order",
+                dtypes=tuple(dtype for dtype in (torch.float32, torch.bfloat16) if dtype in backend.dtypes),
+            )
+
+
+def _attend(backend: Backend, *qkv: Tensor) -> Tensor:
+    return backend.kernel()(*qkv)
+
+
+def _refuses_attention(backend: Backend, platform: str, q_BLHK: Tensor, *_: Tensor) -> str | None:
+    place = Place(
+        platform=platform,
+        head_dim=q_BLHK.shape[-1],
+        dtype=q_BLHK.dtype,
+        capability=cuda_capability(q_BLHK.device, platform),
+    )
+    return backend.refuses(place)
+
+
+def _attention_example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """q, k, v of two heads of 128, as Wan's are."""
+    generator = torch.Generator().manual_seed(sizes.seed)
+    shape = (3, sizes.batch, sizes.height * sizes.width, 2, 128)
+    return torch.randn(shape, generator=generator).to(device, dtype).unbind(0)
 
 
 @torch.inference_mode()
@@ -166,6 +206,8 @@ class _Errors:
         """Whether the rewrite's promise holds; a NaN never does."""
         if rewrite.exactness == "bitwise":
             return self.max_abs == 0
+        if rewrite.exactness == "lossy":
+            return math.isfinite(self.psnr_db)
         if dtype == torch.float32:
             return self.relative <= rewrite.tolerance
         return self.relative_to_exact <= BF16_SLACK * self.reference_to_exact
@@ -174,6 +216,8 @@ class _Errors:
 def _promise(rewrite: Rewrite, dtype: torch.dtype) -> str:
     if rewrite.exactness == "bitwise":
         return "the same bits"
+    if rewrite.exactness == "lossy":
+        return "none: see PSNR"
     if dtype == torch.float32:
         return f"relative error <= {rewrite.tolerance:g}"
     return f"error <= {BF16_SLACK:g} x the reference's own"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frameloom.attention.backend import Attend, Backend, Kernel, Place
 from frameloom.attention.flash import FLASH2, FLASH3
+from frameloom.attention.native import NATIVE
 from frameloom.attention.sage import SAGE
 from frameloom.attention.vendor import AITER, NPU_FUSION
 from frameloom.errors import FrameloomError, InternalError, RequestError
@@ -24,7 +25,14 @@ from frameloom.settings import LOGGER_NAME
 
 __all__ = ["BACKENDS", "NAMES", "Attend", "Availability", "Guarded", "backends", "choose", "cuda_capability", "sdpa"]
 
-BACKENDS: tuple[Backend, ...] = (FLASH3, FLASH2, AITER, NPU_FUSION, SAGE)  # beside sdpa; auto tries them in this order
+BACKENDS: tuple[Backend, ...] = (
+    FLASH3,
+    FLASH2,
+    AITER,
+    NPU_FUSION,
+    NATIVE,
+    SAGE,
+)  # beside sdpa; auto tries them in this order
 NAMES = ("auto", "sdpa", *(backend.name for backend in BACKENDS))
 _WIDE_BLOCK = 1 << 21  # numbers of q that are held in float32 at a time: 8 MiB, near the caches of a CPU
 
@@ -115,12 +123,14 @@ def choose(
     dtype: torch.dtype | None = None,
     biased: bool = False,
     capability: tuple[int, int] | None = None,
+    because: str | None = None,
 ) -> tuple[Attend, str]:
     """The backend called `name`, or the best one for "auto", and why in a few words.
 
     `platform` as frameloom.platform names it. `biased`: some calls will bring a bias on the keys; a backend that takes
     none then leaves those to sdpa, which the log says once. `capability` None: that of the current CUDA device.
-    Without head_dim and dtype, auto stays with sdpa. Raises RequestError for a name that is unknown or cannot be used.
+    Without head_dim and dtype, auto stays with sdpa. `because`: why this name, if it was not the user's; if its kernel
+    fails, sdpa then takes over. Raises RequestError for a name that is unknown or cannot be used.
     """
     place = Place(
         platform=platform, head_dim=head_dim, dtype=dtype, capability=capability or cuda_capability(None, platform)
@@ -128,7 +138,7 @@ def choose(
     if name == "auto":
         return _automatic(place, biased)
     if name == "sdpa":
-        return sdpa, "sdpa: asked for by name"
+        return sdpa, f"sdpa: {because or 'asked for by name'}"
     backend = _named(name)
     if reason := backend.out_of_place(place):
         raise RequestError(f"attention backend {name!r} cannot be used: {reason}; use --attention auto or sdpa")
@@ -137,7 +147,7 @@ def choose(
             f"attention backend {name!r} cannot be used: {reason}; {backend.hint}, or use --attention auto"
         )
     lossy = " (lossy)" if backend.exactness == "lossy" else ""
-    return _guarded(backend, biased, automatic=False), f"{name}{lossy}: asked for by name"
+    return _guarded(backend, biased, automatic=because is not None), f"{name}{lossy}: {because or 'asked for by name'}"
 
 
 def backends(platform: str) -> tuple[Availability, ...]:

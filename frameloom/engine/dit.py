@@ -1,9 +1,14 @@
 """Loads a transformer of a checkpoint: as the reference computes it, or with the rewrites that a policy allows."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from frameloom.attention.backend import Place
+from frameloom.attention.core import sdpa
+from frameloom.attention.native import NATIVE
 from frameloom.engine.compiled import COMPILER
 from frameloom.engine.modules import fill, set_attention
 from frameloom.memory.dit import StepPlanner
@@ -15,6 +20,8 @@ from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import platform_of
 from frameloom.platform.tuning import Tuner
 from frameloom.weights.source import Component
+
+_MEASURED_TOKENS, _MEASURED_HEADS = 512, 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,16 +63,21 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto") -> Fa
     """Give a loaded transformer its ways; it keeps no other form of its weights."""
     weight = dit.patch_embedding.weight
     platform = platform_of(weight.device).name
-    if policy.exactness == "bitwise" and attention == "auto":
-        attention = "sdpa"  # other kernels round otherwise
+    tuner = Tuner(weight.device)
+    because = None
+    if attention == "auto" and policy.exactness == "bitwise":
+        attention, because = "sdpa", "other kernels round otherwise"
+    elif attention == "auto" and platform == "cpu":
+        attention, because = _fastest_attention(dit, tuner), "the fastest of those that were measured here"
     chosen = ""
     for kind, biased in ((SelfAttention, False), (CrossAttention, True)):
         found = set_attention(
             dit, kind, expected=dit.spec.num_layers, name=attention, platform=platform,
             head_dim=dit.spec.attention_head_dim, dtype=weight.dtype, biased=biased,
+            because=because,
         )  # fmt: skip
         chosen = chosen or found
-    choices = choose(dit, policy, Tuner(weight.device), platform_name=platform, compiler=COMPILER)
+    choices = choose(dit, policy, tuner, platform_name=platform, compiler=COMPILER)
     install(dit, choices)
     planner = StepPlanner(
         spec=dit.spec,
@@ -77,3 +89,21 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto") -> Fa
     backend, _, reason = chosen.partition(": ")
     told = Decision(name=f"attention.{backend.partition(' ')[0]}", used=True, reason=reason)
     return FastDit(dit=dit, choices=choices, planner=planner, decisions=(*choices.decisions, told))
+
+
+@torch.inference_mode()
+def _fastest_attention(dit: WanDiT, tuner: Tuner) -> str:
+    """Torch's attention or ours, whichever is faster on this CPU for such heads."""
+    heads, head_dim, dtype = dit.spec.num_attention_heads, dit.spec.attention_head_dim, dit.dtype
+    if NATIVE.refuses(Place(platform="cpu", head_dim=head_dim, dtype=dtype)):
+        return "sdpa"
+    ways = {"sdpa": sdpa, NATIVE.name: NATIVE.kernel()}
+
+    def prepare() -> dict[str, Callable[[], object]]:
+        shape = (1, _MEASURED_TOKENS, min(heads, _MEASURED_HEADS), head_dim)
+        q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
+        return {name: functools.partial(attend, q, k, v) for name, attend in ways.items()}
+
+    best = tuner.best(f"attention {heads} {head_dim} {dtype}", tuple(ways), prepare)
+    tuner.save()
+    return best

@@ -40,6 +40,7 @@ def set_attention(
     head_dim: int | None = None,
     dtype: torch.dtype | None = None,
     biased: bool = False,
+    because: str | None = None,
 ) -> str:
     """Give every attention module its backend, and count them: one skipped in silence would be a bug.
 
@@ -53,7 +54,7 @@ def set_attention(
         )
     capability = cuda_capability(next(model.parameters()).device, platform)
     attend, reason = choose(
-        name, platform=platform, head_dim=head_dim, dtype=dtype, biased=biased, capability=capability
+        name, platform=platform, head_dim=head_dim, dtype=dtype, biased=biased, capability=capability, because=because
     )
     for module in modules:
         module.attend = attend  # type: ignore[assignment]  # an attribute, not a submodule

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 1024  # tokens that the layout is made for; it computes any number
-_HIDDEN_BYTES = 64 << 20  # of a feed-forward's wide activation that exists at a time
+_HIDDEN_BYTES = 128 << 20  # of a feed-forward's wide activation that exists at a time
 
 
 def refuses_packed(weight: Tensor) -> str | None:
@@ -55,7 +55,7 @@ class PackedMlp:
         flat = x.flatten(0, -2)
         if flat.shape[0] <= self._rows:
             return self._second(self._first(x))
-        out = flat.new_empty(flat.shape[0], self._width)
-        for piece, part in zip(torch.split(flat, self._rows), torch.split(out, self._rows), strict=True):
+        out, pieces = flat.new_empty(flat.shape[0], self._width), -(-flat.shape[0] // self._rows)
+        for piece, part in zip(flat.tensor_split(pieces), out.tensor_split(pieces), strict=True):  # of equal size
             part.copy_(self._second(self._first(piece)))
         return out.view(*x.shape[:-1], -1)

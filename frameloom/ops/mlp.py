@@ -26,6 +26,7 @@ def mlp_in_pieces(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tens
     if flat.shape[0] <= rows:
         return mlp(x, w1, b1, w2, b2)
     out = flat.new_empty(flat.shape[0], w2.shape[0])
-    for first in range(0, flat.shape[0], rows):
-        out[first : first + rows] = mlp(flat[first : first + rows], w1, b1, w2, b2)
+    pieces = -(-flat.shape[0] // rows)
+    for piece, part in zip(flat.tensor_split(pieces), out.tensor_split(pieces), strict=True):  # of equal size
+        part.copy_(mlp(piece, w1, b1, w2, b2))
     return out.view(*x.shape[:-1], -1)

@@ -260,7 +260,7 @@ def test_sdpa_by_name_and_by_default_say_why():
         ("flash4", "'flash4' does not exist; did you mean 'flash"),
         ("SDPA", "'SDPA' does not exist; "),
         ("sagee", "did you mean 'sage'?"),
-        ("xyz", "'xyz' does not exist; known are auto, sdpa, flash3, flash2, aiter, npu_fusion, sage"),
+        ("xyz", "'xyz' does not exist; known are auto, sdpa, flash3, flash2, aiter, npu_fusion, native, sage"),
     ],
 )
 def test_an_unknown_name_is_an_error_that_tells_the_nearest(name, message):
