@@ -66,7 +66,7 @@ class Finding:
 
 
 def verify(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> Iterator[Finding]:
-    """Every rewrite and attention backend on example inputs, then, with a `model`, its VAE; a folder may hold just that.
+    """Every rewrite and attention backend on example inputs, then, with a `model`, its VAE; a folder of a VAE will do.
 
     Raises CheckpointError or RequestError.
     """
