@@ -11,7 +11,8 @@ from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.ops import dit_rewrites as rewrites
-from frameloom.ops import mlp, modulate, patch, rope, triton_modulate, triton_rope
+from frameloom.ops import mlp, modulate, native_dit, patch, rope, triton_modulate, triton_rope
+from frameloom.ops.native import native
 from frameloom.ops.registry import Decision, Policy, Rewrite
 from frameloom.ops.triton_rows import has_triton, refuses_rows
 from frameloom.settings import LOGGER_NAME
@@ -79,6 +80,14 @@ _TRITON: Mapping[str, tuple[Rewrite, Callable[..., Any]]] = MappingProxyType(
         "norm_rotate": (rewrites.NORM_ROTATE_TRITON, triton_rope.norm_rotate_triton),
     }
 )
+_NATIVE: Mapping[str, tuple[Rewrite, Callable[..., Any]]] = MappingProxyType(
+    {
+        "add_gated": (rewrites.ADD_GATED_NATIVE, native_dit.add_gated_native),
+        "norm_scale_shift": (rewrites.NORM_SCALE_SHIFT_NATIVE, native_dit.norm_scale_shift_native),
+        "add_norm": (rewrites.ADD_NORM_NATIVE, native_dit.add_norm_native),
+        "norm_rotate": (rewrites.NORM_ROTATE_NATIVE, native_dit.norm_rotate_native),
+    }
+)
 _EVERYWHERE: Mapping[str, tuple[Rewrite, Callable[..., Tensor]]] = MappingProxyType(
     {
         "patch_embed": (rewrites.PATCH_LINEAR, patch.patch_embed),
@@ -92,18 +101,25 @@ def ops_for(
 ) -> tuple[Ops, tuple[Decision, ...]]:
     """The operations for a platform (cuda, rocm, musa, npu, xpu, mps, cpu), and a decision for every rewrite.
 
-    Triton's kernels on cuda and rocm; compiled chains on musa and xpu, elsewhere only if they are insisted on; plain on
-    the others. Raises RequestError for a rewrite that was insisted on and is not possible.
+    Triton's kernels on cuda and rocm; C++ on the CPU where there is a compiler; chains compiled by torch on musa and
+    xpu, elsewhere only if they are insisted on; plain on the others. Raises RequestError for a rewrite that was
+    insisted on and is not possible.
     """
     told = []
     compiled = _choose_compiled(platform_name, policy, compiler)
     chosen: dict[str, Any] = {}
-    for field, (rewrite, fast) in _TRITON.items():
-        decision = _decide(rewrite, policy, _refuses_triton(platform_name, rewrite, policy, compiled))
-        if decision.used:
-            reference, insisted = getattr(Ops(), field), policy.insists(rewrite)
-            chosen[field] = Checked(name=rewrite.name, fast=fast, reference=reference, insisted=insisted)
-        told.append(decision)
+    for kernels, refuses, refuses_inputs in (
+        (_TRITON, _refuses_triton, refuses_rows),
+        (_NATIVE, _refuses_native, native_dit.refuses_native_rows),
+    ):
+        for field, (rewrite, fast) in kernels.items():
+            decision = _decide(rewrite, policy, refuses(platform_name) or _outdone(rewrite, policy, compiled))
+            if decision.used:
+                reference, insisted = getattr(Ops(), field), policy.insists(rewrite)
+                chosen[field] = Checked(
+                    name=rewrite.name, fast=fast, reference=reference, refuses=refuses_inputs, insisted=insisted
+                )
+            told.append(decision)
     told.append(_decide(rewrites.NORM_TANH_MUL_ADD_TRITON, policy, "no network here gates its branches by a tanh"))
     for field, (rewrite, fast) in _EVERYWHERE.items():
         decision = _decide(rewrite, policy, None)
@@ -128,11 +144,20 @@ def _choose_compiled(platform_name: str, policy: Policy, compiler: Compiler | No
     return _decide(compiler.rewrite, policy, reason)
 
 
-def _refuses_triton(platform_name: str, rewrite: Rewrite, policy: Policy, compiled: Decision | None) -> str | None:
+def _refuses_triton(platform_name: str) -> str | None:
     if platform_name not in TRITON_PLATFORMS:
         return f"Triton's kernels are for {' and '.join(TRITON_PLATFORMS)}, not {platform_name}"
-    if not has_triton():
-        return "triton is not installed"
+    return None if has_triton() else "triton is not installed"
+
+
+def _refuses_native(platform_name: str) -> str | None:
+    if platform_name != "cpu":
+        return f"it is for CPUs, not {platform_name}"
+    return None if native("dit").library else native("dit").reason
+
+
+def _outdone(rewrite: Rewrite, policy: Policy, compiled: Decision | None) -> str | None:
+    """Compiled chains were asked for by name: they go first."""
     if compiled is not None and compiled.used and not policy.insists(rewrite):
         return f"{compiled.name} is used instead"
     return None

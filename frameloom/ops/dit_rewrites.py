@@ -1,6 +1,7 @@
 """The rewrites of the denoiser's operations, each with its reference and its example inputs."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frameloom.ops import modulate, patch, rope, triton_modulate, triton_rope
+from frameloom.ops import modulate, native_dit, patch, rope, triton_modulate, triton_rope
 from frameloom.ops.linear import PackedLinear, PackedMlp, refuses_packed
 from frameloom.ops.mlp import mlp, mlp_in_pieces
 from frameloom.ops.registry import Rewrite, Sizes
@@ -129,6 +130,18 @@ def _ways(call: Callable[..., Tensor], reference: object, fast: object) -> Mappi
     )
 
 
+def _native(name: str, triton: Rewrite, fast: Callable[..., Tensor], **changes: Any) -> Rewrite:
+    """The counterpart on CPUs of a Triton kernel: the same function, the same inputs."""
+    return replace(
+        triton,
+        name=f"dit.{name}_native",
+        fast=fast,
+        refuses=native_dit.refuses_native_rows,
+        because="the same operations in float32, sums in another order",
+        **changes,
+    )
+
+
 MUL_ADD_TRITON = _triton(
     "mul_add",
     "a · (k + b) + c and the gated sum of a residual, an operation at a time",
@@ -177,6 +190,34 @@ NORM_ROTATE_TRITON = _triton(
         ),
         rope.norm_rotate,
         triton_rope.norm_rotate_triton,
+    ),
+)
+_gated = _ways(lambda f, x, branch, gate, *_: f(x, branch, gate=gate), modulate.add_gated, native_dit.add_gated_native)
+ADD_GATED_NATIVE = _native(
+    "add_gated",
+    MUL_ADD_TRITON,
+    _gated["fast"],
+    reference=_gated["reference"],
+    example=modulated_example(2, 1),
+    replaces="the gated sum of a residual, an operation at a time",
+)
+NORM_SCALE_SHIFT_NATIVE = _native(
+    "norm_scale_shift",
+    NORM_SCALE_SHIFT_TRITON,
+    lambda x, scale, shift, *_: native_dit.norm_scale_shift_native(x, EPS, scale=scale, shift=shift),
+)
+ADD_NORM_NATIVE = _native(
+    "add_norm",
+    ADD_NORM_TRITON,
+    lambda x, branch, gate, scale, shift, weight, bias: both(
+        native_dit.add_norm_native(x, branch, EPS, gate=gate, weight=weight, bias=bias, scale=scale, shift=shift)
+    ),
+)
+NORM_ROTATE_NATIVE = _native(
+    "norm_rotate",
+    NORM_ROTATE_TRITON,
+    lambda x, weight, table, head_dim: torch.cat(
+        [native_dit.norm_rotate_native(x, weight, EPS, table, head_dim, layout=w) for w in ("interleaved", "halves")]
     ),
 )
 PATCH_LINEAR = Rewrite(
@@ -229,6 +270,10 @@ OPERATIONS = (
     ADD_NORM_TRITON,
     NORM_TANH_MUL_ADD_TRITON,
     NORM_ROTATE_TRITON,
+    ADD_GATED_NATIVE,
+    NORM_SCALE_SHIFT_NATIVE,
+    ADD_NORM_NATIVE,
+    NORM_ROTATE_NATIVE,
     PATCH_LINEAR,
     MLP_ROWS,
     LINEAR_PACKED,

@@ -41,7 +41,11 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
             "frameloom_upsample_input": (_POINTER, *(_INT,) * 9, _POINTER),
             "frameloom_upsample_output": (_POINTER, _POINTER, *(_INT,) * 5, _POINTER, *(_INT,) * 3),
         },
-        "attention": {"frameloom_attention": (*(_POINTER,) * 6, *(_INT,) * 6, _FLOAT, _INT)},
+        "dit": {
+            "frameloom_add_norm": (*(_POINTER,) * 5, *(_INT,) * 3, _FLOAT, ctypes.c_int, ctypes.c_int),
+            "frameloom_norm_rotate": (*(_POINTER,) * 5, *(_INT,) * 4, _FLOAT, ctypes.c_int, ctypes.c_int),
+        },
+        "attention": {"frameloom_attention": (*(_POINTER,) * 6, *(_INT,) * 6, _FLOAT, ctypes.c_int)},
     }
 )
 

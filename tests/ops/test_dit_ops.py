@@ -18,6 +18,7 @@ from frameloom.errors import RequestError
 from frameloom.ops import dit_ops, mlp, modulate, patch, rope, triton_modulate, triton_rope
 from frameloom.ops.dit_ops import Checked, Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import ADD_NORM_TRITON, NORM_ROTATE_TRITON, OPERATIONS
+from frameloom.ops.native import native
 from frameloom.ops.norm import at_least_fp32, layer_norm, rms_norm
 from frameloom.ops.registry import Policy, Sizes, make_policy, relative_error
 from frameloom.ops.triton_rows import refuses_rows
@@ -378,7 +379,9 @@ def test_triton_is_for_the_platforms_it_is_for(platform, kernels):
     on = {decision.name for decision in told if decision.used}
     assert {decision.name for decision in told} == set(NAMES) - {"dit.linear_packed", "dit.mlp_packed"}
     assert ("dit.add_norm_triton" in on) is kernels
-    assert isinstance(ops.add_norm, Checked) is kernels
+    compiled = platform == "cpu" and native("dit").library is not None
+    assert ("dit.add_norm_native" in on) is compiled
+    assert isinstance(ops.add_norm, Checked) is (kernels or compiled)
     assert {"dit.patch_linear", "dit.mlp_rows"} <= on
     assert all(decision.reason for decision in told)
 
