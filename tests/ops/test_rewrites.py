@@ -79,7 +79,7 @@ def test_a_policy_allows_its_class_and_what_lies_below() -> None:
         ("rounding", ["vae.conv_winogrd=on"], "did you mean 'vae.conv_winograd'"),
         ("rounding", ["vae.bands"], "write vae.bands=on or vae.bands=off"),
         ("rounding", ["vae.bands=maybe"], "neither on nor off"),
-        ("rounding", ["x=on"], "known are dit.add_norm_triton"),
+        ("rounding", ["x=on"], "known are dit.add_gated_native"),
     ],
 )
 def test_a_word_that_means_nothing_is_refused(exactness: str, rewrites: list[str], words: str) -> None:
