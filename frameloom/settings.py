@@ -27,10 +27,15 @@ def log_level(*, quiet: bool = False) -> int:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and measured choices are kept; it may not exist yet."""
-    if chosen := os.environ.get("FRAMELOOM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frameloom"
+    """Where compiled kernels and measured choices are kept; it may not exist yet. Raises RequestError."""
+    chosen = os.environ.get("FRAMELOOM_CACHE")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frameloom"
+    except RuntimeError:  # an unknown ~user, or one without a home
+        known = f"FRAMELOOM_CACHE is {chosen!r}, whose home is unknown" if chosen else "this user has no home folder"
+        raise RequestError(f"{known}; set FRAMELOOM_CACHE to a folder that can be written") from None
 
 
 def keep_compiled_code() -> None:

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from frameloom.bench.dit import DitCase, run_dit
+from frameloom.bench.generate import GenerateCase, run_generate
 from frameloom.bench.vae import CONFIGS, VaeCase, count_flops, run_vae
 from frameloom.errors import RequestError
 
@@ -44,6 +46,10 @@ def test_operations_are_counted_as_published() -> None:
         ({"direction": "both"}, "decode, encode"),
         ({"allocator": "mine"}, "default, tuned"),
         ({"rounds": 0}, "use 1 or more"),
+        ({"height": 33, "width": 40}, "use multiples of 8"),
+        ({"vae": "2.2", "height": 0}, "use multiples of 16"),
+        ({"frames": 8}, "one more than a multiple of 4"),
+        ({"dtype": "float16"}, "float32, bfloat16"),
     ],
 )
 def test_what_cannot_be_run_is_refused(wrong: dict[str, object], words: str) -> None:
@@ -70,3 +76,41 @@ def test_a_size_that_is_none_is_one_sentence(run) -> None:
 def test_the_configs_are_those_of_the_checkpoints() -> None:
     assert CONFIGS["2.1"]["base_dim"] == 96
     assert CONFIGS["2.2"]["decoder_base_dim"] == 256
+
+
+def test_a_step_of_the_transformer_is_timed() -> None:
+    record = run_dit(DitCase(dit="tiny", height=32, width=48, frames=5, rounds=1))
+    assert record["relative_error"] <= 1e-5
+    assert record["tokens"] == 2 * 2 * 3
+    for shares in record["shares"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+    assert any("attention." in decision for decision in record["decisions"])
+    json.dumps(record)
+
+
+def test_in_bfloat16_both_are_compared_with_float32() -> None:
+    record = run_dit(DitCase(dit="tiny", height=32, width=48, frames=5, rounds=1, dtype="bfloat16", guided=False))
+    errors = record["relative_error_to_float32"]
+    assert 1e-4 < errors["ours"] <= 1.1 * errors["diffusers"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"dit": "2B"}, "1.3B, 14B, 5B, tiny"),
+        ({"layers": 0}, "use 1 or more"),
+        ({"dit": "5B", "height": 48}, "use multiples of 32"),
+        ({"baseline": "best"}, "shipped, compiled"),
+    ],
+)
+def test_a_step_that_cannot_be_run_is_refused(wrong: dict[str, object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        run_dit(DitCase(**wrong))
+
+
+def test_a_whole_request_is_timed(checkpoint_of) -> None:
+    case = GenerateCase(model=str(checkpoint_of()), prompt="a cat", size=(32, 48, 5), steps=2, guidance=3.0, rounds=1)
+    record = run_generate(case)
+    assert record["levels_apart"] <= 1
+    assert set(record["stages"]) == {"text", "denoise", "decode"}
+    json.dumps(record)

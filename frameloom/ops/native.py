@@ -3,6 +3,7 @@
 The sources are ops/*.cpp. A machine without a compiler is told once, and computes with torch alone.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -60,24 +61,23 @@ class Native:
 
 @functools.cache
 def native(source: str = "vae") -> Native:
-    """Compile (once per machine and version of the source) and load the kernels of ops/`source`.cpp."""
+    """Compile (once per machine and version of the source) and load the kernels of ops/`source`.cpp.
+
+    A kept library that cannot be loaded is built anew; where the cache folder cannot be written, one is built for this
+    process. Whatever is wrong with a compiler becomes the reason, which is logged once.
+    """
     compiler = shutil.which("g++")
     if platform.system() != "Linux" or compiler is None:
         return Native(None, "no g++ on this machine" if compiler is None else f"not built on {platform.system()}")
     runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
     if runtime is None:
         return Native(None, "this torch brings no OpenMP runtime to share")
-    path = cache_folder() / f"{source}-{_fingerprint(compiler, source)}.so"
     try:
-        if not path.exists():
-            _compile(compiler, runtime, source, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return Native(None, f"g++ could not build it: {detail.strip().splitlines()[-1] if detail.strip() else error!r}")
-    for name, arguments in _SIGNATURES[source].items():
-        getattr(library, name).argtypes = arguments
-    return Native(library, f"compiled by {compiler}")
+        return Native(_library(compiler, runtime, source), f"compiled by {compiler}")
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        reason = f"the kernels of {source}.cpp could not be built by {compiler} ({_last_words(error)})"
+        log.warning("%s; computing with torch alone, which is slower", reason)
+        return Native(None, reason)
 
 
 def kernels(source: str = "vae") -> ctypes.CDLL:
@@ -88,28 +88,79 @@ def kernels(source: str = "vae") -> ctypes.CDLL:
     return found.library
 
 
-def address(x: Tensor) -> int:
-    """Where the memory of a tensor begins."""
+def address(x: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Where the memory of a tensor begins. Raises InternalError for one that is not of `dtype`, where that is given."""
+    if dtype is not None and x.dtype != dtype:
+        raise InternalError(f"a compiled kernel for {dtype} was given {x.dtype}; switch torch.autocast off around it")
     return x.data_ptr()
+
+
+def _library(compiler: str, runtime: Path, source: str) -> ctypes.CDLL:
+    """The kept library, or one that is built now. Raises what a broken compiler or a full disk makes it raise."""
+    path = cache_folder() / f"{source}-{_fingerprint(compiler, source)}.so"
+    if _is_whole(path):
+        with contextlib.suppress(OSError, AttributeError):
+            return _loaded(path, source)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = _compile(compiler, runtime, source, Path(folder))
+            path.with_suffix(".sha256").write_text(_digest(built), encoding="ascii")
+            os.replace(built, path)
+        return _loaded(path, source)
+    except OSError as error:
+        log.warning("compiled kernels are not kept: %s", error)
+    with tempfile.TemporaryDirectory() as folder:  # loaded, a file may go
+        return _loaded(_compile(compiler, runtime, source, Path(folder)), source)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there as it was built: loading half of one ends the process."""
+    try:
+        return path.with_suffix(".sha256").read_text(encoding="ascii") == _digest(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _loaded(path: Path, source: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES[source].items():
+        getattr(library, name).argtypes = arguments
+    return library
 
 
 def _fingerprint(compiler: str, source: str) -> str:
     """Changes with the source, the flags, the compiler, the CPU and the OpenMP runtime that torch brings."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = ((_FOLDER / f"{source}.cpp").read_text("utf-8"), *_FLAGS, version, *sorted(cpu_flags()), torch.__version__)
+    said = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=30).stdout
+    parts = (
+        (_FOLDER / f"{source}.cpp").read_text("utf-8"),
+        *_FLAGS,
+        repr(said),
+        *sorted(cpu_flags()),
+        torch.__version__,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, runtime: Path, source: str, path: Path) -> None:
-    """Build beside the final name and rename: two processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _compile(compiler: str, runtime: Path, source: str, folder: Path) -> Path:
+    """Build into a folder."""
     log.info("compiling the CPU kernels of %s.cpp (once on this machine)", source)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        # Linked by hand to torch's own OpenMP runtime: -fopenmp at this step would bring in a second one.
-        for command in (
-            [compiler, *_FLAGS, "-c", str(_FOLDER / f"{source}.cpp"), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), str(runtime), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        os.replace(linked, path)
+    compiled, linked = folder / "kernels.o", folder / "kernels.so"
+    # Linked by hand to torch's own OpenMP runtime: -fopenmp at this step would bring in a second one.
+    for command in (
+        [compiler, *_FLAGS, "-c", str(_FOLDER / f"{source}.cpp"), "-o", str(compiled)],
+        [compiler, "-shared", str(compiled), str(runtime), "-o", str(linked)],
+    ):
+        subprocess.run(command, capture_output=True, check=True, timeout=120)
+    return linked
+
+
+def _last_words(error: Exception) -> str:
+    """The last line of what a compiler said, or else the error."""
+    said = getattr(error, "stderr", None) or str(error).encode()
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else repr(error)

@@ -46,7 +46,8 @@ def norm_silu_native(x_BCTHW: Tensor, gamma_C: Tensor, out: Tensor | None = None
     channels, pixels = x_BCTHW.shape[1], x_BCTHW.shape[3] * x_BCTHW.shape[4]
     for x_CTHW, out_CTHW in zip(x_BCTHW, out, strict=True):
         kernels().frameloom_norm_silu(
-            address(x_CTHW), x_CTHW.stride(1), address(out_CTHW), out_CTHW.stride(1), address(gamma_C),
+            address(x_CTHW, torch.float32), x_CTHW.stride(1), address(out_CTHW, torch.float32), out_CTHW.stride(1),
+            address(gamma_C, torch.float32),
             x_CTHW.shape[1], pixels, channels,
         )  # fmt: skip
     return out

@@ -91,8 +91,11 @@ def make_policy(exactness: str, rewrites: Iterable[str], known: Iterable[str]) -
     if exactness not in EXACTNESS:
         raise RequestError(f"exactness {exactness!r} is unknown; use one of {', '.join(EXACTNESS)}")
     names = sorted(known)
-    forced = {}
-    for text in rewrites:
+    forced: dict[str, bool] = {}
+    listed = None if isinstance(rewrites, str) or not isinstance(rewrites, Iterable) else list(rewrites)
+    if listed is None or not all(isinstance(text, str) for text in listed):
+        raise RequestError(f"rewrites {rewrites!r} are no list of texts; write ['NAME=on', 'NAME=off']")
+    for text in listed:
         name, _, value = text.partition("=")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -100,6 +103,8 @@ def make_policy(exactness: str, rewrites: Iterable[str], known: Iterable[str]) -
             raise RequestError(f"rewrite '{name}' is unknown; {hint}")
         if value not in ("on", "off"):
             raise RequestError(f"rewrite {text!r} says neither on nor off; write {name}=on or {name}=off")
+        if forced.get(name, value == "on") is not (value == "on"):
+            raise RequestError(f"rewrite '{name}' is both on and off; leave one of them out")
         forced[name] = value == "on"
     return Policy(exactness=exactness, forced=forced)
 

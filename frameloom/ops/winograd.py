@@ -119,8 +119,8 @@ class WinogradConv(_Winograd):
         if x_CTHW.is_meta:  # memory is being planned
             return
         kernels().frameloom_winograd_input(
-            address(x_CTHW), x_CTHW.stride(1), in_height, width, in_channels, pad_rows, tiles.first, frames, tiles.rows,
-            tiles.columns, address(points),
+            address(x_CTHW, torch.float32), x_CTHW.stride(1), in_height, width, in_channels, pad_rows, tiles.first,
+            frames, tiles.rows, tiles.columns, address(points),
         )  # fmt: skip
         weights, result = self.points.flatten(0, 1), product[:three].view(3 * 36, -1, channels)
         torch.bmm(points[:three].view(3 * 36, -1, in_channels), weights[: 3 * 36], out=result)
@@ -129,7 +129,7 @@ class WinogradConv(_Winograd):
             torch.bmm(points[three:].view(36, -1, in_channels), weights[3 * 36 :], out=result)
         kernels().frameloom_winograd_output(
             address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
-            address(out_CTHW), out_CTHW.stride(1), height, width,
+            address(out_CTHW, torch.float32), out_CTHW.stride(1), height, width,
         )  # fmt: skip
 
     def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
@@ -161,13 +161,13 @@ class UpsampledWinogradConv(_Winograd):
         if x_CTHW.is_meta:  # memory is being planned
             return
         kernels().frameloom_upsample_input(
-            address(x_CTHW), x_CTHW.stride(1), in_height, in_width, in_channels, pad_rows, tiles.first, frames,
-            tiles.rows, tiles.columns, address(points),
+            address(x_CTHW, torch.float32), x_CTHW.stride(1), in_height, in_width, in_channels, pad_rows, tiles.first,
+            frames, tiles.rows, tiles.columns, address(points),
         )  # fmt: skip
         torch.bmm(points, self.points[0], out=product)
         kernels().frameloom_upsample_output(
             address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
-            address(out_CTHW), out_CTHW.stride(1), height, width,
+            address(out_CTHW, torch.float32), out_CTHW.stride(1), height, width,
         )  # fmt: skip
 
     def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:

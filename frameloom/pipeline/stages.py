@@ -19,6 +19,7 @@ from frameloom.models.dit_fast import LoopChoices
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_dit import Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.precision import own_precision
 from frameloom.platform.device import is_memory_error
 from frameloom.sampling.flow import Sampler
 from frameloom.sampling.guidance import ExpertSwitch, expand_timesteps, guide
@@ -82,7 +83,8 @@ def denoise(
             timestep = expand_timesteps(
                 times[index], (grid[0], grid[1], grid[2]), patch_size=patch, batch_size=batch_size
             )
-        velocities = predictor(experts[which], latents_BCTHW, timestep)
+        with own_precision(device):
+            velocities = predictor(experts[which], latents_BCTHW, timestep)
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
         latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
         on_step(index + 1)
@@ -140,7 +142,7 @@ def decode(
 
     def new_frames(passage: Passage) -> Iterator[Frames]:
         start = 0
-        for chunk in vae.decode_stream(z, passage):
+        for chunk in _in_own_precision(vae.decode_stream(z, passage), z.device):
             end = start + chunk.shape[2]
             if end > done:
                 yield to_uint8(chunk[:, :, max(0, done - start) :])
@@ -167,9 +169,20 @@ def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
     def moments(passage: Passage) -> Iterator[Tensor]:
         yield torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2)
 
-    (found,) = _with_less_memory(passages, moments)
+    with own_precision(weight.device):
+        (found,) = _with_less_memory(passages, moments)
     mode, _ = found.chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))
+
+
+def _in_own_precision(chunks: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The same chunks; what makes them does not see an autocast of the caller, who gets it back in between."""
+    while True:
+        with own_precision(device):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _with_less_memory(passages: Iterator[Passage], compute: Callable[[Passage], Iterator[Result]]) -> Iterator[Result]:

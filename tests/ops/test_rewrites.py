@@ -1,6 +1,7 @@
 """Every rewrite against its reference, over sizes that hypothesis draws; and the page that is written from them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,13 @@ def test_a_policy_allows_its_class_and_what_lies_below() -> None:
         ("rounding", ["vae.conv_winogrd=on"], "did you mean 'vae.conv_winograd'"),
         ("rounding", ["vae.bands"], "write vae.bands=on or vae.bands=off"),
         ("rounding", ["vae.bands=maybe"], "neither on nor off"),
+        ("rounding", ["vae.bands=on", "vae.bands=off"], "both on and off"),
+        ("rounding", "vae.bands=on", "no list of texts"),
+        ("rounding", None, "no list of texts"),
+        ("rounding", [3], "no list of texts"),
         ("rounding", ["x=on"], "known are dit.add_gated_native"),
     ],
 )
-def test_a_word_that_means_nothing_is_refused(exactness: str, rewrites: list[str], words: str) -> None:
+def test_a_word_that_means_nothing_is_refused(exactness: str, rewrites: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         make_policy(exactness, rewrites, NAMES)
