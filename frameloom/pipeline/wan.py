@@ -18,6 +18,7 @@ from frameloom.models.vae_fast import prepare
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.precision import own_precision
 from frameloom.pipeline import stages
 from frameloom.pipeline.stages import Frames
 from frameloom.platform.device import platform_of, synchronise
@@ -155,7 +156,7 @@ class WanPipeline:
             guidance_scale_2=request.guidance_scale_2,
             num_train_timesteps=sampler.schedule.num_train_timesteps,
         )
-        with clock.stage("text"):
+        with clock.stage("text"), own_precision(self.device):
             report(Progress(stage="text", step=0, total=1))
             text = self.text_encoder.encode_prompts(request.prompts)
             negative = self.text_encoder.encode_prompts(request.negative_prompts) if switch.guided else None

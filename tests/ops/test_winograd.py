@@ -57,7 +57,7 @@ def test_without_a_compiler_the_reason_is_told_and_nothing_is_offered(monkeypatc
     assert found == Native(None, "no g++ on this machine")
     monkeypatch.setattr("frameloom.ops.winograd.native", lambda: found)
     assert refuses(torch.zeros(1, 1, 3, 3, 3)) == "no g++ on this machine"
-    monkeypatch.setattr(native_module, "native", lambda: found)
+    monkeypatch.setattr(native_module, "native", lambda source: found)
     with pytest.raises(InternalError, match="no g"):
         kernels()
 
