@@ -22,7 +22,7 @@ import av
 import torch
 from diffusers import WanPipeline
 
-pipe = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe = WanPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 (frames,) = pipe(
     sys.argv[3], negative_prompt="", width=64, height=64, num_frames=17, num_inference_steps=25, guidance_scale=3.0,
     generator=torch.Generator("cpu").manual_seed(0),

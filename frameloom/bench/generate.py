@@ -88,8 +88,8 @@ class _Ours:
 def _theirs(case: GenerateCase, options: dict[str, Any], device: torch.device) -> Side:
     """Diffusers' side, its scheduler with the same shift, its VAE in float32 as its documentation says."""
     diffusers = reference_library()
-    vae = diffusers.AutoencoderKLWan.from_pretrained(case.model, subfolder="vae", torch_dtype=torch.float32)
-    pipe = diffusers.WanPipeline.from_pretrained(case.model, vae=vae, torch_dtype=DTYPES[case.dtype]).to(device)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(case.model, subfolder="vae", dtype=torch.float32)
+    pipe = diffusers.WanPipeline.from_pretrained(case.model, vae=vae, dtype=DTYPES[case.dtype]).to(device)
     pipe.set_progress_bar_config(disable=True)
     if options["flow_shift"] is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=options["flow_shift"])
