@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from frameloom.attention.core import Attend
 from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_peak, reference_library
 from frameloom.engine.dit import FastDit, make_fast_dit
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
 from frameloom.models.spec import TransformerSpec
-from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_dit import Attention, WanDiT
 from frameloom.ops.registry import relative_error
 from frameloom.pipeline.stages import Predictor
 from frameloom.platform.allocator import keep_freed_memory
@@ -104,6 +105,9 @@ def run_dit(case: DitCase) -> dict[str, Any]:
     theirs, (ours, prompt_seconds, why) = _their_side(case, reference, inputs), _our_side(fast, inputs, device)
     found = in_turns({"ours": ours, "diffusers": theirs}, device, rounds=case.rounds)
     flops, peak = count_flops(case), matmul_peak(device, dtype)
+    for module in fast.dit.modules():
+        if isinstance(module, Attention):
+            module.attend = _told_apart(module.attend)
     if errors:
         errors["ours"] = relative_error(ours(), errors.pop("exact"))
     return {
@@ -169,7 +173,7 @@ def _inputs(case: DitCase, device: torch.device) -> tuple[Tensor, Tensor, list[T
 def _their_side(case: DitCase, reference: Any, inputs: tuple[Tensor, Tensor, list[Tensor]]) -> Side:
     x, t, texts = inputs
     model = torch.compile(reference) if case.baseline == "compiled" else reference
-    dtype = next(reference.blocks.parameters()).dtype if case.dtype == "float32" else DTYPES[case.dtype]
+    dtype = DTYPES[case.dtype]
 
     def step() -> Tensor:
         with torch.inference_mode():
@@ -215,15 +219,26 @@ def _error_of_reference(
 
 
 def _shares(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Which part of the time goes into matrix products, attention, and everything else."""
+    """Which part of the time goes into matrix products, into attention, and into everything else."""
     activities = [ProfilerActivity.CPU] if device.type == "cpu" else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as seen:
-        run()
-    sums = {"linear": 0.0, "attention": 0.0, "other": 0.0}
+        whole = timed(run, device)
+    sums = {"linear": 0.0, "attention": 0.0}
     for event in seen.key_averages():
         name = event.key.lower()
         kinds = (("attention", _ATTENTION), ("linear", _LINEAR))
-        kind = next((kind for kind, words in kinds if any(word in name for word in words)), "other")
-        sums[kind] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
-    whole = sum(sums.values()) or 1.0
-    return {kind: value / whole for kind, value in sums.items()}
+        kind = next((kind for kind, words in kinds if any(word in name for word in words)), None)
+        if kind is not None:
+            sums[kind] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
+    shares = {kind: microseconds / 1e6 / whole for kind, microseconds in sums.items()}
+    return {**shares, "other": 1 - sum(shares.values())}
+
+
+def _told_apart(attend: Attend) -> Attend:
+    """The same under a name that the profiler sees: a compiled kernel has none there."""
+
+    def named(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
+        with record_function("attention"):
+            return attend(q_BLHK, k_BSHK, v_BSHK, bias_BS)
+
+    return named

@@ -146,6 +146,11 @@ def _fingerprint(compiler: str, source: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+@functools.cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=30).stdout
+
+
 def _compile(compiler: str, runtime: Path, source: str, folder: Path) -> Path:
     """Build into a folder."""
     log.info("compiling the CPU kernels of %s.cpp (once on this machine)", source)
