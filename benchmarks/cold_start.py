@@ -12,9 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from records import keep
+
+from frameloom.bench.paired import machine
 from frameloom.shapes import PATH
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT = "a red circle moving left"
 THEIRS = """
 import sys
@@ -58,11 +61,10 @@ def main() -> None:
         "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
         "seconds": {side: statistics.median(values[1:]) for side, values in seconds.items()},
         "first_seconds": {side: values[0] for side, values in seconds.items()},
+        "machine": machine(torch.device("cpu")),
     }
     print(json.dumps(record, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cold-start-{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(record, "cold-start")
 
 
 if __name__ == "__main__":

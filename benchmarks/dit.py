@@ -4,14 +4,12 @@ A second argument picks the cases whose name holds it. `timesteps`: frames with 
 """
 
 import json
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from records import keep, run_cases
 
 from frameloom.bench.dit import CONFIGS
 from frameloom.bench.paired import in_turns, machine
@@ -24,7 +22,6 @@ from frameloom.ops.registry import Policy
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import choose_device
 
-RESULTS = Path(__file__).parent / "results"
 CPU = {
     "guided step, float32": "--layers 6 --rounds 5",
     "guided step, bfloat16": "--layers 6 --rounds 5 --dtype bfloat16",
@@ -43,23 +40,11 @@ _LATENTS = (1, 48, 5, 30, 52)
 def main() -> None:
     """Run the cases of one device and write one record each."""
     device, wanted = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
-    path = RESULTS / f"dit-{device}-{time.strftime('%Y-%m-%d')}.json"
-    for name, options in (CUDA if device == "cuda" else CPU).items():
-        if wanted not in name:
-            continue
-        command = [sys.executable, "-m", "frameloom", "bench", "dit", "--device", device, "--json", *options.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{name}: failed: {done.stderr.strip()[-300:]}", flush=True)
-            continue
-        record = json.loads(done.stdout)
-        speedup = record["speedup"]
-        print(f"{name}: {speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})", flush=True)
-        _save({name: record}, path)
+    run_cases("dit", CUDA if device == "cuda" else CPU, device=device, wanted=wanted)
     if wanted in TIMESTEPS:
         record = timesteps(device)
         print(f"{TIMESTEPS}: {json.dumps(record)}", flush=True)
-        _save({TIMESTEPS: record}, path)
+        keep({TIMESTEPS: record}, f"dit-{device}")
 
 
 @torch.inference_mode()
@@ -78,8 +63,8 @@ def timesteps(name: str) -> dict[str, Any]:
     prompt = fast.dit.read_prompt(torch.randn(1, 512, spec.text_dim, device=device))
     found = in_turns(
         {
-            "ours": lambda: fast.dit.velocities(x, frames, [prompt])[0],
-            "diffusers": lambda: fast.dit.velocities(x, t, [prompt])[0],
+            "frames": lambda: fast.dit.velocities(x, frames, [prompt])[0],
+            "one": lambda: fast.dit.velocities(x, t, [prompt])[0],
         },
         device,
         rounds=5,
@@ -87,7 +72,7 @@ def timesteps(name: str) -> dict[str, Any]:
     twin = without_weights(spec, torch.float32, replace(fast.choices, collapses_padding=False))
     peaks = {key: _peak(twin, value) for key, value in (("frames", frames), ("one", t))}
     return {
-        "seconds": {"frames": found["seconds"]["ours"], "one": found["seconds"]["diffusers"]},
+        "seconds": found["seconds"],
         "time, one to frames": found["speedup"],
         "peak_bytes": peaks,
         "memory, frames to one": peaks["frames"] / peaks["one"],
@@ -105,12 +90,6 @@ def _peak(twin: WanDiT, timestep: torch.Tensor | FrameTimes) -> int:
         timestep = timestep.to(meta)
     prompt = twin.read_prompt(text)
     return peak_bytes(lambda: twin.velocities(x, timestep, [prompt]))
-
-
-def _save(records: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(known | records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

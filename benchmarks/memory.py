@@ -4,19 +4,21 @@ Is it less than Diffusers'? Does it grow with the number of frames? Does half th
 config, random weights, on a CPU.
 """
 
+import ctypes
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import keep
 
-RESULTS = Path(__file__).parent / "results"
+from frameloom.platform.allocator import is_glibc
+
 HEIGHT, WIDTH = 240, 320
 LARGE = {"height": 480, "width": 832, "frames": 17, "allocator": "default"}
 DIRECT = ("vae.conv_winograd", "vae.conv_winograd_plain", "vae.upsample_winograd", "vae.norm_silu_native")  # off
@@ -46,9 +48,7 @@ def main() -> None:
         "the same bits as those": alike["sha256"] == half["sha256"],
     }
     print(json.dumps(record, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"vae-memory-{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(record, "vae-memory")
 
 
 def _peak(side: str) -> int:
@@ -116,6 +116,9 @@ def _child(frames: int, budget: int | None, steps: int | None, keep: str) -> dic
 
 
 def _resident_bytes() -> int:
+    """What this process holds, without what the allocator keeps of freed memory."""
+    if is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     return pages * 4096
 

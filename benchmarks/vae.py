@@ -3,14 +3,10 @@
 Every case runs in a process of its own (the allocator's setting cannot be taken back), both sides in turns.
 """
 
-import json
-import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from records import run_cases
+
 NO_COMPILER = "--rewrite vae.conv_winograd=off --rewrite vae.upsample_winograd=off --rewrite vae.norm_silu_native=off"
 BRIEF = "--rounds 2 --no-peaks"
 
@@ -36,33 +32,9 @@ CUDA = {
 
 
 def main() -> None:
-    """Run the cases of one device, or those whose name holds the second argument, and write one record each."""
-    device = sys.argv[1]
-    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
-    for name, options in (CUDA if device == "cuda" else CPU).items():
-        if wanted not in name:
-            continue
-        command = [sys.executable, "-m", "frameloom", "bench", "vae", "--device", device, "--json", *options.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{name}: failed: {done.stderr.strip()[-300:]}", flush=True)
-            continue
-        record = json.loads(done.stdout)
-        print(f"{name}: {_summary(record)}", flush=True)
-        _save({name: record}, RESULTS / f"vae-{device}-{time.strftime('%Y-%m-%d')}.json")
-
-
-def _summary(record: dict[str, Any]) -> str:
-    speedup, peak = record["speedup"], record["peak_bytes"]
-    memory = f", memory {peak['ours'] / peak['diffusers']:.2f}x" if peak else ""
-    error = f"relative error {record['relative_error']:.1e}"
-    return f"{speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}){memory}, {error}"
-
-
-def _save(records: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(known | records, indent=1) + "\n", encoding="utf-8")
+    """Run the cases of one device, or those whose name holds the second argument."""
+    device, wanted = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
+    run_cases("vae", CUDA if device == "cuda" else CPU, device=device, wanted=wanted)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
     from frameloom.types import Progress
-    from frameloom.verify import Finding
+    from frameloom.verify.finding import Finding
 
 __version__ = "0.1.0"
 __all__ = [
@@ -100,7 +100,7 @@ def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
 
 
 def verify_model(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> "Iterator[Finding]":
-    """Compare every rewrite, and the model's VAE in every way it may be cut, with the reference, on this machine."""
+    """Compare every rewrite, and the model's networks in every way they have, with the reference, on this machine."""
     findings: Iterator[Finding] = _lazy("verify")(_named(model), device=device)
     return findings
 

@@ -81,7 +81,7 @@ def memory_bytes(value: int | str) -> int | None:
     """Bytes of 6000000000, "6000000000", "6GB" or "1.5G"; None for "auto". Raises RequestError."""
     if value == "auto":
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?B?)", str(value).strip().upper())
+    match = re.fullmatch(r"([0-9]+|[0-9]+\.[0-9]+(?= ?[KMG])) ?([KMG]?B?)", str(value).strip().upper())
     count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if isinstance(value, bool) or count < 1:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")

@@ -13,7 +13,7 @@ from frameloom.errors import CheckpointError
 from frameloom.models.vae_rewrites import BUFFERS
 from frameloom.ops import vae_rewrites as ops
 from frameloom.ops.registry import Policy
-from frameloom.verify import verify, verify_rewrite
+from frameloom.verify import networks, verify, verify_rewrite
 
 CPU = torch.device("cpu")
 
@@ -45,6 +45,38 @@ def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
     assert len(found) == 12
     assert all(finding.kept for finding in found)
     assert {finding.name.split(", ")[1] for finding in found} == {"decode", "encode"}
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("one expert", 1), ("two experts", 2), ("per-token timesteps", 1)])
+def test_the_transformers_of_a_checkpoint_are_tried_in_every_way(kind, parts, checkpoint_of, no_rewrites) -> None:
+    found = [finding for finding in verify(checkpoint_of(kind)) if finding.name.startswith("transformer")]
+    assert len(found) == 4 * parts
+    assert all(finding.kept for finding in found)
+
+
+def test_a_transformer_that_computes_something_else_is_found(checkpoint_of, no_rewrites, monkeypatch) -> None:
+    plain = networks.load_fast_dit
+
+    def wrong(*args, **kwargs):
+        fast = plain(*args, **kwargs)
+        fast.dit.proj_out.bias.add_(1e-3)
+        return fast
+
+    monkeypatch.setattr(networks, "load_fast_dit", wrong)
+    found = {finding.name: finding.kept for finding in verify(checkpoint_of())}
+    assert {name.split(" of ")[0] for name, kept in found.items() if not kept} == {"transformer"}
+
+
+def test_a_transformer_that_does_not_fit_is_told(checkpoint_of, no_rewrites, monkeypatch) -> None:
+    monkeypatch.setattr(networks, "free_memory_bytes", lambda device: 1000)
+    (found,) = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("transformer")]
+    assert found.kept is None
+    assert "in float32 its weights take 0.0 GB" in found.note
+
+
+def test_a_folder_of_nothing_says_what_it_lacks(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model_index.json and no config.json; give a checkpoint, or the"):
+        next(verify(tmp_path))
 
 
 def test_a_folder_that_holds_a_vae_alone_will_do(checkpoint_of, no_rewrites) -> None:

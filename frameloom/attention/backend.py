@@ -33,6 +33,11 @@ class Attend(Protocol):
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def shapes_alone(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
+    """For the meta device, where torch's attention makes scores that the real one never holds."""
+    return torch.empty_like(q_BLHK)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where attention is to run, as far as it is known: what is None is not held against a backend.

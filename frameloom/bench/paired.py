@@ -18,17 +18,18 @@ Side = Callable[[], Tensor]
 
 
 def in_turns(sides: Mapping[str, Side], device: torch.device, *, rounds: int) -> dict[str, Any]:
-    """Time `ours` and `diffusers`, the first in one round and the second in the next going first.
+    """Time two sides, the first of them going first in one round and the second in the next.
 
-    Returns speedup (median, low, high), the median seconds of each, and the relative error of the first round, which
-    warms up.
+    Returns how many times faster the first is (median, low, high), the median seconds of each, and the relative error
+    of the round before, which warms up.
     """
-    error = relative_error(sides["ours"](), sides["diffusers"]())
+    first, second = sides
+    error = relative_error(sides[first](), sides[second]())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds):
-        for name in sorted(sides, reverse=round_ % 2 == 1):
+        for name in (first, second) if round_ % 2 == 0 else (second, first):
             seconds[name].append(timed(sides[name], device))
-    ratios = [theirs / ours for theirs, ours in zip(seconds["diffusers"], seconds["ours"], strict=True)]
+    ratios = [theirs / ours for theirs, ours in zip(seconds[second], seconds[first], strict=True)]
     return {
         "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},

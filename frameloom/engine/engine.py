@@ -22,6 +22,7 @@ from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Prompts = list[str] | tuple[str, ...]
 
 
@@ -167,16 +168,25 @@ class Engine:
         return {**self._metadata(request, 0, clock), "output": str(writer.target.path)}
 
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
-        """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several."""
+        """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several.
+
+        From the first value that is no finite number on, frames are black, and a warning says so. Raises RequestError.
+        """
         channels = self._open.vae.spec.z_dim
-        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        if not isinstance(latents, Tensor) or latents.dtype not in _FLOATS:
             kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
             raise RequestError(f"latents of type {kind} cannot be decoded; give (1, {channels}, T, H, W) of floats")
+        if latents.is_meta or latents.layout is not torch.strided:
+            what = "no memory" if latents.is_meta else f"layout {latents.layout}"
+            raise RequestError(f"latents of {what} cannot be decoded; give an ordinary tensor")
         if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
             shape = tuple(latents.shape)
             raise RequestError(f"latents of shape {shape} cannot be decoded; give (1, {channels}, T, H, W)")
-        if not torch.isfinite(latents).all():
-            raise RequestError("the latents hold values that are no finite numbers and cannot be decoded; check them")
+        if not torch.isfinite(latents[:, :, 0]).all():
+            raise RequestError(
+                "the latents of the first frame hold values that are no finite numbers, and every frame depends on "
+                "them; check where they come from"
+            )
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
             clock = StageClock(device=self._open.device)
             passages = self._open.plan_decode(tuple(latents.shape))

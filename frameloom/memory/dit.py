@@ -56,12 +56,13 @@ class StepPlanner:
     def needed(self, latents_BCTHW: tuple[int, ...]) -> int:
         """Bytes of a step with both branches in one batch, besides the weights and the keys of other blocks."""
         batch, channels, *cells = latents_BCTHW
+        twin = self._twin  # made here: its weights do not count
 
         def run() -> None:
             x = torch.empty(batch, channels, *cells, device="meta")
             text = torch.empty(2 * batch, _TEXT_TOKENS, self.spec.text_dim, device="meta", dtype=self.dtype)
-            prompt = self._twin.read_prompt(text)
-            self._twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
+            prompt = twin.read_prompt(text)
+            twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
 
         with torch.inference_mode():
             return round(_OVERHEAD * peak_bytes(run))

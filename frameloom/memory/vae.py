@@ -19,7 +19,7 @@ from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
 
-_OVERHEAD = 1.1  # workspaces of the libraries and the allocator's rounding, which the prediction does not see
+_OVERHEAD = 1.2  # what the prediction does not see; 1.05 to 1.17 was measured (docs/log.md)
 _SHARE_OF_FREE = 0.6  # of the free memory that a plan may take when nobody set a budget
 _CHUNKS = (4, 2, 1)  # latent frames at a time
 # On a CPU whole pictures are slower than bands: near the caches, and in blocks that the C library keeps when they are
@@ -60,13 +60,14 @@ class VaePlanner:
     ) -> int:
         """Bytes that a passage takes besides the weights; `steps` is the number of latent frames after the first."""
         batch, channels, height, width = picture_BCHW
+        pass_on = self._twin.encode_chunk if encode else self._twin.decode_chunk  # made here: its weights do not count
 
         def run() -> None:
             state = passage.state()
             later = passage.steps * (self.spec.temporal_scale if encode else 1)
             for count in (1, later)[: 1 + min(steps, 1)]:
                 x = torch.empty((batch, channels, count, height, width), device="meta", dtype=self.dtype)
-                out = (self._twin.encode_chunk if encode else self._twin.decode_chunk)(x, state)
+                out = pass_on(x, state)
                 out.new_empty(_FRAME_COPIES, *out.shape)
 
         with torch.inference_mode():
@@ -94,9 +95,9 @@ class VaePlanner:
                 f"allow {amount} bytes or more, or ask for a smaller picture"
             )
         log.info("%s: %s; about %s, %s is %s", what, chosen, _amount(amount), whose, _amount(budget))
-        fewer = chosen if self.device.type == "cpu" else replace(chosen, steps=1)
-        narrower = _narrower(fewer, chosen.rows or height * scale) if self.choices.bands else iter(())
-        return itertools.chain([chosen], narrower)
+        keeps = self.device.type == "cpu" or self.choices.always_chunks
+        fewer = chosen if keeps else replace(chosen, steps=1)
+        return itertools.chain([chosen], self._in_narrower_bands(fewer, chosen.rows or height * scale))
 
     def _first_that_fits(
         self, steps: int, height: int, width: int, needed: Callable[[Passage], int], budget: int
@@ -114,13 +115,21 @@ class VaePlanner:
         chunks: Sequence[int] = _CPU_CHUNKS if self.device.type == "cpu" else _CHUNKS
         if not self.choices.chunks:
             chunks = (1,)
+        elif self.choices.always_chunks:
+            chunks = [chunk for chunk in chunks if chunk > 1]
         if self.choices.bands and self.device.type == "cpu":
             widest = self._cpu_rows(width, chunks[0])
             rows = None if widest >= height else widest
+        if self.choices.always_bands and rows is None:
+            rows = -(-height // 2)
         fitting = [chunk for chunk in chunks if chunk <= max(1, steps)] or [max(1, steps)]
         yield from (replace(plain, steps=chunk, rows=rows) for chunk in fitting)
-        if self.choices.bands:
-            yield from _narrower(replace(plain, steps=fitting[-1]), rows or height)
+        yield from self._in_narrower_bands(replace(plain, steps=fitting[-1]), rows or height)
+
+    def _in_narrower_bands(self, passage: Passage, rows: int) -> Iterator[Passage]:
+        if not self.choices.bands:
+            return iter(())
+        return _narrower(passage, rows, may_shorten=not self.choices.always_chunks)
 
     def _cpu_rows(self, width: int, chunk: int) -> int:
         """Rows of a band whose largest activation has _CPU_BAND_BYTES; a multiple of four, as Winograd's tiles are."""
@@ -135,14 +144,16 @@ class VaePlanner:
         return round(_SHARE_OF_FREE * free_memory_bytes(self.device)), "what may be used of the free memory"
 
 
-def _narrower(passage: Passage, rows: int) -> Iterator[Passage]:
-    """Half the band, and half of that; as many latent frames at a time, and in the end one."""
+def _narrower(passage: Passage, rows: int, *, may_shorten: bool) -> Iterator[Passage]:
+    """Half the band, and half of that; as many latent frames at a time, and in the end one where that is allowed."""
     while rows > _NARROWEST:
         rows = max(_NARROWEST, -(-rows // 2))
         yield replace(passage, rows=rows)
-    if passage.steps > 1:
+    if passage.steps > 1 and may_shorten:
         yield replace(passage, steps=1, rows=rows)
 
 
 def _amount(count: int) -> str:
+    if count < 1e5:
+        return f"{count} bytes"
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

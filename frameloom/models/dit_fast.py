@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from frameloom.errors import RequestError
+from frameloom.attention.backend import shapes_alone
 from frameloom.models.dit_rewrites import (
     COLLAPSED_PADDING,
     DISTINCT_TIMESTEPS,
@@ -64,7 +64,7 @@ def choose(
     told: list[Decision] = []
 
     def uses(rewrite: Rewrite, refusal: str | None = None, reason: str = "it applies") -> bool:
-        told.append(_decide(policy, rewrite, refusal, reason))
+        told.append(policy.decide(rewrite, refusal, reason))
         return told[-1].used
 
     prompt_once = uses(PROMPT_ONCE)
@@ -116,19 +116,8 @@ def without_weights(spec: TransformerSpec, dtype: torch.dtype, choices: DitChoic
     install(dit, choices)
     for module in dit.modules():
         if isinstance(module, Attention):
-            module.attend = _nothing  # torch's attention on the meta device makes scores that the real one never holds
+            module.attend = shapes_alone
     return dit
-
-
-def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
-    return torch.empty_like(q_BLHK)
-
-
-def _decide(policy: Policy, rewrite: Rewrite, refusal: str | None, reason: str) -> Decision:
-    refusal = policy.refuses(rewrite) or refusal
-    if refusal is not None and policy.insists(rewrite):
-        raise RequestError(f"rewrite {rewrite.name}=on is not possible here: {refusal}; leave it out")
-    return Decision(name=rewrite.name, used=refusal is None, reason=refusal or reason)
 
 
 def _instead(decision: Decision) -> Decision:

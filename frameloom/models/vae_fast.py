@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from frameloom.attention.backend import shapes_alone
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d, Kernel, Resample, RMSNorm
@@ -62,6 +63,8 @@ class VaeChoices:
     buffers: bool = True
     chunks: bool = True
     bands: bool = True
+    always_chunks: bool = False  # the user named it: never one latent frame at a time where there are more
+    always_bands: bool = False  # the user named it: never whole pictures
     decisions: tuple[Decision, ...] = ()
 
     @property
@@ -82,14 +85,15 @@ def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | N
     `winograd_bytes` bounds the memory of weights evaluated at Winograd's points, of the encoder's and of the decoder's
     each. Raises RequestError for a rewrite that was insisted on and does not apply.
     """
+    _refuse_rivals(policy)
     passing, told = _choose_passing(policy)
     weight = next(vae.parameters())
     base = policy.refuses(ops.CHANNELS_LAST) or ops.CHANNELS_LAST.refuses(None, weight)
     base = base or (None if passing["buffers"] else f"it needs {BUFFERS.name}")
     if base is not None:
         others = [rewrite for rewrite in ops.OPERATIONS if rewrite is not ops.CHANNELS_LAST]
-        told.append(_off(policy, ops.CHANNELS_LAST, base))
-        told += [_off(policy, r, policy.refuses(r) or f"it needs {ops.CHANNELS_LAST.name}") for r in others]
+        told.append(policy.decide(ops.CHANNELS_LAST, base))
+        told += [policy.decide(r, policy.refuses(r) or f"it needs {ops.CHANNELS_LAST.name}") for r in others]
         return VaeChoices(kernels={}, norm=None, channels_last=False, **passing, decisions=tuple(told))
     kernels = _choose_kernels(vae, policy, tuner, winograd_bytes)
     norm, told_of_norm = _choose_norm(policy, weight)
@@ -123,7 +127,7 @@ def without_weights(spec: VaeSpec, dtype: torch.dtype, choices: VaeChoices) -> W
         prepare(vae)
     for module in vae.modules():
         if isinstance(module, AttentionBlock):
-            module.attend = _nothing  # torch's attention on the meta device makes scores that the real one never holds
+            module.attend = shapes_alone
     return vae
 
 
@@ -142,10 +146,6 @@ class _Prepares(Protocol):
     def prepare(self) -> None: ...
 
 
-def _nothing(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, bias_BS: Tensor | None = None, /) -> Tensor:
-    return torch.empty_like(q_BLHK)
-
-
 def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
     """Which ways to cut a video the planner may use."""
     told: list[Decision] = []
@@ -157,10 +157,23 @@ def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
     ):
         refusal = policy.refuses(rewrite) or (None if allowed.get("buffers", True) else f"it needs {BUFFERS.name}")
         allowed[key] = refusal is None
-        told.append(
-            _off(policy, rewrite, refusal) if refusal else Decision(name=rewrite.name, used=True, reason=reason)
-        )
-    return allowed, told
+        told.append(policy.decide(rewrite, refusal, "asked for by name" if policy.insists(rewrite) else reason))
+    return allowed | {"always_chunks": policy.insists(CHUNKS), "always_bands": policy.insists(BANDS)}, told
+
+
+_RIVALS = (
+    (ops.UNFOLDED, ops.WINOGRAD, ops.WINOGRAD_PLAIN),
+    (ops.PHASES, ops.UPSAMPLED_WINOGRAD),
+    (ops.NORM_SILU_NATIVE, ops.NORM_SILU_TRITON, ops.NORM_SILU_TILED),
+)
+
+
+def _refuse_rivals(policy: Policy) -> None:
+    """Raise RequestError where two rewrites were asked for by name that compute the same layers."""
+    for rivals in _RIVALS:
+        named = [rewrite.name for rewrite in rivals if policy.insists(rewrite)]
+        if len(named) > 1:
+            raise RequestError(f"rewrites {' and '.join(named)} compute the same layers; ask for one of them")
 
 
 def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None) -> dict[str, str]:
@@ -276,7 +289,7 @@ def _choose_norm(policy: Policy, weight: Tensor) -> tuple[str | None, list[Decis
         if rewrite is chosen:
             told.append(Decision(name=rewrite.name, used=True, reason="it applies"))
         else:
-            told.append(_off(policy, rewrite, reason or f"{chosen.name if chosen else ''} is used instead"))
+            told.append(policy.decide(rewrite, reason or f"{chosen.name if chosen else ''} is used instead"))
     return chosen.name if chosen else None, told
 
 
@@ -292,12 +305,5 @@ def _tell(policy: Policy, kernels: Mapping[str, str], weight: Tensor) -> list[De
             refusal = policy.refuses(rewrite) or rewrite.refuses(
                 None, weight.new_empty((1, 1, 3, 3) if rewrite in upsamplers else (1, 1, 3, 3, 3))
             )
-            told.append(_off(policy, rewrite, refusal or "slower here in every layer, or no memory for it"))
+            told.append(policy.decide(rewrite, refusal or "slower here in every layer, or no memory for it"))
     return told
-
-
-def _off(policy: Policy, rewrite: Rewrite, reason: str) -> Decision:
-    """The decision against a rewrite. Raises RequestError if the user insisted on it."""
-    if policy.insists(rewrite):
-        raise RequestError(f"rewrite {rewrite.name}=on is not possible here: {reason}; leave it out")
-    return Decision(name=rewrite.name, used=False, reason=reason)

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, T frames, H rows (height), W width. Two states, one
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InternalError
+from frameloom.platform.allocator import empty
 
 
 class Reach(NamedTuple):
@@ -123,7 +125,7 @@ class BandState(CausalState):
         self._channels_last = channels_last
         self._band: Band | None = None
         self._pending: dict[object, Tensor] = {}
-        self._scratch: Tensor | None = None
+        self._kept: dict[object, Tensor] = {}  # memory for what is remembered, and for a window
 
     def surround(
         self, owner: nn.Module, x_BCTHW: Tensor, *, history: int, reach: Reach, prepare: Prepare | None = None
@@ -198,7 +200,8 @@ class BandState(CausalState):
         above = self._pending.pop(owner, None) if band else None
         top = 0 if band is None else reach.above if band.first else 0 if above is None else above.shape[3]
         bottom = reach.below if band and band.last else 0
-        whole = self._buffer((b, c, history + t, top + h + bottom, w), x_BCTHW)
+        # One window at a time: the convolution that asked is done before the next one asks.
+        whole = self._memory("window", x_BCTHW, (b, c, history + t, top + h + bottom, w))
         if history:
             tail = self._tails.get(self._key(owner))
             past = whole[:, :, :history, top : top + h]
@@ -224,32 +227,41 @@ class BandState(CausalState):
         return whole[:, :, :, : used + reach.kernel - reach.stride if steps else 0]
 
     def _remember(self, owner: nn.Module, x_BCTHW: Tensor, history: int) -> None:
-        key = self._key(owner)
-        tail = self._tails.get(key)
-        if tail is None:
-            self._tails[key] = x_BCTHW[:, :, -history:].clone()
-        else:
-            tail.copy_(x_BCTHW[:, :, -history:])
+        key, end = self._key(owner), x_BCTHW[:, :, -history:]
+        self._tails[key] = self._memory(("frames", key), end).copy_(end)
 
     def _key(self, owner: nn.Module) -> object:
         return owner if self._band is None else (owner, self._band.number)
 
     def _keep(self, key: object, x_BCTHW: Tensor) -> None:
         if x_BCTHW.shape[3]:
-            self._pending[key] = x_BCTHW.clone()
+            self._pending[key] = self._memory(("rows", key), x_BCTHW).copy_(x_BCTHW)
 
     def _with_pending(self, key: object, x_BCTHW: Tensor) -> Tensor:
         waiting = self._pending.pop(key, None)
-        return x_BCTHW if waiting is None else torch.cat([waiting, x_BCTHW], dim=3)
+        if waiting is None:
+            return x_BCTHW
+        b, c, t, h, w = x_BCTHW.shape
+        above = waiting.shape[3]
+        joined = self._in_order(empty(x_BCTHW, b * c * t * (above + h) * w), (b, c, t, above + h, w))
+        joined[:, :, :, :above].copy_(waiting)
+        joined[:, :, :, above:].copy_(x_BCTHW)
+        return joined
 
-    def _buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory for one window at a time: the convolution that asked is done before the next one asks."""
+    def _memory(self, key: object, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Memory of this key for a tensor of the shape of `like` or another; what was in it before is gone."""
+        shape = shape or like.shape
+        size = math.prod(shape)
+        flat = self._kept.pop(key, None)
+        if flat is None or flat.numel() < size or flat.dtype != like.dtype:
+            flat = None  # before the larger one is made
+            flat = empty(like, size)
+        self._kept[key] = flat
+        return self._in_order(flat[:size], shape)
+
+    def _in_order(self, flat: Tensor, shape: Sequence[int]) -> Tensor:
+        """The numbers of `flat` as (B, C, T, H, W) in the memory order of this state."""
         b, c, t, h, w = shape
-        size = b * c * t * h * w
-        if self._scratch is None or self._scratch.numel() < size or self._scratch.dtype != like.dtype:
-            self._scratch = None  # before the larger one is made
-            self._scratch = like.new_empty(size)
-        flat = self._scratch[:size]
         if self._channels_last:
             return flat.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
         return flat.view(b, c, t, h, w)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frameloom.platform.allocator import empty
+
 Bias = Tensor | None
 _UNFOLDED_BYTES = 64 << 20  # the copy that an unfolded convolution works on; more is done in turns
 
@@ -121,7 +123,7 @@ class PhaseUpsampledConv:
         around = [padded[:, i : i + height + 1, j : j + width + 1] for i in (0, 1) for j in (0, 1)]
         corners = F.linear(torch.cat(around, dim=-1), self.weight, self.bias)
         corners = corners.view(-1, height + 1, width + 1, 2, 2, self.channels)
-        out = corners.new_empty(batch, frames, height, 2, width, 2, self.channels)
+        out = empty(corners, batch, frames, height, 2, width, 2, self.channels)
         flat = out.flatten(0, 1)
         for i in (0, 1):
             for j in (0, 1):

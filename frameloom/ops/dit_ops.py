@@ -113,16 +113,16 @@ def ops_for(
         (_NATIVE, _refuses_native, native_dit.refuses_native_rows),
     ):
         for field, (rewrite, fast) in kernels.items():
-            decision = _decide(rewrite, policy, refuses(platform_name) or _outdone(rewrite, policy, compiled))
+            decision = policy.decide(rewrite, refuses(platform_name) or _outdone(rewrite, policy, compiled))
             if decision.used:
                 reference, insisted = getattr(Ops(), field), policy.insists(rewrite)
                 chosen[field] = Checked(
                     name=rewrite.name, fast=fast, reference=reference, refuses=refuses_inputs, insisted=insisted
                 )
             told.append(decision)
-    told.append(_decide(rewrites.NORM_TANH_MUL_ADD_TRITON, policy, "no network here gates its branches by a tanh"))
+    told.append(policy.decide(rewrites.NORM_TANH_MUL_ADD_TRITON, "no network here gates its branches by a tanh"))
     for field, (rewrite, fast) in _EVERYWHERE.items():
-        decision = _decide(rewrite, policy, None)
+        decision = policy.decide(rewrite, None)
         if decision.used:
             chosen[field] = fast
         told.append(decision)
@@ -141,7 +141,7 @@ def _choose_compiled(platform_name: str, policy: Policy, compiler: Compiler | No
     insisted = policy.insists(compiler.rewrite)
     if reason is None and platform_name not in COMPILED_PLATFORMS and not insisted:
         reason = f"on {platform_name} only when it is asked for by name"
-    return _decide(compiler.rewrite, policy, reason)
+    return policy.decide(compiler.rewrite, reason)
 
 
 def _refuses_triton(platform_name: str) -> str | None:
@@ -161,11 +161,3 @@ def _outdone(rewrite: Rewrite, policy: Policy, compiled: Decision | None) -> str
     if compiled is not None and compiled.used and not policy.insists(rewrite):
         return f"{compiled.name} is used instead"
     return None
-
-
-def _decide(rewrite: Rewrite, policy: Policy, refusal: str | None) -> Decision:
-    """On unless the user or `refusal` is against it. Raises RequestError where the user insisted and it cannot be."""
-    reason = policy.refuses(rewrite) or refusal
-    if reason is not None and policy.insists(rewrite):
-        raise RequestError(f"rewrite {rewrite.name}=on is not possible here: {reason}; leave it out")
-    return Decision(name=rewrite.name, used=reason is None, reason=reason or "it applies")

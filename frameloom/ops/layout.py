@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
+from frameloom.platform.allocator import empty
 
 
 def has_dense_frames(x_BCTHW: Tensor) -> bool:
@@ -26,7 +26,7 @@ def dense_frames(x_BCTHW: Tensor) -> Tensor:
 def empty_frames(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised memory in that order for a tensor (B, C, T, H, W), of the dtype and device of `like`."""
     b, c, t, h, w = shape
-    return torch.empty((b, t, h, w, c), dtype=like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
+    return empty(like, b, t, h, w, c).permute(0, 4, 1, 2, 3)
 
 
 def checked_frames(x_BCTHW: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:

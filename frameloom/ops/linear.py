@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frameloom.ops.mlp import in_pieces, rows_at_once
+
 _ROWS = 1024  # tokens that the layout is made for; it computes any number
-_HIDDEN_BYTES = 128 << 20  # of a feed-forward's wide activation that exists at a time
 
 
 def refuses_packed(weight: Tensor) -> str | None:
@@ -47,15 +48,8 @@ class PackedMlp:
 
     def __init__(self, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
         self._first, self._second = PackedLinear(w1, b1, gelu=True), PackedLinear(w2, b2)
-        self._rows = max(1, _HIDDEN_BYTES // (w1.shape[0] * w1.element_size()))
-        self._width = w2.shape[0]
+        self._rows, self._width = rows_at_once(w1), w2.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        flat = x.flatten(0, -2)
-        if flat.shape[0] <= self._rows:
-            return self._second(self._first(x))
-        out, pieces = flat.new_empty(flat.shape[0], self._width), -(-flat.shape[0] // self._rows)
-        for piece, part in zip(flat.tensor_split(pieces), out.tensor_split(pieces), strict=True):  # of equal size
-            part.copy_(self._second(self._first(piece)))
-        return out.view(*x.shape[:-1], -1)
+        return in_pieces(lambda piece: self._second(self._first(piece)), x, width=self._width, rows=self._rows)

@@ -85,6 +85,13 @@ class Policy:
         """Whether the user named it: then a rewrite that does not apply is an error."""
         return self.forced.get(rewrite.name) is True
 
+    def decide(self, rewrite: Rewrite, refusal: str | None, reason: str = "it applies") -> Decision:
+        """On for this `reason`, unless the user or `refusal` is against it. RequestError if the user insisted on it."""
+        refusal = self.refuses(rewrite) or refusal
+        if refusal is not None and self.insists(rewrite):
+            raise RequestError(f"rewrite {rewrite.name}=on is not possible here: {refusal}; leave it out")
+        return Decision(name=rewrite.name, used=refusal is None, reason=refusal or reason)
+
 
 def make_policy(exactness: str, rewrites: Iterable[str], known: Iterable[str]) -> Policy:
     """The policy of `--exactness` and of every `--rewrite NAME=on|off`. Raises RequestError on an unknown word."""

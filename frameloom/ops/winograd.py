@@ -18,6 +18,7 @@ from torch import Tensor
 
 from frameloom.ops.layout import dense_frames, empty_frames
 from frameloom.ops.native import address, kernels, native
+from frameloom.platform.allocator import empty
 
 TILE = 4
 _A, _B = 0.625, 1.5
@@ -115,7 +116,7 @@ class WinogradConv(_Winograd):
         channels, frames, height, width = out_CTHW.shape
         count = tiles.rows * tiles.columns
         three, fourth = 3 * 36 * -(-frames // 2) * count, 36 * (frames // 2) * count
-        points, product = x_CTHW.new_empty(three + fourth, in_channels), x_CTHW.new_empty(three + fourth, channels)
+        points, product = empty(x_CTHW, three + fourth, in_channels), empty(x_CTHW, three + fourth, channels)
         if x_CTHW.is_meta:  # memory is being planned
             return
         kernels().frameloom_winograd_input(
@@ -157,7 +158,7 @@ class UpsampledWinogradConv(_Winograd):
         in_channels, frames, in_height, in_width = x_CTHW.shape
         channels, _, height, width = out_CTHW.shape
         count = frames * tiles.rows * tiles.columns
-        points, product = x_CTHW.new_empty(36, count, in_channels), x_CTHW.new_empty(36, count, channels)
+        points, product = empty(x_CTHW, 36, count, in_channels), empty(x_CTHW, 36, count, channels)
         if x_CTHW.is_meta:  # memory is being planned
             return
         kernels().frameloom_upsample_input(
@@ -183,8 +184,8 @@ class PlainWinogradConv(_Winograd):
         in_channels, length, _, _ = x_CTHW.shape
         channels, frames, _, _ = out_CTHW.shape
         count = tiles.rows * tiles.columns
-        points = x_CTHW.new_empty(36, length, count, in_channels)
-        product = x_CTHW.new_empty(36, frames * count, channels)
+        points = empty(x_CTHW, 36, length, count, in_channels)
+        product = empty(x_CTHW, 36, frames * count, channels)
         if x_CTHW.is_meta:  # memory is being planned
             return
         self._to_points(x_CTHW, points, pad_rows, tiles)

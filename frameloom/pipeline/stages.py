@@ -134,22 +134,29 @@ def decode(
     """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole.
 
     `on_frames` gets the number of frames that are out. Where memory runs out, the next passage begins again and skips
-    those frames.
+    those frames. Latents that are no numbers, and what the decoder makes of them, are told in a warning: the frames
+    before them are good, the others black. An InternalError if there is no good frame.
     """
+    if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
+        log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
     weight = next(vae.parameters())
     z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype))
-    done = 0
+    done, is_good = 0, True
 
-    def new_frames(passage: Passage) -> Iterator[Frames]:
+    def new_frames(passage: Passage) -> Iterator[Tensor]:
         start = 0
         for chunk in _in_own_precision(vae.decode_stream(z, passage), z.device):
             end = start + chunk.shape[2]
             if end > done:
-                yield to_uint8(chunk[:, :, max(0, done - start) :])
+                yield chunk[:, :, max(0, done - start) :]
             start = end
 
-    for frames in _with_less_memory(passages, new_frames):
-        done += frames.shape[1]
+    for chunk in _with_less_memory(passages, new_frames):
+        if is_good and not torch.isfinite(chunk).all():
+            is_good = False
+            _tell_of_no_numbers(chunk, done)
+        frames = to_uint8(chunk)
+        done += chunk.shape[2]
         on_frames(done)
         yield frames
 
@@ -173,6 +180,16 @@ def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
         (found,) = _with_less_memory(passages, moments)
     mode, _ = found.chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))
+
+
+def _tell_of_no_numbers(chunk_BCTHW: Tensor, frames_before: int) -> None:
+    good_BT = torch.isfinite(chunk_BCTHW).all(4).all(3).all(1)
+    name = str(chunk_BCTHW.dtype).removeprefix("torch.")
+    what, advice = "the decoder returned values that are no numbers", f"it computed in {name}; try float32 or bfloat16"
+    if frames_before == 0 and not good_BT[:, 0].any():
+        raise InternalError(f"{what}; {advice}")
+    first = frames_before + 1 + int(good_BT.all(0).int().argmin())
+    log.warning("%s; the video is black from frame %d on; %s", what, first, advice)
 
 
 def _in_own_precision(chunks: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -201,8 +218,6 @@ def _with_less_memory(passages: Iterator[Passage], compute: Callable[[Passage], 
 
 
 def to_uint8(x_BCTHW: Tensor) -> Frames:
-    """Frames in [-1, 1] -> uint8 (B, T, H, W, 3), rounded as the reference does. A NaN is an InternalError."""
-    if not torch.isfinite(x_BCTHW).all():
-        raise InternalError("the decoder returned values that are no numbers; try dtype float32 or bfloat16")
-    scaled = (x_BCTHW.float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_()
+    """Frames in [-1, 1] -> uint8 (B, T, H, W, 3), rounded as the reference does. A NaN becomes 0."""
+    scaled = (x_BCTHW.float() / 2 + 0.5).nan_to_num_(nan=0.0).clamp_(0, 1).mul_(255).round_()
     return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()

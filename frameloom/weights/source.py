@@ -5,6 +5,7 @@ weights. Everything in a checkpoint is untrusted: nothing is unpickled, no name 
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,11 @@ class Component:
     tensors: Mapping[str, TensorEntry]
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(entry.size_bytes for entry in self.tensors.values())
@@ -103,20 +109,24 @@ def open_checkpoint(model: str | os.PathLike[str], *, fetch_weights: bool = True
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
 
 
-def open_vae(model: str | os.PathLike[str]) -> Component:
-    """The VAE of a checkpoint, or the one that a local folder holds alone, as `save_pretrained` writes it.
+def open_parts(model: str | os.PathLike[str]) -> Mapping[str, Component]:
+    """The components of a checkpoint; or the VAE alone that a local folder holds, as `save_pretrained` writes it.
 
     Raises CheckpointError as `open_checkpoint` does.
     """
     folder = Path(os.path.expanduser(os.fspath(model)))
     alone = folder / "config.json"
+    if folder.is_dir() and not alone.is_file() and not (folder / "model_index.json").exists():
+        raise CheckpointError(
+            f"'{folder}' has no model_index.json and no config.json; give a checkpoint, or the folder of a VAE alone"
+        )
     if not alone.is_file() or (folder / "model_index.json").exists():
-        return open_checkpoint(model).components["vae"]
+        return open_checkpoint(model).components
     (class_name,) = _MODEL_CLASSES["vae"]
     found = read_json(alone).get("_class_name")
     if found != class_name:
         raise CheckpointError(f"{alone} is for {found!r}; give a checkpoint, or a folder that holds an {class_name}")
-    return _component(folder, "vae", class_name=class_name)
+    return {"vae": _component(folder, "vae", class_name=class_name)}
 
 
 def _checkpoint(

@@ -1,6 +1,7 @@
 """The engine as a library: what it refuses, what it reports, and the dtypes it computes in."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -99,8 +100,13 @@ def test_latents_belong_to_the_caller(engine):
 def test_bad_latents_are_the_callers_and_frames_may_be_read_only(engine):
     with pytest.raises(frameloom.RequestError, match="no finite numbers"):
         engine.decode(torch.full((1, 4, 1, 4, 4), float("nan")))
-    with pytest.raises(frameloom.RequestError, match="of floats"):
-        engine.decode(torch.zeros(1, 4, 1, 4, 4, dtype=torch.int64))
+    for odd in (torch.int64, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(frameloom.RequestError, match="of floats"):
+            engine.decode(torch.zeros(1, 4, 1, 4, 4).to(odd))
+    with pytest.raises(frameloom.RequestError, match="of no memory"):
+        engine.decode(torch.empty(1, 4, 1, 4, 4, device="meta"))
+    with pytest.raises(frameloom.RequestError, match=r"of layout torch\.sparse_coo"):
+        engine.decode(torch.zeros(1, 4, 1, 4, 4).to_sparse())
     with pytest.raises(frameloom.RequestError, match="no array"):
         engine.encode([[1], [1, 2]])
     frames = np.zeros((1, 32, 32, 3), np.uint8)
@@ -182,6 +188,19 @@ def test_auto_dtypes_depend_on_what_the_device_computes_well(monkeypatch):
     assert choose_dtype("auto", cpu, preferred=torch.bfloat16)[0] == torch.bfloat16
     assert choose_dtype("float16", cpu, preferred=torch.float32)[0] == torch.float16
     assert choose_device("cpu")[0] == cpu
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_no_numbers_are_told_and_spoil_no_frame_before_them(engine, caplog, value):
+    good = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    bad = good.clone()
+    bad[:, :, 2, 1, 1] = value
+    with caplog.at_level(logging.WARNING, "frameloom"):
+        frames = engine.decode(bad)
+    assert np.abs(frames[:5].astype(int) - engine.decode(good)[:5]).max() <= 1
+    assert not frames[5:].any()
+    assert "the video is black from frame 6 on" in caplog.text
+    assert "4 of 192 values of the latents are no finite numbers" in caplog.text
 
 
 def test_a_decoder_that_overflows_is_an_error_not_a_black_video(checkpoint_of):

@@ -1,5 +1,6 @@
 """How a video passes through the VAE under a memory budget, and what happens when memory runs out after all."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -18,6 +19,7 @@ from frameloom.models.vae_state import Passage
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy
 from frameloom.pipeline import stages
+from frameloom.platform import allocator
 
 SPEC = VaeSpec.from_config({"base_dim": 96, "z_dim": 16})  # Wan 2.1
 LATENTS = (1, 16, 5, 60, 104)  # 17 frames of 480x832
@@ -40,11 +42,14 @@ def test_the_meter_counts_what_lives_at_once() -> None:
 
 
 def test_less_memory_means_narrower_bands_then_fewer_frames() -> None:
-    plenty = next(planner(40_000_000_000).decode(LATENTS))
-    assert (plenty.steps, plenty.rows) == (2, 12)  # on a CPU bands are faster than whole pictures
-    some = next(planner(5_000_000_000).decode(LATENTS))
-    assert (some.steps, some.rows) == (2, 8)  # the same bits
-    little = next(planner(4_500_000_000).decode(LATENTS))
+    shape = (1, 16, 5, 30, 52)
+    plenty = next(planner(40_000_000_000).decode(shape))
+    assert (plenty.steps, plenty.rows) == (2, 24)  # on a CPU bands are faster than whole pictures
+    plan = planner(None)
+    wide, narrow = (plan.needed((1, 16, 30, 52), 4, dataclasses.replace(plenty, rows=rows)) for rows in (24, 12))
+    some = next(planner(wide - 1).decode(shape))
+    assert (some.steps, some.rows) == (2, 12)  # the same bits
+    little = next(planner(narrow - 1).decode(shape))
     assert (little.steps, little.rows) == (1, 8)
 
 
@@ -71,6 +76,16 @@ def test_without_bands_a_short_budget_is_refused() -> None:
         planner(4_500_000_000, whole_only).decode(LATENTS)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shape", [(1, 16, 5, 8, 16), (1, 16, 2, 1, 1), LATENTS])
+def test_bands_and_chunks_that_were_asked_for_by_name_are_used_for_every_picture(device, shape) -> None:
+    choices = VaeChoices(kernels={}, norm=None, channels_last=True, always_bands=True, always_chunks=True)
+    plan = dataclasses.replace(planner(10**15, choices), device=torch.device(device))
+    passages = [*plan.decode(shape), *plan.encode((1, 3, 4 * shape[2] - 3, 8 * shape[3], 8 * shape[4]))]
+    assert all(passage.rows is not None and passage.rows < 8 * shape[3] for passage in passages)
+    assert all(passage.steps > 1 or shape[2] == 2 for passage in passages)
+
+
 def test_after_the_plan_come_halves_of_it() -> None:
     _, *rest = planner(40_000_000_000).decode(LATENTS)
     assert [(passage.steps, passage.rows) for passage in rest] == [(2, 8), (1, 8)]
@@ -83,7 +98,9 @@ def test_amounts_of_memory(text: str | int, expected: int | None) -> None:
     assert memory_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "-1", "0", "6 TB", "much", "1e9", True, None])
+@pytest.mark.parametrize(
+    "text", ["", "1.5", "1.5B", "\u0665\u0665\u0665", "-1", "0", "6 TB", "much", "1e9", True, None]
+)
 def test_amounts_that_are_none(text: object) -> None:
     with pytest.raises(RequestError, match="write auto, or bytes"):
         memory_bytes(text)  # type: ignore[arg-type]
@@ -95,8 +112,9 @@ def small_vae() -> WanVAE:
     return WanVAE(VaeSpec.from_config(config)).eval()
 
 
-def test_the_prediction_is_near_what_a_decode_allocates() -> None:
-    """The meter on the meta device against the same meter on real tensors."""
+def test_the_prediction_is_near_what_a_decode_allocates(monkeypatch) -> None:
+    """The meter on the meta device against the same meter on real tensors, all of them made by torch."""
+    monkeypatch.setattr(allocator, "_SMALL_BYTES", 1 << 40)
     vae = small_vae()
     spec = vae.spec
     choices = make_fast(vae, policy=Policy()).planner.choices
@@ -107,7 +125,7 @@ def test_the_prediction_is_near_what_a_decode_allocates() -> None:
         z = torch.randn(1, 4, 3, 24, 24)
         real = peak_bytes(lambda: sum(1 for _ in vae.decode_stream(z, passage)))
     needed = plan.needed((1, 4, 24, 24), 2, passage)
-    assert real <= needed <= 2 * real
+    assert real <= needed <= 1.25 * real
 
 
 def test_memory_does_not_grow_with_the_number_of_frames() -> None:

@@ -15,8 +15,10 @@ from frameloom.ops.registry import Policy, make_policy
 from frameloom.pipeline.stages import Predictor
 from frameloom.platform.tuning import Tuner
 from frameloom.sampling.guidance import guide
+from frameloom.sampling.unipc import make_sampler
 
 CPU = torch.device("cpu")
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SWITCHES = ("prompt_once", "shared_branches", "guidance_batched", "collapses_padding", "fuses_qkv", "packs", "ops")
 
 
@@ -134,7 +136,11 @@ def test_nothing_in_a_step_waits_for_the_device():
     prompts = [dit.read_prompt(torch.empty(1, 512, spec.text_dim, device=meta)) for _ in range(2)]
     x, t = torch.empty(1, 4, 3, 4, 6, device=meta), torch.empty(1, device=meta)
     first, second = dit.velocities(x, t, prompts)
-    assert guide(first, second, 5.0).shape == x.shape
+    sampler = make_sampler({"_class_name": "UniPCMultistepScheduler", **FLOW}, 4)
+    after, state = sampler.step(guide(first, second, 5.0), x, sampler.start())
+    after, _ = sampler.step(guide(first, second, 5.0), after, state)
+    assert after.is_meta
+    assert after.shape == x.shape
     times = FrameTimes(torch.empty(1, 2, device=meta), torch.empty(3, device=meta, dtype=torch.long))
     (velocity,) = dit.velocities(x, times, prompts[:1])
     assert velocity.is_meta

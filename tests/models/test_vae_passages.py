@@ -147,6 +147,21 @@ def test_no_row_that_waits_for_its_tile_can_be_missed() -> None:
     assert lost > 3 * len(counting.keys)  # more rows wait than a convolution alone would keep
 
 
+@pytest.mark.parametrize(
+    "rivals",
+    [
+        ("conv3d_unfold", "conv_winograd"),
+        ("upsample_phases", "upsample_winograd"),
+        ("norm_silu_native", "norm_silu_tiled"),
+    ],
+)
+def test_two_ways_for_the_same_layers_cannot_both_be_asked_for(rivals, tmp_path) -> None:
+    _, ours = make_pair("2.1")
+    policy = Policy(forced={f"vae.{name}": True for name in rivals})
+    with pytest.raises(RequestError, match="compute the same layers; ask for one of them"):
+        choose(ours, policy, Tuner(torch.device("cpu"), tmp_path))
+
+
 def test_a_forced_way_that_does_not_apply_is_an_error(tmp_path) -> None:
     _, ours = make_pair("2.1")
     ours = ours.double()
