@@ -10,16 +10,25 @@ from records import run_cases
 NO_COMPILER = "--rewrite vae.conv_winograd=off --rewrite vae.upsample_winograd=off --rewrite vae.norm_silu_native=off"
 BRIEF = "--rounds 2 --no-peaks"
 
+_LAST = "--baseline channels_last"
 CPU = {
     "decode 2.1, default allocator": f"--size 240x320x17 --allocator default {BRIEF}",
     "decode 2.1, tuned allocator": f"--size 240x320x17 {BRIEF}",
     "decode 2.1 without a compiler, default allocator": f"--size 240x320x17 --allocator default {NO_COMPILER} {BRIEF}",
     "decode 2.1 without a compiler, tuned allocator": f"--size 240x320x17 {NO_COMPILER} {BRIEF}",
-    "decode 2.1 against channels-last, tuned allocator": f"--size 240x320x17 --baseline channels_last {BRIEF}",
+    "decode 2.1 against channels-last, default allocator": f"--size 240x320x17 --allocator default {_LAST} {BRIEF}",
+    "decode 2.1 against channels-last, tuned allocator": f"--size 240x320x17 {_LAST} {BRIEF}",
+    "decode 2.1 against channels-last without a compiler, default allocator": (
+        f"--size 240x320x17 --allocator default {_LAST} {NO_COMPILER} {BRIEF}"
+    ),
+    "decode 2.1 against channels-last without a compiler, tuned allocator": (
+        f"--size 240x320x17 {_LAST} {NO_COMPILER} {BRIEF}"
+    ),
+    "decode 2.1, 320x480, tuned allocator": f"--size 320x480x17 {BRIEF}",
+    "decode 2.1 in bfloat16, tuned allocator": f"--size 240x320x17 --dtype bfloat16 {BRIEF}",
     "decode 2.2, tuned allocator": f"--vae 2.2 --size 256x320x9 {BRIEF}",
     "encode 2.1, tuned allocator": f"--direction encode --size 240x320x17 {BRIEF}",
     "encode 2.2, tuned allocator": f"--vae 2.2 --direction encode --size 256x320x17 {BRIEF}",
-    "decode 2.1 in bfloat16, tuned allocator": f"--size 240x320x9 --dtype bfloat16 {BRIEF}",
 }
 CUDA = {
     f"{direction} {vae} {size} against {baseline}": (

@@ -19,7 +19,7 @@ from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
 
-_OVERHEAD = 1.2  # what the prediction does not see; 1.05 to 1.17 was measured (docs/log.md)
+_OVERHEAD = 1.2  # what the prediction does not see; up to 1.2 was measured (docs/log.md)
 _SHARE_OF_FREE = 0.6  # of the free memory that a plan may take when nobody set a budget
 _CHUNKS = (4, 2, 1)  # latent frames at a time
 # On a CPU whole pictures are slower than bands: near the caches, and in blocks that the C library keeps when they are

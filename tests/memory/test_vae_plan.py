@@ -46,11 +46,10 @@ def test_less_memory_means_narrower_bands_then_fewer_frames() -> None:
     plenty = next(planner(40_000_000_000).decode(shape))
     assert (plenty.steps, plenty.rows) == (2, 24)  # on a CPU bands are faster than whole pictures
     plan = planner(None)
-    wide, narrow = (plan.needed((1, 16, 30, 52), 4, dataclasses.replace(plenty, rows=rows)) for rows in (24, 12))
-    some = next(planner(wide - 1).decode(shape))
-    assert (some.steps, some.rows) == (2, 12)  # the same bits
-    little = next(planner(narrow - 1).decode(shape))
-    assert (little.steps, little.rows) == (1, 8)
+    for rows, narrower in ((24, (2, 12)), (12, (2, 8)), (8, (1, 8))):  # the same bits, as long as it can be
+        enough = plan.needed((1, 16, 30, 52), 4, dataclasses.replace(plenty, rows=rows))
+        chosen = next(planner(enough - 1).decode(shape))
+        assert (chosen.steps, chosen.rows) == narrower
 
 
 def test_small_pictures_pass_whole() -> None:
