@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from records import keep
 
-from frameloom.platform.allocator import is_glibc
+from frameloom.bench.paired import machine
+from frameloom.bench.vae import CONFIGS
+from frameloom.engine.vae import make_fast
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_fast import prepare
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.registry import Policy
+from frameloom.pipeline import stages
+from frameloom.platform.allocator import is_glibc, keep_freed_memory
+from frameloom.platform.device import peak_memory_bytes
 
 HEIGHT, WIDTH = 240, 320
 LARGE = {"height": 480, "width": 832, "frames": 17, "allocator": "default"}
@@ -28,8 +38,8 @@ def main() -> None:
     """Run the comparisons and write one record."""
     with tempfile.TemporaryDirectory() as folder:
         short, long = _decode(17), _decode(81)
-        whole = _decode(9, steps=4, keep=f"{folder}/whole.npy")
-        half = _decode(9, budget=whole["working_bytes"] // 2, keep=f"{folder}/half.npy")
+        whole = _decode(9, steps=4, into=f"{folder}/whole.npy")
+        half = _decode(9, budget=whole["working_bytes"] // 2, into=f"{folder}/half.npy")
         alike = _decode(9, steps=half["steps"])
         apart = np.abs(np.load(f"{folder}/whole.npy").astype(int) - np.load(f"{folder}/half.npy"))
     direct = {side: _peak(side) for side in ("ours", "diffusers")}
@@ -46,6 +56,7 @@ def main() -> None:
         "half, share of values that are apart": float((apart > 0).mean()),
         "whole pictures, as many frames at a time as the half": alike,
         "the same bits as those": alike["sha256"] == half["sha256"],
+        "machine": machine(torch.device("cpu")),
     }
     print(json.dumps(record, indent=1))
     keep(record, "vae-memory")
@@ -61,9 +72,9 @@ def _peak(side: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _decode(frames: int, *, budget: int | None = None, steps: int | None = None, keep: str = "") -> dict[str, Any]:
+def _decode(frames: int, *, budget: int | None = None, steps: int | None = None, into: str = "") -> dict[str, Any]:
     """One process. `steps`: whole pictures, so many latent frames at a time; None: what the planner says."""
-    asked = {"frames": frames, "budget": budget, "steps": steps, "keep": keep}
+    asked = {"frames": frames, "budget": budget, "steps": steps, "into": into}
     command = [sys.executable, __file__, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -72,20 +83,8 @@ def _decode(frames: int, *, budget: int | None = None, steps: int | None = None,
     return found
 
 
-def _child(frames: int, budget: int | None, steps: int | None, keep: str) -> dict[str, Any]:
+def _child(frames: int, budget: int | None, steps: int | None, into: str) -> dict[str, Any]:
     """Decode noise; the resident peak of this process, and how much of it came after the weights were there."""
-    import torch
-
-    from frameloom.bench.vae import CONFIGS
-    from frameloom.engine.vae import make_fast
-    from frameloom.models.spec import VaeSpec
-    from frameloom.models.vae_fast import prepare
-    from frameloom.models.wan_vae import WanVAE
-    from frameloom.ops.registry import Policy
-    from frameloom.pipeline import stages
-    from frameloom.platform.allocator import keep_freed_memory
-    from frameloom.platform.device import peak_memory_bytes
-
     keep_freed_memory()
     torch.manual_seed(0)
     vae = WanVAE(VaeSpec.from_config(dict(CONFIGS["2.1"]))).eval()
@@ -99,11 +98,11 @@ def _child(frames: int, budget: int | None, steps: int | None, keep: str) -> dic
     digest, kept = hashlib.sha256(), []
     for part in stages.decode(vae, z, iter([passage]), lambda _: None):
         digest.update(part.tobytes())
-        if keep:
+        if into:
             kept.append(part)
     peak = peak_memory_bytes(torch.device("cpu"))
-    if keep:
-        np.save(keep, np.concatenate(kept, axis=1))
+    if into:
+        np.save(into, np.concatenate(kept, axis=1))
     return {
         "frames": frames,
         "passage": str(passage),

@@ -5,9 +5,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from frameloom.models.encoders import build_tokenizer
 from frameloom.shapes.tokens import pieces
 
 Kind = Literal["one expert", "two experts", "per-token timesteps"]
@@ -35,7 +34,7 @@ def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline:
     z_dim = vae_config["z_dim"]
     statistics = {"latents_mean": [0.05 * i for i in range(z_dim)], "latents_std": [1 + 0.1 * i for i in range(z_dim)]}
     return WanPipeline(
-        tokenizer=build_tokenizer(pieces()),
+        tokenizer=T5Tokenizer(vocab=pieces(), extra_ids=0),
         text_encoder=_text_encoder(),
         vae=AutoencoderKLWan(**vae_config, **statistics).eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),

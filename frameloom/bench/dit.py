@@ -16,6 +16,7 @@ from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_
 from frameloom.engine.dit import FastDit, make_fast_dit
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import Attention, WanDiT
 from frameloom.ops.registry import relative_error
@@ -128,7 +129,7 @@ def run_dit(case: DitCase) -> dict[str, Any]:
 
 def count_flops(case: DitCase) -> int:
     """Multiplications and additions of the plain model in a step, its reading of the prompt included, on meta."""
-    with torch.device("meta"):
+    with on_meta():
         dit = WanDiT(TransformerSpec(**case.config)).eval()
     x, t, texts = _inputs(case, torch.device("meta"))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -146,7 +147,7 @@ def _in_dtype(reference: Any, dtype: torch.dtype) -> Any:
     """A copy as `from_pretrained(torch_dtype=...)` loads it: some parts stay in float32."""
     if dtype == torch.float32:
         return reference
-    with torch.device("meta"):
+    with on_meta():
         narrow = type(reference)(**reference.config).eval()
     weights = {
         name: tensor.clone() if WanDiT.keep_in_fp32(name) else tensor.to(dtype)
@@ -184,7 +185,7 @@ def _their_side(case: DitCase, reference: Any, inputs: tuple[Tensor, Tensor, lis
 
 
 def _fast_twin(case: DitCase, reference: Any) -> FastDit:
-    with torch.device("meta"):
+    with on_meta():
         dit = WanDiT(TransformerSpec(**case.config)).eval()
     dit.load_state_dict({name: tensor.clone() for name, tensor in reference.state_dict().items()}, assign=True)
     policy = policy_of(case.exactness, case.rewrites, compilation=case.compilation)

@@ -16,6 +16,7 @@ from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_fast import REFERENCE, prepare, without_weights
 from frameloom.models.wan_vae import WanVAE
@@ -154,7 +155,7 @@ def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> t
 
 
 def _our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Tensor) -> tuple[Side, dict[str, Any]]:
-    with torch.device("meta"):
+    with on_meta():
         vae = WanVAE(spec).eval()
     vae.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
     fast = make_fast(vae, policy=policy_of(case.exactness, case.rewrites), budget_bytes=case.memory_bytes)

@@ -18,10 +18,10 @@ from frameloom.models.defaults import Defaults, defaults_for
 from frameloom.models.encoders import (
     TextEncoder,
     build_text_encoder,
-    load_tokenizer,
     text_encoder_keeps_fp32,
 )
 from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.models.tokenizer import load_tokenizer
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import (

@@ -14,6 +14,7 @@ from frameloom.engine.modules import fill, set_attention
 from frameloom.memory.dit import StepPlanner
 from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
 from frameloom.ops.registry import Decision, Policy
@@ -36,7 +37,7 @@ class FastDit:
 
 def load_plain_dit(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
     """The transformer as the reference computes it, with torch's own attention."""
-    with torch.device("meta"):
+    with on_meta():
         dit = WanDiT(spec).eval()
     fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32)
     return dit

@@ -6,6 +6,7 @@ import torch
 
 from frameloom.engine.modules import fill, set_attention
 from frameloom.memory.vae import VaePlanner
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import AttentionBlock
 from frameloom.models.vae_fast import choose, install
@@ -29,7 +30,7 @@ class FastVae:
 
 def load_plain_vae(component: Component, spec: VaeSpec, dtype: torch.dtype, device: torch.device) -> WanVAE:
     """The VAE as the reference computes it."""
-    with torch.device("meta"):
+    with on_meta():
         vae = WanVAE(spec).eval()
     fill(vae, component, dtype, device)
     set_attention(vae, AttentionBlock, expected=2)  # one in the middle of the encoder, one of the decoder

@@ -28,6 +28,9 @@ _CHUNKS = (4, 2, 1)  # latent frames at a time
 _CPU_CHUNKS = (2,)
 _CPU_BAND_BYTES = 32_000_000  # of the largest activation
 _NARROWEST = 8  # rows of a band: the past of the video takes most of the memory then, 1 row would save 3 %
+_ACTIVATIONS_AT_MOST = 64  # of the largest: what remembers the past of the video counted
+_WORKSPACE_BYTES = 128_000_000
+_SHARE_WITHOUT_COUNTING = 0.5  # of the budget: what surely takes no more than that is not counted
 _FRAME_COPIES = 4  # of a chunk's frames that exist while they are rounded to bytes
 
 
@@ -83,6 +86,7 @@ class VaePlanner:
         budget, whose = self._budget()
         scale = 1 if encode else self.spec.spatial_scale
         chosen, amount = self._first_that_fits(
+            picture_BCHW[0],
             steps,
             height * scale,
             width * scale,
@@ -100,14 +104,25 @@ class VaePlanner:
         return itertools.chain([chosen], self._in_narrower_bands(fewer, chosen.rows or height * scale))
 
     def _first_that_fits(
-        self, steps: int, height: int, width: int, needed: Callable[[Passage], int], budget: int
+        self, batch: int, steps: int, height: int, width: int, needed: Callable[[Passage], int], budget: int
     ) -> tuple[Passage, int]:
         """The passage and its bytes; the narrowest there is, and what it takes, where none fits. Sizes in pixels."""
         for passage in self._candidates(steps, height, width):
-            amount = needed(passage)
+            amount = self._at_most(passage, batch * height * width)
+            if amount > _SHARE_WITHOUT_COUNTING * budget:
+                amount = needed(passage)
             if amount <= budget:
                 break
         return passage, amount
+
+    def _at_most(self, passage: Passage, pixels: int) -> int:
+        """Bytes that a passage surely does not exceed; `needed` is nearer, and takes a second to make."""
+        spec = self.spec
+        channels = max(spec.base_dim, spec.decoder_base_dim or 0)
+        frames, cells = spec.temporal_scale * passage.steps, pixels // (spec.patch_size or 1) ** 2
+        activation = channels * frames * cells * max(4, self.dtype.itemsize)
+        blocks = 4 * 4 * 36 * (channels * max(spec.dim_mult)) ** 2  # what Winograd's kernels work on at a time
+        return _ACTIVATIONS_AT_MOST * activation + _WORKSPACE_BYTES + blocks
 
     def _candidates(self, steps: int, height: int, width: int) -> Iterator[Passage]:
         """Ways for a picture of so many pixels, the fastest first."""

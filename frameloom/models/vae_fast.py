@@ -5,6 +5,8 @@ copy without weights when memory is planned.
 """
 
 import functools
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from frameloom.attention.backend import shapes_alone
 from frameloom.errors import RequestError
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d, Kernel, Resample, RMSNorm
 from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS
@@ -121,7 +124,7 @@ def install(vae: WanVAE, choices: VaeChoices) -> None:
 
 def without_weights(spec: VaeSpec, dtype: torch.dtype, choices: VaeChoices) -> WanVAE:
     """The same network with the same kernels on the meta device: it computes shapes and nothing else."""
-    with torch.device("meta"):
+    with on_meta():
         vae = WanVAE(spec).eval().to(dtype)
         install(vae, choices)
         prepare(vae)
@@ -181,7 +184,7 @@ def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: i
     left = {"encoder": limit, "decoder": limit}
     chosen: dict[str, str] = {}
     # Where Winograd's weights do not all fit, the layers with the most pixels gain the most per byte.
-    by_pixels = sorted(_inputs(vae).items(), key=lambda item: -item[1][1][2:].numel())
+    by_pixels = sorted(_inputs(vae, tuner).items(), key=lambda item: -item[1][1][2:].numel())
     for name, (module, shape, pad_rows) in by_pixels:
         conv = module.conv if isinstance(module, Resample) else module
         assert isinstance(conv, nn.Conv2d | nn.Conv3d)
@@ -235,16 +238,26 @@ def _runs(
     return {way: lambda kernel=kernel: kernel(x, pad_rows) for way, kernel in kernels.items()}  # type: ignore[misc]
 
 
-def _inputs(vae: WanVAE) -> dict[str, tuple[nn.Module, torch.Size, int]]:
-    """Every convolution that may be computed otherwise, and the input it has in a chunk of a middling picture."""
-    twin = without_weights(vae.spec, next(vae.parameters()).dtype, REFERENCE)
-    seen: dict[str, tuple[torch.Size, int]] = {}
+def _inputs(vae: WanVAE, tuner: Tuner) -> dict[str, tuple[nn.Module, torch.Size, int]]:
+    """Every convolution that may be computed otherwise, and the input it has in a chunk of a middling picture.
+
+    Found once by a network without weights, and kept: even that takes a while, as much of torch is imported for it.
+    """
+    modules = dict(vae.named_modules())
+    dtype = next(vae.parameters()).dtype
+    key = f"inputs of a VAE {hashlib.sha256(repr(vae.spec).encode()).hexdigest()[:16]} {dtype}"
+    seen = json.loads(tuner.recall(key, lambda: json.dumps(_record_inputs(vae.spec, dtype))))
+    return {name: (modules[name], torch.Size(shape), pad_rows) for name, (shape, pad_rows) in seen.items()}
+
+
+def _record_inputs(spec: VaeSpec, dtype: torch.dtype) -> dict[str, tuple[list[int], int]]:
+    twin = without_weights(spec, dtype, REFERENCE)
+    seen: dict[str, tuple[list[int], int]] = {}
     for name, module in twin.named_modules():
         if isinstance(module, CausalConv3d):
             module.kernel = _Recorder(seen, name, DirectConv(module.weight, module.bias))
         elif isinstance(module, Resample) and module.mode.startswith("upsample"):
             module.kernel = _Recorder(seen, name, UpsampledConv(module.conv.weight, module.conv.bias))
-    spec, dtype = vae.spec, next(vae.parameters()).dtype
     rows, columns = _PICTURE
     state = BandState()
     for frames in (1, 1):  # the first and a later one
@@ -253,22 +266,21 @@ def _inputs(vae: WanVAE) -> dict[str, tuple[nn.Module, torch.Size, int]]:
     height, width = rows * spec.spatial_scale, columns * spec.spatial_scale
     for frames in (1, spec.temporal_scale):
         twin.encode_chunk(torch.empty(1, 3, frames, height, width, device="meta", dtype=dtype), state)
-    modules = dict(vae.named_modules())
-    return {name: (modules[name], *seen[name]) for name in seen}
+    return seen
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorder:
     """A kernel that notes what it is given."""
 
-    seen: dict[str, tuple[torch.Size, int]]
+    seen: dict[str, tuple[list[int], int]]
     name: str
     kernel: Kernel
     tile_rows: int = 1
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
         """As the kernel."""
-        self.seen[self.name] = (x_BCTHW.shape, pad_rows)
+        self.seen[self.name] = (list(x_BCTHW.shape), pad_rows)
         return self.kernel(x_BCTHW, pad_rows)
 
 

@@ -171,7 +171,7 @@ class WanDiT(nn.Module):
         self.condition_embedder = ConditionEmbedder(spec)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
         self.proj_out = nn.Linear(spec.dim, spec.out_channels * spec.patch_volume)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
+        self.scale_shift_table = _table(2, spec.dim)
         self.run_blocks: RunBlocks = run_in_order
         self.collapses_padding = False
         self.ops = Ops()
@@ -389,7 +389,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(spec)
         self.norm2 = LayerNorm(spec.dim, spec.eps) if spec.cross_attn_norm else None
         self.ffn = FeedForward(spec.dim, spec.ffn_dim, dim_out=spec.dim, activation=nn.GELU(approximate="tanh"))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim**0.5)
+        self.scale_shift_table = _table(6, spec.dim)
         self.ops = Ops()
 
     def forward(self, x_BLD: Tensor, modulation: Sequence[Tensor], rope: RotaryTable, prompt: KeysValues) -> Tensor:
@@ -413,6 +413,12 @@ class Block(nn.Module):
         attended = self.attn2(looked.q_BLHK, prompt)
         x_BLD, normed = self.ops.add_norm(looked.x_BLD, attended, self.eps, scale=scale, shift=shift)
         return self.ops.add_gated(x_BLD, self.ffn(normed), gate=gate)
+
+
+def _table(count: int, dim: int) -> nn.Parameter:
+    table = nn.Parameter(torch.empty(1, count, dim))
+    nn.init.normal_(table, std=dim**-0.5)
+    return table
 
 
 class Attention(nn.Module):

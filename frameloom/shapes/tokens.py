@@ -3,7 +3,7 @@
 import string
 from pathlib import Path
 
-from frameloom.models.encoders import build_tokenizer
+from frameloom.models import tokenizer
 from frameloom.shapes.world import vocabulary
 
 _SPACE = "▁"  # T5 marks the beginning of a word with it
@@ -22,4 +22,4 @@ def pieces() -> list[tuple[str, float]]:
 
 def write_tokenizer(folder: Path) -> None:
     """Save the tokenizer as transformers does, so that any Wan pipeline can read it."""
-    build_tokenizer(pieces()).save_pretrained(str(folder))
+    tokenizer.write_tokenizer(tokenizer.build_tokenizer(pieces()), folder)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder, build_tokenizer
+from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder
 from frameloom.models.spec import TransformerSpec
+from frameloom.models.tokenizer import Tokenizer, build_tokenizer
 from frameloom.models.vae_state import CausalState
 from frameloom.models.wan_dit import Attention, CrossAttention, WanDiT
 from frameloom.models.wan_vae import WanVAE
@@ -135,7 +136,7 @@ class TextAndVideo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder(TEXT_CONFIG).to_empty(device="cpu")
-        self.text_encoder.tie_weights()  # type: ignore[operator]  # a method of the transformers model
+        self.text_encoder.tie_weights()
         self.transformer = WanDiT(SPEC)
         _initialise_text(self.text_encoder)
         _initialise_dit(self.transformer)
@@ -147,7 +148,7 @@ class TextAndVideo(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Velocity, float32, for prompts of TEXT_TOKENS token ids."""
-        embedded = self.text_encoder(ids_BS, mask_BS).last_hidden_state * mask_BS[..., None]
+        embedded = self.text_encoder(ids_BS, mask_BS) * mask_BS[..., None]
         text_BSE = F.pad(embedded, (0, 0, 0, 1))
         velocity: Tensor = self.transformer(x_BCTHW, timestep_B, text_BSE)
         return velocity.float()
@@ -224,15 +225,14 @@ def train_dit(
     return model, clips, trainer.elapsed_s
 
 
-def _loss(run: Any, clips: LatentClips, tokenizer: Any, rng: np.random.Generator, device: torch.device) -> Tensor:
+def _loss(run: Any, clips: LatentClips, tokenizer: Tokenizer, rng: np.random.Generator, device: torch.device) -> Tensor:
     indices = rng.integers(len(clips.scenes), size=BATCH).tolist()
     x = clips.batch(indices).to(device)
     prompts = [caption(clips.scenes[i], rng) for i in indices]
-    tokens = tokenizer(prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    ids, mask = (tokens.to(device) for tokens in tokenizer.encode(prompts, length=TEXT_TOKENS))
     sigma = _noise_levels(rng).to(device)
     noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(device)
     mix = sigma.view(-1, 1, 1, 1, 1)
-    ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
     with mixed_precision(device):
         velocity = run((1 - mix) * x + mix * noise, sigma * 1000, ids, mask)
     return F.mse_loss(velocity, noise - x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import frameloom
+from frameloom.bench.vae import CONFIGS
 from frameloom.config import memory_bytes
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
@@ -50,6 +51,25 @@ def test_less_memory_means_narrower_bands_then_fewer_frames() -> None:
         enough = plan.needed((1, 16, 30, 52), 4, dataclasses.replace(plenty, rows=rows))
         chosen = next(planner(enough - 1).decode(shape))
         assert (chosen.steps, chosen.rows) == narrower
+
+
+@pytest.mark.parametrize("vae", ["2.1", "2.2", "tiny"])
+@pytest.mark.parametrize("encode", [False, True])
+@pytest.mark.parametrize(("steps", "rows"), [(1, None), (4, None), (2, 8)])
+def test_what_is_not_counted_is_never_more_than_was_assumed(vae: str, encode: bool, steps: int, rows: int) -> None:
+    spec = VaeSpec.from_config(dict(CONFIGS[vae]))
+    kernels = {"vae.conv_winograd": ("encoder.conv_in", "decoder.conv_in", "decoder.mid_block.resnets.0.conv1")}
+    choices = VaeChoices(
+        kernels={name: way for way, names in kernels.items() for name in names}, norm=None, channels_last=True
+    )
+    plan = dataclasses.replace(planner(None, choices), spec=spec)
+    for batch, height, width in ((1, 2, 2), (2, 7, 3), (1, 16, 16)):
+        scale = spec.spatial_scale
+        picture = (batch, 3, height * scale, width * scale) if encode else (batch, spec.z_dim, height, width)
+        passage = Passage(steps=steps, rows=rows, channels_last=True)
+        assert plan.needed(picture, 4, passage, encode=encode) < plan._at_most(
+            passage, batch * height * width * scale**2
+        )
 
 
 def test_small_pictures_pass_whole() -> None:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -21,18 +22,16 @@ from transformers import (
 )
 
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.models.clip import ImageEncoder, build_image_encoder, image_encoder_key, load_image_processor
 from frameloom.models.encoders import (
     TIED,
-    ImageEncoder,
     TextEncoder,
-    build_image_encoder,
     build_text_encoder,
     clean_prompt,
-    image_encoder_key,
-    load_image_processor,
-    load_tokenizer,
     text_encoder_keeps_fp32,
 )
+from frameloom.models.tokenizer import build_tokenizer, load_tokenizer, write_tokenizer
+from frameloom.models.umt5 import position_buckets
 from frameloom.weights.load import load_module
 
 UMT5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
@@ -167,6 +166,38 @@ def test_refuses_a_folder_without_tokenizer_json(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_refuses_a_tokenizer_without_padding(folder, tmp_path):
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": {"content": "<nothing>"}}')
+    with pytest.raises(CheckpointError, match="has no '<nothing>', which fills prompts up"):
+        load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("length", [512, 5, 1])
+def test_tokens_are_those_of_the_reference(folder, tmp_path, length):
+    """Those of a checkpoint, and those of a tokenizer that was built and written here, as transformers reads both."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁ball", -1.0)]
+    write_tokenizer(build_tokenizer(vocab + [(letter, -3.0) for letter in LETTERS]), tmp_path)
+    for place in (folder / "tokenizer", tmp_path):
+        theirs, mine = T5Tokenizer.from_pretrained(place), load_tokenizer(place)
+        wanted = theirs(PROMPTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = mine.encode(PROMPTS, length=length)
+        assert torch.equal(ids, wanted.input_ids)
+        assert torch.equal(mask, wanted.attention_mask)
+        assert len(mine) == len(theirs)
+        assert mine.pieces(PROMPTS[0]) == theirs.convert_ids_to_tokens(theirs(PROMPTS[0]).input_ids)
+
+
+@pytest.mark.parametrize("buckets", [(32, 128), (4, 2), (7, 20)])
+def test_positions_fall_into_the_buckets_of_the_reference(buckets):
+    names = ("relative_attention_num_buckets", "relative_attention_max_distance")
+    reference = UMT5EncoderModel(UMT5Config(**UMT5, **dict(zip(names, buckets, strict=True))))
+    attention = reference.encoder.block[0].layer[0].SelfAttention
+    offset = torch.arange(300)[None, :] - torch.arange(300)[:, None]
+    wanted = attention._relative_position_bucket(offset)
+    assert torch.equal(position_buckets(300, *buckets, device=torch.device("cpu")), wanted)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "Unknown"}}'])
 def test_refuses_a_broken_tokenizer(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
@@ -180,11 +211,18 @@ def test_refuses_a_broken_tokenizer(tmp_path, text):
     ("change", "match"),
     [
         ({"model_type": "t5"}, "describes 't5'"),
-        ({"d_model": "wide"}, "describes no network that can be built"),
-        ({"d_model": -3}, "d_model -3; it must be 1 or more"),
-        ({"vocab_size": 10**30}, "describes no network that can be built"),
-        ({"feed_forward_proj": "gated-nothing"}, "describes no network that can be built"),
-        ({"feed_forward_proj": "a-b-c"}, "describes no network that can be built"),
+        ({"d_model": "wide"}, "d_model 'wide'; it must be a whole number above 0"),
+        ({"d_model": -3}, "d_model -3; it must be a whole number above 0"),
+        ({"num_layers": True}, "num_layers True; it must be a whole number above 0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon nan; it must be a number above 0"),
+        ({"vocab_size": 10**30}, "below 2\\^31"),
+        (
+            {"feed_forward_proj": "gated-nothing"},
+            "has feed_forward_proj 'gated-nothing'; Wan's text encoder has gated-gelu",
+        ),
+        ({"feed_forward_proj": "relu"}, "has feed_forward_proj 'relu'"),
+        ({"relative_attention_max_distance": 8}, "must be above a quarter of the buckets"),
+        ({"relative_attention_num_buckets": 2}, "those 4 or more"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantized weights"),
     ],
 )
@@ -200,7 +238,7 @@ def test_takes_only_what_decides_the_numbers_from_a_config():
         "dtype": "float16",
     }
     model = build_text_encoder(UMT5 | hostile | {"auto_map": {"AutoModel": "x.py"}})
-    assert model.config._attn_implementation == build_text_encoder(UMT5).config._attn_implementation
+    assert model.state_dict().keys() == build_text_encoder(UMT5).state_dict().keys()
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 

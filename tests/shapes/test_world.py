@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from frameloom.models.encoders import TEXT_LENGTH, build_tokenizer
+from frameloom.models.encoders import TEXT_LENGTH
+from frameloom.models.tokenizer import build_tokenizer
 from frameloom.shapes.advice import advice
 from frameloom.shapes.reader import read_clip
 from frameloom.shapes.tokens import pieces
@@ -85,7 +86,7 @@ def test_every_caption_is_known_to_the_tokenizer_and_short():
     for wordings in (TRAINING_WORDINGS, HELD_OUT_WORDINGS):
         for _ in range(200):
             text = describe(random_scene(rng), rng, wordings=wordings)
-            tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+            tokens = tokenizer.pieces(text)
             assert not letters & set(tokens), (text, tokens)
             assert "<unk>" not in tokens
             assert len(tokens) < 32 < TEXT_LENGTH

@@ -1,0 +1,89 @@
+"""The tokenizer of a checkpoint, read by the tokenizers library from its tokenizer.json: data, no code of its own."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+from frameloom.errors import CheckpointError
+
+PADDING, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """Texts to token numbers. `pad_id` fills texts up."""
+
+    backend: tokenizers.Tokenizer
+    pad_id: int
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:
+        """ids and mask (B, length), both int64: longer texts are cut, the mask is 0 where shorter ones have ended."""
+        self.backend.enable_truncation(max_length=length)
+        self.backend.enable_padding(length=length, pad_id=self.pad_id, pad_token=self.backend.id_to_token(self.pad_id))
+        found = self.backend.encode_batch(list(texts))
+        return torch.tensor([text.ids for text in found]), torch.tensor([text.attention_mask for text in found])
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces that a text is cut into, the end among them."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        tokens: list[str] = self.backend.encode(text).tokens
+        return tokens
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint: nothing is fetched, no code is run. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json; save the tokenizer again with transformers 5")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        name = _padding(folder / "tokenizer_config.json")
+        pad_id = backend.token_to_id(name)
+    except Exception as error:  # the library raises bare Exception on a damaged file
+        raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {error}); download it again") from None
+    if pad_id is None:
+        raise CheckpointError(f"the tokenizer in {folder} has no {name!r}, which fills prompts up; download it again")
+    return Tokenizer(backend=backend, pad_id=pad_id)
+
+
+def build_tokenizer(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
+    """A T5 tokenizer of the given pieces and scores; the first three are padding, end and unknown."""
+    backend = tokenizers.Tokenizer(models.Unigram(list(pieces), unk_id=2, byte_fallback=False))
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    backend.add_special_tokens([PADDING, END, UNKNOWN])
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", END], pair=["$A", END, "$B", END], special_tokens=[(END, backend.token_to_id(END))]
+    )
+    return Tokenizer(backend=backend, pad_id=0)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer of `build_tokenizer` as transformers does, so that any Wan pipeline can read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend.no_truncation()
+    tokenizer.backend.no_padding()
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "backend": "tokenizers", "eos_token": END, "extra_ids": 0, "extra_special_tokens": [],
+        "model_max_length": 1000000000000000019884624838656, "pad_token": PADDING,
+        "tokenizer_class": "T5Tokenizer", "unk_token": UNKNOWN,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _padding(config: Path) -> str:
+    """The name of the padding token, which some files describe with more than its name."""
+    said = json.loads(config.read_text("utf-8")).get("pad_token", PADDING) if config.is_file() else PADDING
+    return str(said["content"] if isinstance(said, dict) else said)
