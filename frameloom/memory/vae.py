@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,39 +81,32 @@ class VaePlanner:
         return without_weights(self.spec, self.dtype, self.choices)
 
     def _passages(self, picture_BCHW: tuple[int, int, int, int], steps: int, *, encode: bool) -> Iterator[Passage]:
-        height, width = picture_BCHW[2:]
+        batch, _, height, width = picture_BCHW
         what = f"the VAE on {width}x{height}" + (" pixels" if encode else " latents")
         budget, whose = self._budget()
         scale = 1 if encode else self.spec.spatial_scale
-        chosen, amount = self._first_that_fits(
-            picture_BCHW[0],
-            steps,
-            height * scale,
-            width * scale,
-            functools.partial(self.needed, picture_BCHW, steps, encode=encode),
-            budget,
-        )
+        at_most = functools.partial(self._at_most, pixels=batch * height * width * scale**2)
+
+        def bytes_of(passage: Passage) -> int:
+            surely = at_most(passage)
+            if surely <= _SHARE_WITHOUT_COUNTING * budget:
+                return surely
+            return self.needed(picture_BCHW, steps, passage, encode=encode)
+
+        for chosen in self._candidates(steps, height * scale, width * scale):
+            amount = bytes_of(chosen)
+            if amount <= budget:
+                break
         if amount > budget:
             raise RequestError(
                 f"{what} needs at least {_amount(amount)} besides its weights, and {whose} is {_amount(budget)}; "
                 f"allow {amount} bytes or more, or ask for a smaller picture"
             )
-        log.info("%s: %s; about %s, %s is %s", what, chosen, _amount(amount), whose, _amount(budget))
+        known = "at most" if amount == at_most(chosen) else "about"
+        log.info("%s: %s; %s %s, %s is %s", what, chosen, known, _amount(amount), whose, _amount(budget))
         keeps = self.device.type == "cpu" or self.choices.always_chunks
         fewer = chosen if keeps else replace(chosen, steps=1)
         return itertools.chain([chosen], self._in_narrower_bands(fewer, chosen.rows or height * scale))
-
-    def _first_that_fits(
-        self, batch: int, steps: int, height: int, width: int, needed: Callable[[Passage], int], budget: int
-    ) -> tuple[Passage, int]:
-        """The passage and its bytes; the narrowest there is, and what it takes, where none fits. Sizes in pixels."""
-        for passage in self._candidates(steps, height, width):
-            amount = self._at_most(passage, batch * height * width)
-            if amount > _SHARE_WITHOUT_COUNTING * budget:
-                amount = needed(passage)
-            if amount <= budget:
-                break
-        return passage, amount
 
     def _at_most(self, passage: Passage, pixels: int) -> int:
         """Bytes that a passage surely does not exceed; `needed` is nearer, and takes a second to make."""
