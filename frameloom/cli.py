@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 our fault, 2 what was asked cannot be done (nothing was wr
 import io
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -356,6 +357,7 @@ def main() -> NoReturn:
             # Progress through a pipe arrives as it happens; a name that the terminal cannot show is still told.
             sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         _set_up_log()
+        signal.signal(signal.SIGTERM, _terminate)
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # the parser turns Ctrl-C into this return value
             _fail("interrupted; nothing was written", _INTERRUPTED)
@@ -374,6 +376,11 @@ def main() -> NoReturn:
         if not message:  # no command was given: the help is already printed
             sys.exit(code)
         _fail(f"{message}; see frameloom --help", code)
+
+
+def _terminate(*_: object) -> NoReturn:
+    """End as an interrupt does: what was begun is tidied away."""
+    _fail("terminated; nothing was written", 128 + signal.SIGTERM)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -82,10 +82,10 @@ def memory_bytes(value: int | str) -> int | None:
     if value == "auto":
         return None
     match = re.fullmatch(r"([0-9]+|[0-9]+\.[0-9]+(?= ?[KMG])) ?([KMG]?B?)", str(value).strip().upper())
-    count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if isinstance(value, bool) or count < 1:
+    count = float(match[1]) * _UNITS[match[2]] if match else 0
+    if isinstance(value, bool) or not 1 <= count < 2**63:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
-    return count
+    return round(count)
 
 
 def video_size(text: str) -> tuple[int, int, int]:

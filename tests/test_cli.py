@@ -216,7 +216,10 @@ def test_an_output_folder_that_is_not_writable_is_refused(run):
 # --- interruption ---
 
 
-def test_ctrl_c_leaves_no_half_file(checkpoint_of, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_no_half_file(sent, code, word, checkpoint_of, tmp_path):
     command = [sys.executable, "-m", "frameloom", "generate", "a cat", "--model", str(checkpoint_of())]
     command += ["-o", str(tmp_path / "a.mp4"), *SMALL, "--steps", "900"]
     process = subprocess.Popen(
@@ -230,11 +233,11 @@ def test_ctrl_c_leaves_no_half_file(checkpoint_of, tmp_path):
     while "reading the prompt" not in (line := process.stdout.readline()):
         assert line, process.stderr and process.stderr.read()
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
-    assert "interrupted" in err
+    assert word in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,7 +112,7 @@ def test_where_a_rewrite_does_not_apply_the_reason_is_told() -> None:
 def test_the_command_prints_a_table_and_exits_with_1_when_a_promise_is_broken(run, monkeypatch) -> None:
     monkeypatch.setattr("frameloom.verify.REWRITES", (ops.POINTWISE,))
     code, out, _ = run("verify", "--json")
-    record = json.loads(out)
+    record = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (code, record["broken"]) == (0, [])
     wrong = dataclasses.replace(ops.POINTWISE, fast=lambda *a: ops.POINTWISE.reference(*a) + 1)
     monkeypatch.setattr("frameloom.verify.REWRITES", (wrong,))

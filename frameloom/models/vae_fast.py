@@ -6,12 +6,11 @@ copy without weights when memory is planned.
 
 import functools
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -246,17 +245,32 @@ def _inputs(vae: WanVAE, tuner: Tuner) -> dict[str, tuple[nn.Module, torch.Size,
     modules = dict(vae.named_modules())
     dtype = next(vae.parameters()).dtype
     key = f"inputs of a VAE {hashlib.sha256(repr(vae.spec).encode()).hexdigest()[:16]} {dtype}"
-    seen = json.loads(tuner.recall(key, lambda: json.dumps(_record_inputs(vae.spec, dtype))))
+    seen = tuner.recall(key, lambda: _record_inputs(vae.spec, dtype), lambda found: _is_record(found, modules))
     return {name: (modules[name], torch.Size(shape), pad_rows) for name, (shape, pad_rows) in seen.items()}
+
+
+def _is_record(found: Any, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether something that was read is what `_record_inputs` writes for a network of these modules."""
+    wanted = {name for name, module in modules.items() if isinstance(module, CausalConv3d) or _doubles(module)}
+    if not isinstance(found, dict) or found.keys() != wanted:
+        return False
+    try:
+        return all(len(torch.Size(shape)) == 5 and isinstance(rows, int) for shape, rows in found.values())
+    except (TypeError, ValueError):
+        return False
+
+
+def _doubles(module: nn.Module) -> bool:
+    return isinstance(module, Resample) and module.mode.startswith("upsample")
 
 
 def _record_inputs(spec: VaeSpec, dtype: torch.dtype) -> dict[str, tuple[list[int], int]]:
     twin = without_weights(spec, dtype, REFERENCE)
-    seen: dict[str, tuple[list[int], int]] = {}
+    seen: dict[str, tuple[list[int], int]] = {}  # written as JSON
     for name, module in twin.named_modules():
         if isinstance(module, CausalConv3d):
             module.kernel = _Recorder(seen, name, DirectConv(module.weight, module.bias))
-        elif isinstance(module, Resample) and module.mode.startswith("upsample"):
+        elif isinstance(module, Resample) and _doubles(module):
             module.kernel = _Recorder(seen, name, UpsampledConv(module.conv.weight, module.conv.bias))
     rows, columns = _PICTURE
     state = BandState()
@@ -317,5 +331,8 @@ def _tell(policy: Policy, kernels: Mapping[str, str], weight: Tensor) -> list[De
             refusal = policy.refuses(rewrite) or rewrite.refuses(
                 None, weight.new_empty((1, 1, 3, 3) if rewrite in upsamplers else (1, 1, 3, 3, 3))
             )
-            told.append(policy.decide(rewrite, refusal or "slower here in every layer, or no memory for it"))
+            other = "slower here in every layer, or no memory for it"
+            if rewrite is ops.PHASES and counts[ops.UPSAMPLED_WINOGRAD.name]:
+                other = f"{ops.UPSAMPLED_WINOGRAD.name} is used instead, with fewer multiplications"
+            told.append(policy.decide(rewrite, refusal or other))
     return told

@@ -140,7 +140,7 @@ def decode(
     if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
     weight = next(vae.parameters())
-    z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype))
+    z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype).contiguous())  # equal latents, equal frames
     done, is_good = 0, True
 
     def new_frames(passage: Passage) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import platform as host
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,10 +41,13 @@ class Tuner:
         self._fresh += 1
         return chosen
 
-    def recall(self, key: str, make: Callable[[], str]) -> str:
-        """What `make` gave for this key before, on this machine and with these kernels; else what it gives now."""
+    def recall(self, key: str, make: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
+        """What `make` gave for this key before, on this machine and with these kernels; else what it gives now.
+
+        It is kept as JSON. `is_whole` tells what was kept from what a damaged file holds.
+        """
         found = self._known.get(key)
-        if not isinstance(found, str):
+        if not is_whole(found):
             found = self._known[key] = make()
             self._fresh += 1
         return found
@@ -71,7 +75,7 @@ class Tuner:
         return best
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -30,8 +30,13 @@ class Finding:
         return {True: "kept", False: "BROKEN", None: "not here"}[self.kept]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "verdict": self.verdict}
+        """For JSON, which knows no infinity and no NaN: they are None."""
+        values = {name: None if _is_no_number(value) else value for name, value in asdict(self).items()}
+        return {**values, "verdict": self.verdict}
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -190,6 +190,13 @@ def test_auto_dtypes_depend_on_what_the_device_computes_well(monkeypatch):
     assert choose_device("cpu")[0] == cpu
 
 
+def test_equal_latents_are_equal_frames_in_whatever_order_they_lie(engine):
+    z = torch.randn(1, 4, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    expected = engine.decode(z)
+    for other in (z.contiguous(memory_format=torch.channels_last_3d), z.transpose(3, 4).contiguous().transpose(3, 4)):
+        assert np.array_equal(engine.decode(other), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_latents_that_are_no_numbers_are_told_and_spoil_no_frame_before_them(engine, caplog, value):
     good = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))

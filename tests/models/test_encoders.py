@@ -106,7 +106,7 @@ def test_embeds_prompts_as_the_reference_does(pair, prompts, length):
     assert relative_error(empty.expand_as(negative), negative) <= 1e-6
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:4], PROMPTS[1:2]])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:4], PROMPTS[1:2], PROMPTS[4:5]])
 def test_embeddings_are_equal_bit_by_bit(pair, prompts):
     with torch.no_grad():
         wanted = pair[0].encode_prompt(prompts, max_sequence_length=512)[0]

@@ -1,5 +1,7 @@
 """The VAE cut into chunks of frames and bands of rows: the same pictures, and what happens when a row is lost."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,3 +187,15 @@ def test_winograd_goes_to_the_layers_with_most_pixels_where_memory_is_short(tmp_
 
 def winograd_layers(choices) -> set[str]:
     return {name for name, way in choices.kernels.items() if way == "vae.conv_winograd_plain"}
+
+
+@pytest.mark.parametrize("damage", ["x", {}, {"decoder.conv_in": [[1, 2], 3]}, None])
+def test_damaged_notes_of_the_layers_are_made_anew(damage, tmp_path) -> None:
+    _, ours = make_pair("2.1")
+    tuner = Tuner(torch.device("cpu"), tmp_path)
+    expected = choose(ours, Policy(), tuner)
+    (notes,) = tmp_path.glob("choices-*.json")
+    kept = json.loads(notes.read_text())
+    (key,) = [key for key in kept if key.startswith("inputs of a VAE")]
+    notes.write_text(json.dumps({**kept, key: damage}))
+    assert choose(ours, Policy(), Tuner(torch.device("cpu"), tmp_path)) == expected

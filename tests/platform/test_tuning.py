@@ -54,3 +54,19 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog) ->
     assert tuner.best("a layer", ["slow", "fast"], ways) == "fast"
     tuner.save()
     assert "measured choices are not kept" in caplog.text
+
+
+def test_what_was_found_out_once_is_kept_and_a_damaged_entry_is_made_anew(tmp_path) -> None:
+    made = []
+
+    def make():
+        made.append(1)
+        return {"a": [1, 2]}
+
+    for _ in range(2):
+        tuner = Tuner(CPU, tmp_path)
+        assert tuner.recall("key", make, lambda found: isinstance(found, dict)) == {"a": [1, 2]}
+        tuner.save()
+    assert len(made) == 1
+    assert Tuner(CPU, tmp_path).recall("key", make, lambda found: found == "else") == {"a": [1, 2]}
+    assert len(made) == 2
