@@ -332,7 +332,7 @@ def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[s
     """What a paired benchmark found: a column for each side, then the ratio, the error and the decisions."""
     console = _console(quiet=False)
     table = Table("", *_SIDES, title=title)
-    table.add_row("median seconds", *(f"{record['seconds'][side]:.2f}" for side in _SIDES))
+    table.add_row("median seconds", *(f"{record['seconds'][side]:.3g}" for side in _SIDES))
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console.print(table)
@@ -340,8 +340,8 @@ def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[s
     console.print(
         f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})", style="bold"
     )
-    how = record.get("passage") or record.get("guidance", "")
-    console.print(f"relative error {record['relative_error']:.1e}; {how}", soft_wrap=True)
+    how = record.get("passage") or record.get("guidance")
+    console.print(f"relative error {record['relative_error']:.1e}" + (f"; {how}" if how else ""), soft_wrap=True)
     for decision in record["decisions"]:
         console.print(decision, soft_wrap=True)
 

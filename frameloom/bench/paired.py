@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.ops.registry import relative_error
-from frameloom.platform.device import device_name, timed
+from frameloom.platform.device import device_name, platform_of, timed
 
 Side = Callable[[], Tensor]
 
@@ -50,6 +50,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": device_name(device),
+        "platform": platform_of(device).name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -38,6 +38,7 @@ class CompiledChain:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
+        log.info("compiling %s with torch: up to a minute for each kind of input, once on this machine", self._name)
         return torch.compile(self._plain, dynamic=True)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

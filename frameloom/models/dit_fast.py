@@ -81,7 +81,7 @@ def choose(
     packs_linear, packs_mlp = (uses(rewrite, refusal) for rewrite, refusal in packed.items())
     on_cpu = platform_name == "cpu" and not packs_linear and not policy.insists(QKV_FUSED)
     fuses_qkv = uses(QKV_FUSED, f"no faster on a CPU without {LINEAR_PACKED.name}" if on_cpu else None)
-    ops, told_of_ops = ops_for(platform_name, policy=policy, compiler=compiler)
+    ops, told_of_ops = ops_for(platform_name, policy=policy, compiler=compiler, dtype=dit.dtype)
     told += [
         _instead(decision) if packs_mlp and decision.name == MLP_ROWS.name else decision for decision in told_of_ops
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from frameloom.errors import RequestError
@@ -97,7 +98,11 @@ _EVERYWHERE: Mapping[str, tuple[Rewrite, Callable[..., Tensor]]] = MappingProxyT
 
 
 def ops_for(
-    platform_name: str, *, policy: Policy = _DEFAULT, compiler: Compiler | None = None
+    platform_name: str,
+    *,
+    policy: Policy = _DEFAULT,
+    compiler: Compiler | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Ops, tuple[Decision, ...]]:
     """The operations for a platform (cuda, rocm, musa, npu, xpu, mps, cpu), and a decision for every rewrite.
 
@@ -113,7 +118,8 @@ def ops_for(
         (_NATIVE, _refuses_native, native_dit.refuses_native_rows),
     ):
         for field, (rewrite, fast) in kernels.items():
-            decision = policy.decide(rewrite, refuses(platform_name) or _outdone(rewrite, policy, compiled))
+            refusal = refuses(platform_name, dtype) or _outdone(rewrite, policy, compiled)
+            decision = policy.decide(rewrite, refusal)
             if decision.used:
                 reference, insisted = getattr(Ops(), field), policy.insists(rewrite)
                 chosen[field] = Checked(
@@ -144,15 +150,17 @@ def _choose_compiled(platform_name: str, policy: Policy, compiler: Compiler | No
     return policy.decide(compiler.rewrite, reason)
 
 
-def _refuses_triton(platform_name: str) -> str | None:
+def _refuses_triton(platform_name: str, _: torch.dtype) -> str | None:
     if platform_name not in TRITON_PLATFORMS:
         return f"Triton's kernels are for {' and '.join(TRITON_PLATFORMS)}, not {platform_name}"
     return None if has_triton() else "triton is not installed"
 
 
-def _refuses_native(platform_name: str) -> str | None:
+def _refuses_native(platform_name: str, dtype: torch.dtype) -> str | None:
     if platform_name != "cpu":
         return f"it is for CPUs, not {platform_name}"
+    if reason := native_dit.refuses_dtype(dtype):
+        return reason
     return None if native("dit").library else native("dit").reason
 
 

@@ -31,11 +31,16 @@ def refuses_native_rows(x: Tensor, *_: object, **__: object) -> str | None:
     """Why these kernels cannot take x; None where they can."""
     if x.device.type not in ("cpu", "meta"):
         return f"it is for CPUs, not {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"it is for float32 and bfloat16, not {x.dtype}"
+    if reason := refuses_dtype(x.dtype):
+        return reason
     if x.requires_grad and torch.is_grad_enabled():
         return "it gives no gradients"
     return None if native("dit").library else native("dit").reason
+
+
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot compute in a dtype; None where they can."""
+    return None if dtype in _DTYPES else f"it is for float32 and bfloat16, not {dtype}"
 
 
 def add_gated_native(x: Tensor, branch: Tensor, *, gate: Tensor) -> Tensor:

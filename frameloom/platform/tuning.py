@@ -19,6 +19,7 @@ from frameloom.settings import LOGGER_NAME, cache_folder
 
 log = logging.getLogger(LOGGER_NAME)
 _ROUNDS = 3
+_ABOUT_AS_FAST = 1.05
 
 
 class Tuner:
@@ -31,12 +32,16 @@ class Tuner:
         self._fresh = 0
 
     def best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
-        """The name of the fastest way; what `prepare` gives is timed in turns once per `key` and names."""
+        """The name of the fastest way; what `prepare` gives is timed in turns once per `key` and names.
+
+        Of ways that are about as fast it is the first in `names`: a choice by chance would round by chance.
+        """
         full_key = f"{key} | {' '.join(sorted(names))}"
         found = self._known.get(full_key)
         if isinstance(found, str) and found in names:
             return found
-        chosen = min(self._seconds(prepare()).items(), key=lambda item: item[1])[0]
+        seconds = self._seconds(prepare())
+        chosen = next(name for name in names if seconds[name] <= _ABOUT_AS_FAST * min(seconds.values()))
         self._known[full_key] = chosen
         self._fresh += 1
         return chosen
@@ -63,7 +68,7 @@ class Tuner:
                 json.dump(known, file, indent=1, sort_keys=True)
             os.replace(file.name, self._path)
         except OSError as error:
-            log.warning("measured choices are not kept: %s", error)
+            log.warning("measured choices are not kept, and the next run may choose and round otherwise: %s", error)
 
     def _seconds(self, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         best = dict.fromkeys(ways, float("inf"))

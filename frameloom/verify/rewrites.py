@@ -16,6 +16,7 @@ from frameloom.verify.finding import Errors, Finding
 _SIZES = (
     Sizes(in_channels=16, out_channels=24, frames=3, height=11, width=14),
     Sizes(batch=2, in_channels=5, out_channels=7, frames=1, height=4, width=3, seed=1),
+    Sizes(in_channels=512, out_channels=640, frames=2, height=12, width=16, seed=3),  # sums long enough to differ
     Sizes(in_channels=96, out_channels=96, frames=4, height=33, width=50, seed=2),
 )
 _ROUNDS = 3

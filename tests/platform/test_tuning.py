@@ -70,3 +70,11 @@ def test_what_was_found_out_once_is_kept_and_a_damaged_entry_is_made_anew(tmp_pa
     assert len(made) == 1
     assert Tuner(CPU, tmp_path).recall("key", make, lambda found: found == "else") == {"a": [1, 2]}
     assert len(made) == 2
+
+
+def test_of_ways_that_are_about_as_fast_the_first_is_taken(tmp_path: Path, monkeypatch) -> None:
+    tuner = Tuner(CPU, tmp_path)
+    monkeypatch.setattr(tuner, "_seconds", lambda ways: {"plain": 1.04, "other": 1.0, "third": 0.99 * 1.02})
+    assert tuner.best("close", ("plain", "other", "third"), dict) == "plain"
+    monkeypatch.setattr(tuner, "_seconds", lambda ways: {"plain": 1.2, "other": 1.0, "third": 1.01})
+    assert tuner.best("apart", ("plain", "third", "other"), dict) == "third"
