@@ -48,11 +48,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
         name = _padding(folder / "tokenizer_config.json")
-        pad_id = backend.token_to_id(name)
+        pad_id = None if name is None else backend.token_to_id(name)
     except Exception as error:  # the library raises bare Exception on a damaged file
         raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {error}); download it again") from None
     if pad_id is None:
-        raise CheckpointError(f"the tokenizer in {folder} has no {name!r}, which fills prompts up; download it again")
+        lacks = "pad_token" if name is None else f"pad_token {name!r}"
+        raise CheckpointError(f"the tokenizer in {folder} has no {lacks}, which fills prompts up; download it again")
     return Tokenizer(backend=backend, pad_id=pad_id)
 
 
@@ -83,7 +84,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _padding(config: Path) -> str:
-    """The name of the padding token, which some files describe with more than its name."""
+def _padding(config: Path) -> str | None:
+    """The name of the padding token, which some files describe with more than its name; None where they say none."""
     said = json.loads(config.read_text("utf-8")).get("pad_token", PADDING) if config.is_file() else PADDING
+    if said is None:
+        return None
     return str(said["content"] if isinstance(said, dict) else said)

@@ -46,10 +46,12 @@ class Umt5Spec:
             raise CheckpointError(f"{where} has feed_forward_proj {activation!r}; Wan's text encoder has {ACTIVATION}")
         spec = cls(**found)
         buckets, distance = spec.relative_attention_num_buckets, spec.relative_attention_max_distance
-        if buckets < 4 or distance <= buckets // 4:
+        if buckets < 4:
+            raise CheckpointError(f"{where} has relative_attention_num_buckets {buckets}; it must be 4 or more")
+        if distance <= buckets // 4:
             raise CheckpointError(
-                f"{where} has relative_attention_max_distance {distance} and {buckets} buckets; the distance must be "
-                "above a quarter of the buckets, and those 4 or more"
+                f"{where} has relative_attention_max_distance {distance}; it must be above {buckets // 4}, "
+                "a quarter of relative_attention_num_buckets"
             )
         return spec
 

@@ -169,7 +169,7 @@ def test_refuses_a_folder_without_tokenizer_json(tmp_path):
 def test_refuses_a_tokenizer_without_padding(folder, tmp_path):
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": {"content": "<nothing>"}}')
-    with pytest.raises(CheckpointError, match="has no '<nothing>', which fills prompts up"):
+    with pytest.raises(CheckpointError, match="has no pad_token '<nothing>', which fills prompts up"):
         load_tokenizer(tmp_path / "tokenizer")
 
 
@@ -221,8 +221,8 @@ def test_refuses_a_broken_tokenizer(tmp_path, text):
             "has feed_forward_proj 'gated-nothing'; Wan's text encoder has gated-gelu",
         ),
         ({"feed_forward_proj": "relu"}, "has feed_forward_proj 'relu'"),
-        ({"relative_attention_max_distance": 8}, "must be above a quarter of the buckets"),
-        ({"relative_attention_num_buckets": 2}, "those 4 or more"),
+        ({"relative_attention_max_distance": 8}, "max_distance 8; it must be above 8, a quarter"),
+        ({"relative_attention_num_buckets": 2}, "num_buckets 2; it must be 4 or more"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantized weights"),
     ],
 )
