@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from frameloom.attention.core import Attend
-from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_peak, reference_library
+from frameloom.bench.paired import Side, check_size, check_words, in_turns, machine, matmul_peak, reference_library
 from frameloom.engine.dit import FastDit, make_fast_dit
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
@@ -65,13 +65,7 @@ class DitCase:
     def check(self) -> None:
         """Raise RequestError for what cannot be run."""
         check_words(self, {"dit": CONFIGS, "baseline": BASELINES, "dtype": ("float32", "bfloat16")})
-        multiple = 2 * _SPATIAL_SCALES.get(self.dit, 8)
-        if min(self.height, self.width) < multiple or self.height % multiple or self.width % multiple:
-            raise RequestError(
-                f"a picture of {self.height}x{self.width} is not possible; use multiples of {multiple} (VAE x patch)"
-            )
-        if self.frames < 1 or self.frames % 4 != 1:
-            raise RequestError(f"{self.frames} frames are not possible; use one more than a multiple of 4, such as 17")
+        check_size(self, multiple=2 * _SPATIAL_SCALES.get(self.dit, 8), reason="VAE x patch")
         if self.layers is not None and self.layers < 1:
             raise RequestError(f"{self.layers} layers compute nothing; use 1 or more")
 

@@ -68,6 +68,15 @@ def check_words(case: Any, known: Mapping[str, Collection[str]]) -> None:
         raise RequestError(f"{case.rounds} rounds measure nothing; use 1 or more")
 
 
+def check_size(case: Any, *, multiple: int, reason: str) -> None:
+    """Raise RequestError where the height and width (multiples) or the frames (4k+1) of a case cannot be computed."""
+    height, width, frames = case.height, case.width, case.frames
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise RequestError(f"a picture of {height}x{width} is not possible; use multiples of {multiple} ({reason})")
+    if frames < 1 or frames % 4 != 1:
+        raise RequestError(f"{frames} frames are not possible; use one more than a multiple of 4, such as 17")
+
+
 def reference_library() -> Any:
     """Diffusers. Raises RequestError where it is not installed."""
     try:

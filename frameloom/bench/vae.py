@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from frameloom.bench.paired import Side, check_words, in_turns, machine, matmul_peak, reference_library
+from frameloom.bench.paired import Side, check_size, check_words, in_turns, machine, matmul_peak, reference_library
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
@@ -71,13 +71,7 @@ class VaeCase:
         """Raise RequestError for what cannot be run."""
         words = {"vae": CONFIGS, "direction": ("decode", "encode"), "baseline": BASELINES}
         check_words(self, {**words, "allocator": ("default", "tuned"), "dtype": ("float32", "bfloat16")})
-        multiple = 16 if self.vae == "2.2" else 8
-        if min(self.height, self.width) < multiple or self.height % multiple or self.width % multiple:
-            raise RequestError(
-                f"a picture of {self.height}x{self.width} is not possible; use multiples of {multiple} (the VAE)"
-            )
-        if self.frames < 1 or self.frames % 4 != 1:
-            raise RequestError(f"{self.frames} frames are not possible; use one more than a multiple of 4, such as 17")
+        check_size(self, multiple=16 if self.vae == "2.2" else 8, reason="the VAE")
 
 
 def run_vae(case: VaeCase) -> dict[str, Any]:
