@@ -1,12 +1,16 @@
 """Checks a request at the door and fills in what it leaves open. Torch-free."""
 
+import difflib
+import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import RequestError
-from frameloom.types import GenerateRequest, ResolvedRequest, SizeRules
+from frameloom.types import GenerateRequest, ParallelPlan, ResolvedRequest, SizeRules
 
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
@@ -94,6 +98,75 @@ def video_size(text: str) -> tuple[int, int, int]:
     if match is None:
         raise RequestError(f"size {text!r} is not possible; write HEIGHTxWIDTHxFRAMES, such as 480x832x81")
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def parallel_plan(text: str, num_ranks: int | None = None) -> ParallelPlan | None:
+    """The plan of "cfg=2,ulysses=2,ring=2,tp=1,vae=8", or None for "auto"; what is not named is not divided.
+
+    The VAE is divided over all ranks unless it is named. `num_ranks` None: as many as the plan asks for. Raises
+    RequestError: what was asked, and the nearest plan for that many ranks.
+    """
+    if text.strip() == "auto":
+        return None
+    asked = dict(_assignments(text))
+    plan = ParallelPlan(**asked)
+    ranks = plan.num_ranks if num_ranks is None else num_ranks
+    plan = ParallelPlan(**{"vae": ranks, **asked})
+    wrong = None
+    if plan.cfg > 2:
+        wrong = f"cfg={plan.cfg} is not possible: there are two predictions, with and without the prompt"
+    elif plan.num_ranks != ranks:
+        axes = [f"{axis}={asked[axis]}" for axis in _AXES if axis in asked] or ["nothing divided"]
+        wrong = f"{' x '.join(axes)} makes {plan.num_ranks} ranks, and there are {ranks}"
+    elif plan.vae > ranks:
+        wrong = f"vae={plan.vae} is more than the {ranks} ranks there are"
+    elif plan.fsdp not in (1, ranks):
+        wrong = f"fsdp={plan.fsdp} is not possible: weights are divided over all {ranks} ranks or (fsdp=1) over none"
+    if wrong is not None:
+        raise RequestError(f"{wrong}; the nearest plan is {nearest_plan(plan, ranks)}")
+    return plan
+
+
+def nearest_plan(plan: ParallelPlan, num_ranks: int) -> ParallelPlan:
+    """The possible plan for so many ranks that is most like `plan`."""
+    best = min(_products(num_ranks), key=lambda sizes: sum(map(_distance, sizes, _sizes(plan))))
+    whole = num_ranks if plan.fsdp > 1 else 1
+    return ParallelPlan(**dict(zip(_AXES, best, strict=True)), fsdp=whole, vae=min(plan.vae, num_ranks))
+
+
+_AXES = ("cfg", "ring", "ulysses", "tp")
+
+
+def _assignments(text: str) -> Iterator[tuple[str, int]]:
+    known, seen = [field.name for field in fields(ParallelPlan)], set()
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name not in known or not equals:
+            near = difflib.get_close_matches(name, [*known, "auto"], n=1)
+            hint = f"did you mean {near[0]}? " if near and near[0] != name else ""
+            raise RequestError(f"{part.strip()!r} is no part of a plan; {hint}write auto, or such as ulysses=2,vae=2")
+        if not re.fullmatch(r"[1-9]\d{0,4}", value):
+            raise RequestError(f"{name}={value} is not possible; give a whole number from 1 on")
+        if name in seen:
+            raise RequestError(f"{name} is in the plan twice; name it once")
+        seen.add(name)
+        yield name, int(value)
+
+
+def _sizes(plan: ParallelPlan) -> tuple[int, ...]:
+    return tuple(asdict(plan)[axis] for axis in _AXES)
+
+
+def _distance(size: int, wanted: int) -> float:
+    return abs(math.log(size / wanted))
+
+
+def _products(num_ranks: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number as a product of sizes of the axes."""
+    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+    for sizes in itertools.product([n for n in divisors if n <= 2], divisors, divisors, divisors):
+        if math.prod(sizes) == num_ranks:
+            yield sizes
 
 
 def check_request(request: GenerateRequest) -> None:

@@ -1,7 +1,7 @@
 """What crosses the engine's doors: the request, its resolved form, and news of progress. Torch-free."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
 Stage = Literal["text", "denoise", "decode", "encode"]
@@ -67,6 +67,31 @@ class SizeRules:
     height_multiple: int
     temporal: int
     reason: str  # where the multiples come from, for error messages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelPlan:
+    """Over how many ranks each thing is divided.
+
+    `cfg`: the predictions with and without the prompt (1 or 2). `ring` and `ulysses`: the tokens, by the two ways to
+    attend to those of others. `tp`: every matrix product. Their product is the number of ranks. `fsdp`: the weights at
+    rest, 1 or all ranks. `vae`: the pictures, in the VAE.
+    """
+
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    fsdp: int = 1
+    vae: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that denoise."""
+        return self.cfg * self.ring * self.ulysses * self.tp
+
+    def __str__(self) -> str:
+        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""Several devices, one video: the only room that says torch.distributed."""
