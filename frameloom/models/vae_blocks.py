@@ -47,9 +47,12 @@ class CausalConv3d(nn.Conv3d):
         self, x_BCTHW: Tensor, state: CausalState, *, prepare: Prepare | None = None
     ) -> Tensor:
         """Convolve a chunk (B, C, T, H, W) -> (B, C', T, H, W), after `prepare` if there is one."""
-        depth, height, width = self.kernel_size
+        depth, height, _ = self.kernel_size
         reach = Reach.same(height, tile=self.kernel.tile_rows if self.kernel else 1)
-        x_BCTHW, pad = state.surround(self, x_BCTHW, history=depth - 1, reach=reach, prepare=prepare)
+        return state.convolve(self, x_BCTHW, self._run, history=depth - 1, reach=reach, prepare=prepare)
+
+    def _run(self, x_BCTHW: Tensor, pad: RowPadding) -> Tensor:
+        depth, height, width = self.kernel_size
         if _is_incomplete(x_BCTHW, pad, height):
             return _no_rows(x_BCTHW, self.out_channels, frames=x_BCTHW.shape[2] - depth + 1, width=x_BCTHW.shape[4])
         if self.kernel is not None:
@@ -109,13 +112,13 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
         self.attend: Attend = sdpa
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Mix the cells of each frame; shape unchanged."""
         b, c, t, h, w = x_BCTHW.shape
         frames = _frames_as_batch(x_BCTHW)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B*T, H*W, 3C)
         q, k, v = (part.unsqueeze(2) for part in qkv.chunk(3, dim=-1))  # one head: (B*T, H*W, 1, C)
-        mixed = self.attend(q, k, v).squeeze(2).transpose(1, 2).reshape(b * t, c, h, w)
+        mixed = state.attend(self.attend, q, k, v).squeeze(2).transpose(1, 2).reshape(b * t, c, h, w)
         return x_BCTHW + _batch_as_frames(self.proj(mixed), b)
 
 
@@ -130,7 +133,7 @@ class MidBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Shape unchanged."""
         x_BCTHW = self.resnets[0](x_BCTHW, state)
-        x_BCTHW = self.attentions[0](x_BCTHW)
+        x_BCTHW = self.attentions[0](x_BCTHW, state)
         out: Tensor = self.resnets[1](x_BCTHW, state)
         return out
 
@@ -184,11 +187,13 @@ class Resample(nn.Module):
         return doubled if first is None else torch.cat([first, doubled], dim=2)
 
     def _double_picture(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
-        conv = self.conv
         if self.kernel is None:
             x_BCTHW = _upsampled(x_BCTHW, self.resample[0])
         reach = Reach.same(3, tile=self.kernel.tile_rows if self.kernel else 1)
-        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=reach)
+        return state.convolve(self, x_BCTHW, self._run_upsampled, history=0, reach=reach)
+
+    def _run_upsampled(self, x_BCTHW: Tensor, pad: RowPadding) -> Tensor:
+        conv = self.conv
         if _is_incomplete(x_BCTHW, pad, 3):
             scale = 1 if self.kernel is None else 2
             return _no_rows(x_BCTHW, conv.out_channels, frames=x_BCTHW.shape[2], width=scale * x_BCTHW.shape[4])
@@ -198,8 +203,10 @@ class Resample(nn.Module):
         return _batch_as_frames(y, x_BCTHW.shape[0])
 
     def _halve_picture(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        return state.convolve(self, x_BCTHW, self._run_strided, history=0, reach=Reach(3, stride=2, below=1))
+
+    def _run_strided(self, x_BCTHW: Tensor, pad: RowPadding) -> Tensor:
         conv = self.conv
-        x_BCTHW, pad = state.surround(self, x_BCTHW, history=0, reach=Reach(3, stride=2, below=1))
         if _is_incomplete(x_BCTHW, pad, 3):
             return _no_rows(x_BCTHW, conv.out_channels, frames=x_BCTHW.shape[2], width=x_BCTHW.shape[4] // 2)
         x_NCHW = F.pad(_frames_as_batch(x_BCTHW), (0, 1, pad.above, pad.below))

@@ -14,11 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from frameloom.attention.core import Attend
 from frameloom.errors import InternalError
 from frameloom.platform.allocator import empty
+
+
+Frames = npt.NDArray[np.uint8]
 
 
 class Reach(NamedTuple):
@@ -57,6 +63,9 @@ class Prepare(Protocol):
 Stage = Callable[[Tensor], Tensor]
 """Part of a network through which the rows of a picture may pass in bands."""
 
+Convolution = Callable[[Tensor, RowPadding], Tensor]
+"""A convolution of what surrounds a chunk, and the zero rows that it must add by itself."""
+
 
 class CausalState:
     """The past of a video: the tail of every time convolution's input, and whether there is a past at all.
@@ -86,6 +95,23 @@ class CausalState:
             x_BCTHW = torch.cat([tail, x_BCTHW], dim=2)
             self._tails[owner] = x_BCTHW[:, :, -history:].clone()  # a view would keep the whole chunk alive
         return x_BCTHW, RowPadding(reach.above, reach.below)
+
+    def convolve(
+        self,
+        owner: nn.Module,
+        x_BCTHW: Tensor,
+        run: Convolution,
+        *,
+        history: int,
+        reach: Reach,
+        prepare: Prepare | None = None,
+    ) -> Tensor:
+        """`run` on x with what surrounds it."""
+        return run(*self.surround(owner, x_BCTHW, history=history, reach=reach, prepare=prepare))
+
+    def attend(self, attend: Attend, q_NLHK: Tensor, k_NLHK: Tensor, v_NLHK: Tensor) -> Tensor:
+        """`attend` of the cells that are here to all cells of their frames."""
+        return attend(q_NLHK, k_NLHK, v_NLHK)
 
     def align(self, owner: nn.Module, x_BCTHW: Tensor, rows: int) -> Tensor:
         """The next `rows` rows of a stream that must keep step with another one."""
@@ -278,6 +304,18 @@ class Passage:
     rows: int | None = None
     channels_last: bool = False
     buffers: bool = True
+
+    def part(self, x_BCTHW: Tensor, cell: int = 1) -> Tensor:
+        """What of latents, or of frames with `cell` pixels per latent cell each way, passes here: all of it."""
+        return x_BCTHW
+
+    def join(self, x_BCTHW: Tensor) -> Tensor:
+        """The whole of what came out for the part that passed here, such as frames or moments."""
+        return x_BCTHW
+
+    def collect(self, frames: Frames) -> Frames | None:
+        """The whole of finished frames (B, T, H, W, 3), where they are wanted; None elsewhere."""
+        return frames
 
     def state(self) -> CausalState:
         """The state of a video's beginning."""

@@ -25,6 +25,9 @@ from frameloom.models.vae_blocks import (
 from frameloom.models.vae_state import CausalState, Passage
 
 
+_PLAINLY = Passage(buffers=False)
+
+
 class WanVAE(nn.Module):
     """Encoder and decoder with their causal state handed in from outside.
 
@@ -47,29 +50,38 @@ class WanVAE(nn.Module):
         T is 1 + temporal_scale * k. The mode of the posterior is the first Z channels. Raises RequestError on a shape
         that the compression does not divide.
         """
-        return torch.cat(list(self.encode_stream(x_BCTHW, passage)), dim=2)
+        passage = passage or _PLAINLY
+        return passage.join(torch.cat(list(self.encode_stream(x_BCTHW, passage)), dim=2))
 
     def encode_stream(
         self, x_BCTHW: Tensor, passage: Passage | None = None, *, prepare: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[Tensor]:
         """Yield the moments chunk by chunk. `prepare` makes frames as above of what is given, such as bytes."""
         self.check_frames(*x_BCTHW.shape[2:])
-        state, steps = _begin(passage)
-        for x in _chunks(x_BCTHW, steps * self.spec.temporal_scale):
+        passage = passage or _PLAINLY
+        state, x_BCTHW = passage.state(), passage.part(x_BCTHW, self.spec.spatial_scale)
+        for x in _chunks(x_BCTHW, passage.steps * self.spec.temporal_scale):
             yield self.encode_chunk(x if prepare is None else prepare(x), state)
 
     def decode(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Tensor:
         """Frames (B, 3, T, H, W) in [-1, 1] of latents (B, Z, T', H', W'); T = 1 + temporal_scale * (T' - 1)."""
-        return torch.cat(list(self.decode_stream(z_BZTHW, passage)), dim=2)
+        passage = passage or _PLAINLY
+        return passage.join(torch.cat(list(self.decode_stream(z_BZTHW, passage)), dim=2))
 
     def decode_stream(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Iterator[Tensor]:
-        """Yield the decoded frames (B, 3, t, H, W) chunk by chunk, so that the whole video need never be in memory."""
-        state, steps = _begin(passage)
-        for z in _chunks(z_BZTHW, steps):
+        """Yield the decoded frames (B, 3, t, H, W) chunk by chunk, so that the whole video need never be in memory.
+
+        Of a passage that takes part of the picture, that part.
+        """
+        passage = passage or _PLAINLY
+        state, z_BZTHW = passage.state(), passage.part(z_BZTHW)
+        for z in _chunks(z_BZTHW, passage.steps):
             yield self.decode_chunk(z, state)
 
     def encode_chunk(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Moments of the next frames: 1 + k * temporal_scale at the start of a video, k * temporal_scale later."""
+        if x_BCTHW.numel() == 0:
+            return self._of_no_cells(x_BCTHW, 2 * self.spec.z_dim, -(-x_BCTHW.shape[2] // self.spec.temporal_scale))
         if self.spec.patch_size is not None:
             x_BCTHW = patchify(x_BCTHW, self.spec.patch_size)
         moments: Tensor = self.quant_conv(self.encoder(x_BCTHW, state), state)
@@ -78,6 +90,10 @@ class WanVAE(nn.Module):
 
     def decode_chunk(self, z_BZTHW: Tensor, state: CausalState) -> Tensor:
         """Frames in [-1, 1] of the next latent frames, any number of them."""
+        if z_BZTHW.numel() == 0:
+            first = (self.spec.temporal_scale - 1) * state.at_start
+            state.at_start = False
+            return self._of_no_cells(z_BZTHW, 3, self.spec.temporal_scale * z_BZTHW.shape[2] - first)
         x_BCTHW: Tensor = self.decoder(self.post_quant_conv(z_BZTHW, state), state)
         state.at_start = False
         if self.spec.patch_size is not None:
@@ -104,6 +120,11 @@ class WanVAE(nn.Module):
             if size < space or size % space:
                 near = space * max(1, round(size / space))
                 raise RequestError(f"{name} {size} is not a multiple of {space} (VAE compression); use {near}")
+
+    @staticmethod
+    def _of_no_cells(x_BCTHW: Tensor, channels: int, frames: int) -> Tensor:
+        """What comes of a part of the picture in which there is nothing."""
+        return x_BCTHW.new_empty(x_BCTHW.shape[0], channels, frames, 0, 0)
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, self.spec.z_dim, 1, 1, 1)
@@ -243,11 +264,6 @@ def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
     b, c, t, h, w = x_BCTHW.shape
     cells = x_BCTHW.reshape(b, c // (patch * patch), patch, patch, t, h, w)
     return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (patch * patch), t, h * patch, w * patch)
-
-
-def _begin(passage: Passage | None) -> tuple[CausalState, int]:
-    """The state of a video's beginning, and how many latent frames pass at a time; one in the plain way."""
-    return (CausalState(), 1) if passage is None else (passage.state(), passage.steps)
 
 
 def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBlock]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
 from frameloom.models.dit_fast import LoopChoices
-from frameloom.models.vae_state import Passage
+from frameloom.models.vae_state import Frames, Passage
 from frameloom.models.wan_dit import Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
@@ -27,7 +26,6 @@ from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
 
-Frames = npt.NDArray[np.uint8]
 StepCallback = Callable[[int], None]
 PLAINLY = LoopChoices()  # as the reference pipeline
 Result = TypeVar("Result")
@@ -135,7 +133,8 @@ def decode(
 
     `on_frames` gets the number of frames that are out. Where memory runs out, the next passage begins again and skips
     those frames. Latents that are no numbers, and what the decoder makes of them, are told in a warning: the frames
-    before them are good, the others black. An InternalError if there is no good frame.
+    before them are good, the others black. An InternalError if there is no good frame. Of a picture that passes in
+    parts, frames are yielded where they are collected, and nothing elsewhere.
     """
     if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
@@ -143,22 +142,23 @@ def decode(
     z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype).contiguous())  # equal latents, equal frames
     done, is_good = 0, True
 
-    def new_frames(passage: Passage) -> Iterator[Tensor]:
+    def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
         start = 0
         for chunk in _in_own_precision(vae.decode_stream(z, passage), z.device):
             end = start + chunk.shape[2]
             if end > done:
-                yield chunk[:, :, max(0, done - start) :]
+                yield chunk[:, :, max(0, done - start) :], passage
             start = end
 
-    for chunk in _with_less_memory(passages, new_frames):
+    for chunk, passage in _with_less_memory(passages, new_frames):
         if is_good and not torch.isfinite(chunk).all():
             is_good = False
             _tell_of_no_numbers(chunk, done)
-        frames = to_uint8(chunk)
+        frames = passage.collect(to_uint8(chunk))
         done += chunk.shape[2]
         on_frames(done)
-        yield frames
+        if frames is not None:
+            yield frames
 
 
 @torch.inference_mode()
@@ -174,7 +174,7 @@ def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
         return (chunk.to(weight.device).to(torch.float32) / 127.5 - 1.0).to(weight.dtype)
 
     def moments(passage: Passage) -> Iterator[Tensor]:
-        yield torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2)
+        yield passage.join(torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2))
 
     with own_precision(weight.device):
         (found,) = _with_less_memory(passages, moments)
