@@ -44,7 +44,7 @@ class FrameTimes(NamedTuple):
 
 
 class RunBlocks(Protocol):
-    """How the token stream passes the blocks, once per prompt: the seam for step caches and sharded sequences."""
+    """How the token stream passes the blocks, once per prompt: the seam for step caches."""
 
     def __call__(
         self, blocks: Sequence["Block"], x_BLD: Tensor, step: "Step", prompts: Sequence["Prompt"], /
@@ -68,6 +68,31 @@ def run_in_order(
             x = block(x, mine.modulation(index), mine.rope, prompt.of_blocks[index])
         results.append(x)
     return results
+
+
+class Tokens(NamedTuple):
+    """All tokens of a latent, or some: values, timestep and positions. `grid` is that of all, in t, h, w."""
+
+    x_BLD: Tensor
+    timestep: Tensor | FrameTimes
+    rope: RotaryTable
+    grid: Grid
+
+
+ComputeCells = Callable[[Tokens, Sequence["Prompt"]], list[Tensor]]
+
+
+class ShareTokens(Protocol):
+    """Which tokens are computed here: the seam for a sequence that is divided."""
+
+    def __call__(self, compute: ComputeCells, tokens: Tokens, prompts: Sequence["Prompt"], /) -> list[Tensor]:
+        """Return, for each prompt, the velocity of all tokens as cells_BLP; `compute` does so for those it is given."""
+        ...
+
+
+def all_tokens(compute: ComputeCells, tokens: Tokens, prompts: Sequence["Prompt"], /) -> list[Tensor]:
+    """Every token, here."""
+    return compute(tokens, prompts)
 
 
 class KeysValues(NamedTuple):
@@ -158,7 +183,7 @@ def collapse_padding(text_BSE: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class WanDiT(nn.Module):
-    """The whole network. Two seams may be set on it later: `run_blocks`, and `attend` of every attention."""
+    """The whole network. Seams that may be set later: `run_blocks`, `share_tokens`, and `attend` of every attention."""
 
     FP32_PARTS: ClassVar[frozenset[str]] = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 
@@ -173,6 +198,7 @@ class WanDiT(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.out_channels * spec.patch_volume)
         self.scale_shift_table = _table(2, spec.dim)
         self.run_blocks: RunBlocks = run_in_order
+        self.share_tokens: ShareTokens = all_tokens
         self.collapses_padding = False
         self.ops = Ops()
         self._rope_tables: dict[tuple[Grid, torch.device], RotaryTable] = {}
@@ -214,11 +240,15 @@ class WanDiT(nn.Module):
         yields k·B velocities: the latents repeated. Raises RequestError on a misfit.
         """
         grid = self._check_latents(x_BCTHW, timestep)
-        x_BLD = self._embed(x_BCTHW)
-        step = self._step(timestep, self._rope_table(grid, x_BCTHW.device))
-        results = self.run_blocks(self.block_list, x_BLD, step, prompts)
-        cells = (self._project_out(x, step.repeated(x.shape[0] // x_BLD.shape[0])) for x in results)
+        tokens = Tokens(self._embed(x_BCTHW), timestep, self._rope_table(grid, x_BCTHW.device), grid)
+        cells = self.share_tokens(self._cells, tokens, prompts)
         return [unpatchify(cells_BLP, grid, patch_size=self.spec.patch_size) for cells_BLP in cells]
+
+    def _cells(self, tokens: Tokens, prompts: Sequence["Prompt"]) -> list[Tensor]:
+        """cells_BLP for each prompt: the velocities of the patches that the tokens stand for."""
+        step = self._step(tokens.timestep, tokens.rope)
+        results = self.run_blocks(self.block_list, tokens.x_BLD, step, prompts)
+        return [self._project_out(x, step.repeated(x.shape[0] // tokens.x_BLD.shape[0])) for x in results]
 
     def _embed(self, x_BCTHW: Tensor) -> Tensor:
         patches = self.patch_embedding
