@@ -7,7 +7,7 @@ them. Reference: Diffusers' WanPipeline, in its order of operations and of round
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,12 +40,63 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 
 
+class Predict(Protocol):
+    """What predicts the steps of one video."""
+
+    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor, /) -> list[Tensor]:
+        """Return the velocity under each of the prompts' branches."""
+        ...
+
+
+MakePredictor = Callable[[Sequence[Tensor], LoopChoices], Predict]
+
+
+class Predictor:
+    """The velocities of a step, one per branch. Keeps what the current expert read of the prompts."""
+
+    def __init__(self, texts: Sequence[Tensor], choices: LoopChoices) -> None:
+        self._texts, self._choices = texts, choices
+        self._together = choices.guidance_batched and len(texts) > 1
+        self._expert: WanDiT | None = None
+        self._read: list[Prompt] = []
+
+    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor, /) -> list[Tensor]:
+        """Where memory runs out in a batch of both branches, they are computed in turn from then on."""
+        try:
+            return self._predict(expert, x_BCTHW, timestep)
+        except (MemoryError, RuntimeError) as error:
+            if not self._together or not is_memory_error(error):
+                raise
+        log.warning("memory ran out with both branches of the guidance in one batch; going on with one after the other")
+        self._together, self._expert = False, None
+        return self._predict(expert, x_BCTHW, timestep)
+
+    def _predict(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
+        if not self._choices.prompt_once:
+            return [expert(x_BCTHW, timestep, text) for text in self._texts]
+        if expert is not self._expert:
+            self._read = []  # those of the other expert go first
+            texts = [torch.cat(list(self._texts))] if self._together else self._texts
+            self._read = [expert.read_prompt(text) for text in texts]
+            self._expert = expert
+        if self._together:
+            (both,) = expert.velocities(x_BCTHW, timestep, self._read)
+            return list(both.chunk(len(self._texts)))
+        if self._choices.shared_branches:
+            return expert.velocities(x_BCTHW, timestep, self._read)
+        return [velocity for prompt in self._read for velocity in expert.velocities(x_BCTHW, timestep, [prompt])]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prompts:
-    """Text features (B, S, E), and those of what the video should not show; `negative_BSE` None: no guidance."""
+    """Text features (B, S, E), and those of what the video should not show; `negative_BSE` None: no guidance.
+
+    `make_predictor`: who predicts under these branches; the seam for guidance that is divided.
+    """
 
     text_BSE: Tensor
     negative_BSE: Tensor | None
+    make_predictor: MakePredictor = Predictor
 
     @property
     def branches(self) -> list[Tensor]:
@@ -71,7 +122,7 @@ def denoise(
     """
     state = sampler.start()
     device, batch_size = latents_BCTHW.device, latents_BCTHW.shape[0]
-    predictor = Predictor(prompts.branches, choices)
+    predict = prompts.make_predictor(prompts.branches, choices)
     patch, grid = experts[0].spec.patch_size, latents_BCTHW.shape[2:]
     times = sampler.schedule.timesteps.to(device)  # all at once: a copy of one number would wait for the device
     for index, t in enumerate(sampler.schedule.timesteps):
@@ -82,47 +133,11 @@ def denoise(
                 times[index], (grid[0], grid[1], grid[2]), patch_size=patch, batch_size=batch_size
             )
         with own_precision(device):
-            velocities = predictor(experts[which], latents_BCTHW, timestep)
+            velocities = predict(experts[which], latents_BCTHW, timestep)
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
         latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
         on_step(index + 1)
     return latents_BCTHW
-
-
-class Predictor:
-    """The velocities of a step, one per branch. Keeps what the current expert read of the prompts."""
-
-    def __init__(self, texts: Sequence[Tensor], choices: LoopChoices) -> None:
-        self._texts, self._choices = texts, choices
-        self._together = choices.guidance_batched and len(texts) > 1
-        self._expert: WanDiT | None = None
-        self._read: list[Prompt] = []
-
-    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
-        """Where memory runs out in a batch of both branches, they are computed in turn from then on."""
-        try:
-            return self._predict(expert, x_BCTHW, timestep)
-        except (MemoryError, RuntimeError) as error:
-            if not self._together or not is_memory_error(error):
-                raise
-        log.warning("memory ran out with both branches of the guidance in one batch; going on with one after the other")
-        self._together, self._expert = False, None
-        return self._predict(expert, x_BCTHW, timestep)
-
-    def _predict(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
-        if not self._choices.prompt_once:
-            return [expert(x_BCTHW, timestep, text) for text in self._texts]
-        if expert is not self._expert:
-            self._read = []  # those of the other expert go first
-            texts = [torch.cat(list(self._texts))] if self._together else self._texts
-            self._read = [expert.read_prompt(text) for text in texts]
-            self._expert = expert
-        if self._together:
-            (both,) = expert.velocities(x_BCTHW, timestep, self._read)
-            return list(both.chunk(len(self._texts)))
-        if self._choices.shared_branches:
-            return expert.velocities(x_BCTHW, timestep, self._read)
-        return [velocity for prompt in self._read for velocity in expert.velocities(x_BCTHW, timestep, [prompt])]
 
 
 @torch.inference_mode()
