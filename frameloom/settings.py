@@ -4,15 +4,24 @@ FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line 
 FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
 frameloom in XDG_CACHE_HOME or ~/.cache.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
+
+One of several processes knows its place from what torchrun, or the launcher of `--gpus`, sets: RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_USE_AGENT_STORE, TORCHELASTIC_RESTART_COUNT.
+FRAMELOOM_HEART_FD, FRAMELOOM_STORE_FD: descriptors that the launcher hands to its ranks. For them it also sets, unless
+they are set, OMP_NUM_THREADS (an equal share of the cores), GLOO_SOCKET_IFNAME and TORCH_CPP_LOG_LEVEL. MASTER_PORT set
+for the launcher is the port to use; by default a free one is found.
 """
 
 import logging
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from frameloom.errors import RequestError
 
 LOGGER_NAME = "frameloom"
+LOOPBACK = "127.0.0.1"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -41,3 +50,87 @@ def cache_folder() -> Path:
 def keep_compiled_code() -> None:
     """Let torch.compile keep what it generates in the cache folder; torch reads no other setting for it."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """What a process that was started as one of several knows of itself and of where the others meet.
+
+    `local_rank` of `local_world_size` processes on this machine. `agent_store`: torchrun serves the store at
+    `address`:`port`, otherwise rank 0 does; `attempt` counts torchrun's restarts. `heart_fd` and `store_fd` (rank 0's
+    listening socket) are there under our own launcher alone.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str
+    port: int
+    agent_store: bool = False
+    attempt: int = 0
+    heart_fd: int | None = None
+    store_fd: int | None = None
+
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START_ANEW = "start with --gpus or torchrun, or unset RANK and WORLD_SIZE"
+
+
+def launched() -> Launched | None:
+    """This process's place among those it was started with, or None. Raises RequestError where that makes no sense."""
+    if not any(os.environ.get(name) for name in ("RANK", "WORLD_SIZE")):
+        return None
+    missing = [name for name in _PLACE if not os.environ.get(name)]
+    if missing:
+        there = next(name for name in ("RANK", "WORLD_SIZE") if os.environ.get(name))
+        raise RequestError(f"{there} is set and {', '.join(missing)} not; {_START_ANEW}")
+    world_size = _number("WORLD_SIZE", 1, 2**16)
+    local_world_size = _number("LOCAL_WORLD_SIZE", 1, world_size)
+    return Launched(
+        rank=_number("RANK", 0, world_size - 1),
+        world_size=world_size,
+        local_rank=_number("LOCAL_RANK", 0, local_world_size - 1),
+        local_world_size=local_world_size,
+        address=os.environ["MASTER_ADDR"],
+        port=_number("MASTER_PORT", 1, 2**16 - 1),
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0, 2**31) if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0,
+        heart_fd=_descriptor("FRAMELOOM_HEART_FD"),
+        store_fd=_descriptor("FRAMELOOM_STORE_FD"),
+    )
+
+
+def master_port() -> int | None:
+    """The port asked for by MASTER_PORT, or None. Raises RequestError."""
+    return _number("MASTER_PORT", 1, 2**16 - 1) if os.environ.get("MASTER_PORT") else None
+
+
+def rank_environment(rank: int, count: int, *, port: int, heart_fd: int, store_fd: int | None) -> dict[str, str]:
+    """The environment of one of `count` ranks that are started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ours = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port, "FRAMELOOM_HEART_FD": heart_fd,
+    }  # fmt: skip
+    if store_fd is not None:
+        ours["FRAMELOOM_STORE_FD"] = store_fd
+    unless_set = {
+        "OMP_NUM_THREADS": max(1, cores // count),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a rank that dies the launcher tells, once
+    }
+    foreign = ("TORCHELASTIC_", "FRAMELOOM_STORE_FD")
+    given = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {name: str(value) for name, value in (unless_set | given | ours).items()}
+
+
+def _number(name: str, low: int, high: int) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
+        raise RequestError(f"{name} is {text!r}, where a whole number from {low} to {high} belongs; {_START_ANEW}")
+    return int(text)
+
+
+def _descriptor(name: str) -> int | None:
+    return _number(name, 0, 2**20) if name in os.environ else None
