@@ -5,6 +5,7 @@ page stays in the resident set until it is unmapped, and if a mapped file shrink
 (SIGBUS), where a short read is an error with a sentence.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -56,13 +57,15 @@ def load_module(
     keep: Callable[[str], bool] | None = None,
     rename: Callable[[str], str | None] | None = None,
     tied: Mapping[str, str] | None = None,
+    take: Callable[[str, Tensor], Tensor] | None = None,
 ) -> LoadReport:
     """Replace every parameter and persistent buffer of `module` by the stored tensor of the same name.
 
     Floating tensors become `dtype` (None: as stored), those whose name satisfies `keep` float32; integers
     stay as they are. `rename` maps a stored name to the module's, None drops it. `tied` maps an alias to the
     name it shares memory with: one of the two may be absent; if both are stored they must be equal.
-    Parameters come back without gradient.
+    `take` gets each tensor as it is read, under its name in the module, and returns what is kept of it, in memory of
+    its own: never more than the parts and one whole tensor exist. Parameters come back without gradient.
     Raises CheckpointError before anything is loaded, naming what is missing, unexpected or does not fit.
     """
     try:
@@ -74,7 +77,8 @@ def load_module(
         stored = _untie(renamed, aliases, where=where)
         _check_fit(stored, {name: slots[name] for name in slots if name not in aliases}, where=where)
         size_bytes = 0
-        for name, tensor in _read_all(stored, dtype=dtype, device=torch.device(device), keep=keep):
+        read = _read_all(stored, dtype=dtype, device=torch.device(device), keep=keep, take=take or _all_of_it)
+        for name, tensor in read:
             _assign(module, name, tensor)
             size_bytes += tensor.nbytes
     except OSError as error:
@@ -177,6 +181,7 @@ def _read_all(
     dtype: torch.dtype | None,
     device: torch.device,
     keep: Callable[[str], bool] | None,
+    take: Callable[[str, Tensor], Tensor],
 ) -> Iterable[tuple[str, Tensor]]:
     """Yield the tensors in the order in which they lie on disk, each file opened once."""
     staging_U8 = torch.empty(STAGING_BYTES, dtype=torch.uint8)
@@ -185,10 +190,12 @@ def _read_all(
         with path.open("rb", buffering=0) as file:
             for name, entry in group:
                 wanted = _wanted_dtype(_DTYPES[entry.dtype], dtype, keep=keep is not None and keep(name))
-                yield (
-                    name,
-                    _read(file, entry, torch.empty(entry.shape, dtype=wanted, device=device), staging_U8),
-                )
+                empty = functools.partial(torch.empty, entry.shape, dtype=wanted, device=device)
+                yield name, take(name, _read(file, entry, empty(), staging_U8))  # no name holds what is not kept
+
+
+def _all_of_it(_: str, tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _wanted_dtype(stored: torch.dtype, dtype: torch.dtype | None, *, keep: bool) -> torch.dtype:
