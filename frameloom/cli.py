@@ -1,16 +1,19 @@
 """The `frameloom` command: generate and inspect. The only place with exit codes, and the only one that prints.
 
-Exit codes: 0 done, 1 our fault, 2 what was asked cannot be done (nothing was written), 130 interrupted.
+Exit codes: 0 done, 1 our fault or a rank that died, 2 what was asked cannot be done (nothing was written),
+130 interrupted, 143 terminated. With `--gpus` this process starts the ranks, which run the same command; rank 0 speaks.
 """
 
 import io
 import json
 import logging
+import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,8 +25,10 @@ from rich.table import Table
 import frameloom
 from frameloom.config import check_request, memory_bytes, video_size
 from frameloom.errors import FrameloomError
+from frameloom.parallel.heart import Ending, Heart, is_lost
+from frameloom.parallel.launch import count_ranks, run_ranks
 from frameloom.pipeline.target import check_output
-from frameloom.settings import LOGGER_NAME, log_level
+from frameloom.settings import LOGGER_NAME, Launched, launched, log_level
 from frameloom.shapes.advice import advice
 from frameloom.types import GenerateRequest, Progress
 
@@ -34,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
+_INTERRUPTION = Ending(code=_INTERRUPTED, message="interrupted; nothing was written")
 _STAGE_NAMES = {
     "text": "reading the prompt",
     "denoise": "denoising",
@@ -62,6 +68,12 @@ AttentionOption = Annotated[
 ]
 VaeMemoryOption = Annotated[
     str, typer.Option(help="What the VAE may take besides its weights: auto, or bytes such as 6GB.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option(help="Share the work over so many devices of this machine (with --device cpu: processes).")
+]
+ParallelOption = Annotated[
+    str, typer.Option(help="How to share: auto, or such as cfg=2,ulysses=2,ring=1,tp=1,vae=4: their product is --gpus.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
@@ -111,11 +123,14 @@ def generate(
     compilation: CompileOption = "auto",
     attention: AttentionOption = "auto",
     vae_memory: VaeMemoryOption = "auto",
+    gpus: GpusOption = None,
+    parallel: ParallelOption = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
     """Generate a video from a prompt."""
+    first = _is_first(launched())
     console = _console(quiet=quiet or as_json)
     options: dict[str, Any] = {
         "width": width,
@@ -130,8 +145,10 @@ def generate(
         "fps": fps,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
-    check_output(output, fps=fps, quality=quality)
+    if first:
+        check_output(output, fps=fps, quality=quality)
     memory_bytes(vae_memory)
+    _share(gpus, parallel)
     if model is None and (hint := advice(prompt)):
         console.print(hint, style="yellow")
     begun = time.perf_counter()
@@ -147,6 +164,8 @@ def generate(
             if quality is not None:
                 options["quality"] = quality
             made = engine.generate_to(output, prompt, progress=report, **options)
+    if not first:
+        return
     record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
     if explain:
         record["rewrites"] = [str(decision) for decision in engine.decisions]
@@ -185,9 +204,12 @@ def inspect(
 def verify(
     model: ModelOption = None,
     device: DeviceOption = "auto",
+    gpus: GpusOption = None,
+    parallel: ParallelOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Prove on this machine that the fast ways compute what the reference does; exit code 1 if one does not."""
+    _share(gpus, parallel)
     findings = []
     console = _console(quiet=as_json)
     console.print(
@@ -197,7 +219,7 @@ def verify(
         findings.append(finding)
         console.print(_finding_line(finding), soft_wrap=True)
     broken = [finding.name for finding in findings if finding.kept is False]
-    if as_json:
+    if as_json and _is_first(launched()):
         print(json.dumps({"findings": [finding.record() for finding in findings], "broken": broken}))
     else:
         console.print(f"{len(broken)} promises are broken: {', '.join(broken)}" if broken else "every promise is kept")
@@ -352,44 +374,105 @@ _SIDES = ("ours", "diffusers")
 
 def main() -> NoReturn:
     """Run the command; every error of ours is one line and an exit code."""
+    place, heart = None, None
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # Progress through a pipe arrives as it happens; a name that the terminal cannot show is still told.
-            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-        _set_up_log()
-        signal.signal(signal.SIGTERM, _terminate)
-        code = app(standalone_mode=False)
-        if code == _INTERRUPTED:  # the parser turns Ctrl-C into this return value
-            _fail("interrupted; nothing was written", _INTERRUPTED)
-        sys.exit(code or 0)
+        place = launched()
+        if place is not None and place.heart_fd is not None:
+            heart = Heart(place.heart_fd, tidies=place.rank == 0)
+            heart.start()
+        ending = _run()
     except FrameloomError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        ending = Ending(code=error.exit_code, message=str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written", _INTERRUPTED)
+        ending = _INTERRUPTION
+    except Exception as error:
+        if place is None:
+            raise
+        ending = _rank_ending(error, place)
+    if place is not None:
+        _end_rank(ending, place, heart)
+    if ending.message:
+        print(f"frameloom: {ending.message}", file=sys.stderr)
+    sys.exit(ending.code)
+
+
+def _run() -> Ending:
+    """Run the command that the arguments name."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Progress through a pipe arrives as it happens; a name that the terminal cannot show is still told.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    _set_up_log()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except _Ended as ended:
+        return ended.ending
+    except typer.Exit as done:
+        return Ending(code=done.exit_code)
     except Exception as error:
         code = getattr(error, "exit_code", None)  # a usage error of the command line parser
         if code is None or not hasattr(error, "format_message"):
             raise
-        message = error.format_message()
-        if not message:  # no command was given: the help is already printed
-            sys.exit(code)
-        _fail(f"{message}; see frameloom --help", code)
+        message = error.format_message()  # empty where no command was given: the help is already printed
+        return Ending(code=code, message=f"{message}; see frameloom --help" if message else "")
+    return _INTERRUPTION if code == _INTERRUPTED else Ending(code=code or 0)  # what the parser makes of Ctrl-C
+
+
+class _Ended(SystemExit):
+    """The command ends here, in this way; what was begun is tidied away as after an interrupt."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.code)
+        self.ending = ending
 
 
 def _terminate(*_: object) -> NoReturn:
-    """End as an interrupt does: what was begun is tidied away."""
-    _fail("terminated; nothing was written", 128 + signal.SIGTERM)
+    raise _Ended(Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written"))
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"frameloom: {message}", file=sys.stderr)
-    sys.exit(code)
+def _share(gpus: int | None, parallel: str) -> None:
+    """Where several ranks are asked for and this is none of them: start them, and end as they do."""
+    place = launched()
+    count = count_ranks(gpus, parallel, place)
+    if place is not None or count == 1:
+        return
+    outcome = run_ranks([sys.executable, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error)
+    if outcome.code and sys.stdout.isatty():
+        Console().show_cursor()  # which the bars of a rank that was killed had hidden
+    raise _Ended(Ending(code=outcome.code, message=outcome.message))
+
+
+def _say_error(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _rank_ending(error: Exception, place: Launched) -> Ending:
+    """How a rank ends that failed in a way nobody expected, or because another rank is gone."""
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if is_lost(error):
+        return Ending(code=1, message=f"rank {place.rank} lost contact with the other ranks ({said})", lost=True)
+    return Ending(code=1, message=f"failed with {type(error).__name__}: {said}", trace=traceback.format_exc())
+
+
+def _end_rank(ending: Ending, place: Launched, heart: Heart | None) -> NoReturn:
+    """End a rank at once: taking an interpreter apart may wait for other ranks. The launcher tells what went wrong."""
+    if heart is not None:
+        heart.tell(ending)
+    elif ending.message:
+        _say_error(f"{ending.trace}frameloom: rank {place.rank}: {ending.message}\n")
+    with suppress(OSError):  # whoever read this may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(ending.code)
+
+
+def _is_first(place: Launched | None) -> bool:
+    """Whether this process speaks and writes: rank 0, or the only one."""
+    return place is None or place.rank == 0
 
 
 def _set_up_log() -> None:
-    quiet = any(flag in sys.argv for flag in ("--quiet", "-q", "--json"))
+    quiet = any(flag in sys.argv for flag in ("--quiet", "-q", "--json")) or not _is_first(launched())
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[frameloom] %(message)s"))
     logger = logging.getLogger(LOGGER_NAME)
@@ -398,7 +481,9 @@ def _set_up_log() -> None:
 
 
 def _console(*, quiet: bool) -> Console:
-    return Console(quiet=quiet, highlight=False, markup=False)  # a path in brackets is no markup
+    return Console(
+        quiet=quiet or not _is_first(launched()), highlight=False, markup=False
+    )  # a path in brackets is no markup
 
 
 @contextmanager

@@ -44,8 +44,16 @@ OWNERS = {
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
 TORCH_FREE = ("serve", "types", "config", "errors", "settings", "cli", "__init__", "__main__")
-# Files of other rooms that a torch-free process reads: where to write, what the built-in model knows.
-TORCH_FREE_FILES = ("pipeline/target.py", "pipeline/media.py", "shapes/advice.py", "shapes/world.py")
+# Files of other rooms that a torch-free process reads: where to write, what the built-in model knows, how ranks start.
+TORCH_FREE_FILES = (
+    "pipeline/target.py",
+    "pipeline/media.py",
+    "shapes/advice.py",
+    "shapes/world.py",
+    "parallel/__init__.py",
+    "parallel/heart.py",
+    "parallel/launch.py",
+)
 
 
 def room(path: Path) -> str:

@@ -19,15 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from frameloom.config import parallel_plan
 from frameloom.errors import RequestError
 from frameloom.parallel.heart import Ending
-from frameloom.settings import LOOPBACK, master_port, rank_environment
+from frameloom.settings import LOOPBACK, Launched, master_port, rank_environment
 
 MAX_RANKS: Final = 64
 """More processes on one machine are likelier a mistyped digit than a wish."""
 
 _LOOK_S: Final = 0.2
 _QUIET_S: Final = 3.0 if sys.platform == "linux" else 30.0  # elsewhere an import may hold the interpreter for seconds
+_WORK: Final = 20  # 1/100 s of computing, or pages from a disk; a thread that waits for Python's lock takes some, too
 _STOPPED_S: Final = 1.0
 _SETTLE_S: Final = 0.3  # whoever fails with the first is heard, too
 _LOST_SETTLE_S: Final = 1.5  # a rank that lost another may speak before that one
@@ -62,10 +64,20 @@ def run_ranks(command: Sequence[str], count: int, *, say: Callable[[str], object
             run.end()
 
 
-def check_count(count: int) -> int:
-    """`count`, if so many ranks can be started on one machine. Raises RequestError."""
-    if not 1 <= count <= MAX_RANKS:
-        raise RequestError(f"{count} ranks on one machine are not possible; use a whole number from 1 to {MAX_RANKS}")
+def count_ranks(gpus: int | None, plan: str, place: Launched | None) -> int:
+    """How many ranks share the work: those of `--gpus`, else of `--parallel`, else those that were started already.
+
+    Raises RequestError where these contradict each other, or the plan is not possible.
+    """
+    if place is not None and gpus not in (None, place.world_size):
+        raise RequestError(f"--gpus {gpus} contradicts the {place.world_size} ranks that were started; leave it away")
+    if gpus is not None and not 1 <= gpus <= MAX_RANKS:
+        raise RequestError(f"--gpus {gpus} is not possible; use a whole number from 1 to {MAX_RANKS}")
+    started = place.world_size if place is not None else gpus
+    chosen = parallel_plan(plan, started)
+    count = started or (1 if chosen is None else chosen.num_ranks)
+    if place is None and count > MAX_RANKS:
+        raise RequestError(f"{count} ranks on one machine are not possible; start them with torchrun, on several")
     return count
 
 
@@ -94,7 +106,7 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     alive_at: float
-    work: tuple[str, ...] = ()
+    work: int = 0
     stopped_at: float | None = None
     words: bytes = b""
     failure: Ending | None = None
@@ -141,7 +153,7 @@ class _Rank:
                 self._fail(Ending(code=max(code, 1), message=f"rank {self.number} {_death(code)}; {_OTHERS}"))
             return
         state, work = _kernel_says(self.process.pid)
-        if state in ("R", "D") or work != self.work:
+        if state in ("R", "D") or work >= self.work + _WORK:
             self.alive_at, self.work = now, work
         self.stopped_at = (self.stopped_at or now) if state == "T" else None
         if self.stopped_at is not None and now - self.stopped_at > _STOPPED_S:
@@ -164,8 +176,8 @@ def _death(code: int) -> str:
     return f"was killed by {name}{hint}"
 
 
-def _kernel_says(pid: int) -> tuple[str, tuple[str, ...]]:
-    """The state of a process (R runs, D waits for a disk, T is stopped), and what counts its work; nothing if unknown.
+def _kernel_says(pid: int) -> tuple[str, int]:
+    """The state of a process (R runs, D waits for a disk, T is stopped), and a count of its work; nothing if unknown.
 
     /proc/PID/stat, proc(5): after the name in parentheses come the state, and with it as field 3, the major page faults
     as field 12, and the time in user and in kernel mode as fields 14 and 15.
@@ -173,8 +185,8 @@ def _kernel_says(pid: int) -> tuple[str, tuple[str, ...]]:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return "", ()
-    return fields[0], (fields[9], fields[11], fields[12])
+        return "", 0
+    return fields[0], int(fields[9]) + int(fields[11]) + int(fields[12])
 
 
 class _Voices:
@@ -307,7 +319,8 @@ class _Run:
         """The run's end: the words of the first that failed by itself."""
         culprit = min(failed, key=lambda rank: (_is_lost(rank), rank.failed_at))
         failure = culprit.failure or Ending(code=1)
-        self._voices.trace(culprit.number, failure.trace)
+        if failure.trace:
+            self._voices.trace(culprit.number, failure.trace)
         if not failure.message or not culprit.said or self._ranks[0].failure == failure:
             return Outcome(code=failure.code, message=failure.message)
         return Outcome(code=failure.code, message=f"rank {culprit.number}: {failure.message}")
