@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frameloom.ops.layout import dense_frames, empty_frames
@@ -23,6 +24,7 @@ from frameloom.platform.allocator import empty
 TILE = 4
 _A, _B = 0.625, 1.5
 _A2, _B2 = _A * _A, _B * _B
+_FEWEST_ROWS = 4  # of a matrix product: MKL sums fewer in another order, and a band's bits would depend on its height
 _CHANNELS_AT_ONCE = 16  # of a kernel on its way to the points, in float64
 _POINTS = (0.0, _A, -_A, _B, -_B)
 
@@ -124,10 +126,10 @@ class WinogradConv(_Winograd):
             frames, tiles.rows, tiles.columns, address(points),
         )  # fmt: skip
         weights, result = self.points.flatten(0, 1), product[:three].view(3 * 36, -1, channels)
-        torch.bmm(points[:three].view(3 * 36, -1, in_channels), weights[: 3 * 36], out=result)
+        _multiply(points[:three].view(3 * 36, -1, in_channels), weights[: 3 * 36], out=result)
         if fourth:
             result = product[three:].view(36, -1, channels)
-            torch.bmm(points[three:].view(36, -1, in_channels), weights[3 * 36 :], out=result)
+            _multiply(points[three:].view(36, -1, in_channels), weights[3 * 36 :], out=result)
         kernels().frameloom_winograd_output(
             address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
             address(out_CTHW, torch.float32), out_CTHW.stride(1), height, width,
@@ -165,7 +167,7 @@ class UpsampledWinogradConv(_Winograd):
             address(x_CTHW, torch.float32), x_CTHW.stride(1), in_height, in_width, in_channels, pad_rows, tiles.first,
             frames, tiles.rows, tiles.columns, address(points),
         )  # fmt: skip
-        torch.bmm(points, self.points[0], out=product)
+        _multiply(points, self.points[0], out=product)
         kernels().frameloom_upsample_output(
             address(product), address(self.bias), frames, tiles.rows, tiles.columns, channels, tiles.first,
             address(out_CTHW, torch.float32), out_CTHW.stride(1), height, width,
@@ -263,6 +265,15 @@ def kernel_at_points(weight_OCTHW: Tensor, time: Tensor) -> Tensor:
         some, out = (tensor[:, first : first + _CHANNELS_AT_ONCE] for tensor in (taps_TCO, points))
         out.copy_((matrix @ some.double().reshape(taps, -1)).view(out.shape))
     return points.view(time.shape[0], -1, in_channels, channels)
+
+
+def _multiply(x_PNC: Tensor, weight_PCO: Tensor, *, out: Tensor) -> None:
+    """The product of each point, into `out` (P, N, O)."""
+    rows = x_PNC.shape[1]
+    if rows >= _FEWEST_ROWS:
+        torch.bmm(x_PNC, weight_PCO, out=out)
+    else:
+        out.copy_(torch.bmm(F.pad(x_PNC, (0, 0, 0, _FEWEST_ROWS - rows)), weight_PCO)[:, :rows])
 
 
 def bytes_at_points(weight_OCTHW: Tensor) -> int:

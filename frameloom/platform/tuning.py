@@ -20,13 +20,23 @@ from frameloom.settings import LOGGER_NAME, cache_folder
 log = logging.getLogger(LOGGER_NAME)
 _ROUNDS = 3
 _ABOUT_AS_FAST = 1.05
+Agreed = Callable[[Callable[[], Any]], Any]
+
+
+def alone(make: Callable[[], Any]) -> Any:
+    """What `make` gives: the only process decides for itself."""
+    return make()
 
 
 class Tuner:
-    """Timed choices of one machine, in one JSON file. A file that cannot be read or written costs time, not the run."""
+    """Timed choices of one machine, in one JSON file. A file that cannot be read or written costs time, not the run.
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+    `agreed`: given how to make a choice, returns the one that all processes of this run take.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None, *, agreed: Agreed = alone) -> None:
         self.device = device
+        self._agreed = agreed
         self._path = (folder or cache_folder()) / f"choices-{_machine(device)}.json"
         self._known = _read(self._path)
         self._fresh = 0
@@ -36,6 +46,10 @@ class Tuner:
 
         Of ways that are about as fast it is the first in `names`: a choice by chance would round by chance.
         """
+        chosen: str = self._agreed(lambda: self._best(key, names, prepare))
+        return chosen
+
+    def _best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         full_key = f"{key} | {' '.join(sorted(names))}"
         found = self._known.get(full_key)
         if isinstance(found, str) and found in names:

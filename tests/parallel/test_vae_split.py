@@ -1,6 +1,7 @@
 """The VAE over several ranks: the same numbers as in one process, and what happens when a row is lost."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,9 +47,10 @@ def small_vae(kind: str, dtype: torch.dtype = torch.float32) -> WanVAE:
     return vae
 
 
-def fast_vae(kind: str, dtype: torch.dtype, folder: str, **forced: bool) -> WanVAE:
+def fast_vae(kind: str, dtype: torch.dtype, world, folder: Path, **forced: bool) -> WanVAE:
     vae = small_vae(kind, dtype)
-    install(vae, choose(vae, Policy(forced=forced), Tuner(torch.device("cpu"), folder)))
+    tuner = Tuner(torch.device("cpu"), folder, agreed=world.everyone.first)
+    install(vae, choose(vae, Policy(forced=forced), tuner))
     return vae
 
 
