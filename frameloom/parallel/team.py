@@ -102,6 +102,21 @@ class Team:
         there = {**self.exchange(sends, receives).wait(), self.index: like}
         return [there[p] if p in there else like.new_empty(tuple(shapes[p])) for p in range(self.size)]
 
+    def begin_scatter_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Callable[[], list[Tensor]]:
+        """`scatter_all` that returns at once; call what it returns to wait."""
+        parts = [part.contiguous() for part in parts]
+        like = parts[self.index]
+        received = [like if p == self.index else like.new_empty(tuple(shape)) for p, shape in enumerate(shapes)]
+        others = [position for position in range(self.size) if position != self.index]
+        sends = {p: parts[p] for p in others if parts[p].numel()}
+        pending = self.exchange(sends, {p: received[p] for p in others if received[p].numel()})
+
+        def finish() -> list[Tensor]:
+            pending.wait()
+            return received
+
+        return finish
+
     def add_up(self, x: Tensor) -> Tensor:
         """The sum over the team, in float32 or wider, on every rank: the same bits on all of them."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
