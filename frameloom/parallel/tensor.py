@@ -68,10 +68,7 @@ def join(dit: WanDiT, team: Team) -> None:
 
     Every rank computes the same numbers, to the bit, wherever it holds the whole token stream.
     """
-    layers = [layer for layer in dit.modules() if hasattr(layer, _SET_ASIDE)]
-    expected = 3 * dit.spec.num_layers
-    if len(layers) != expected:
-        raise InternalError(f"{len(layers)} layers were divided by rows where {expected} were expected")
+    _check_counts(dit)
     for block in dit.block_list:
         modules = block.attn1.out, block.attn2.out, block.ffn  # the feed-forward may have one kernel for all of it
         for module, layer in zip(modules, _layers_by_rows(block), strict=True):
@@ -89,6 +86,16 @@ def _cut(name: str, parameter: nn.Parameter, whole: torch.Size, team: Team) -> N
         parameter.data = own_part(name, parameter.data, team=team)
     elif parameter.shape != part:
         raise InternalError(f"{name} has shape {tuple(parameter.shape)}, neither {tuple(whole)} nor {tuple(part)}")
+
+
+def _check_counts(dit: WanDiT) -> None:
+    """A module skipped in silence, or changed twice, would be a wrong picture."""
+    norms = [module for block in dit.block_list for module in block.attn2.children() if isinstance(module, RMSNorm)]
+    layers = [module for module in dit.modules() if hasattr(module, _SET_ASIDE)]
+    of_image = dit.spec.added_kv_proj_dim is not None
+    for found, each, what in ((layers, 3, "layers divided by rows"), (norms, 2 + of_image, "norms of one rank")):
+        if len(found) != each * dit.spec.num_layers:
+            raise InternalError(f"{len(found)} {what} where {each * dit.spec.num_layers} were expected")
 
 
 def _layers_by_rows(block: Block) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

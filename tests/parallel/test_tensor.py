@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ranks import RankError, run_ranks
+from ranks import run_ranks
 from safetensors.torch import save_file
 
-from frameloom.errors import RequestError
+from frameloom.errors import InternalError, RequestError
 from frameloom.models.dit_fast import DitChoices, install
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import FrameTimes, RMSNorm, WanDiT
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.registry import BF16_SLACK, relative_error
+from frameloom.parallel.team import Team
 from frameloom.parallel.tensor import check_tensor_plan, divide, join, own_part
 from frameloom.weights.load import load_module
 
@@ -162,6 +163,20 @@ def test_bf16_is_as_accurate_as_on_one_rank(count: int) -> None:
         assert together <= BF16_SLACK * alone
 
 
+@torch.inference_mode()
+def errors_of_pairs(world):
+    """Two pairs of ranks, as where the two predictions are divided, too: each pair has latents of its own."""
+    pairs = [(0, 1), (2, 3)]
+    case = CASES["batch"]
+    whole = random_dit(case.spec)
+    dit = divided(whole, world.divide(pairs))
+    return relative_error(*(predictions(network, case, seed=world.rank // 2) for network in (dit, whole)))
+
+
+def test_pairs_of_ranks_share_networks_of_their_own() -> None:
+    assert max(run_ranks(4, errors_of_pairs)) <= 1e-5
+
+
 def norms_of_own_heads(dit):
     for block in dit.block_list:
         block.attn1.ops = Ops()
@@ -271,15 +286,8 @@ def test_a_rank_reads_its_part_and_never_holds_more_than_that_and_one_tensor(tmp
         assert most <= held + max(tensor.nbytes for tensor in tensors.values())
 
 
-class FirstOf:
-    """What `own_part` asks of a team."""
-
-    def __init__(self, size):
-        self.size, self.index = size, 0
-
-
 def own_part_shape(name, tensor, size):
-    return own_part(name, tensor, team=FirstOf(size)).shape
+    return own_part(name, tensor, team=Team(range(size), 0, None)).shape
 
 
 def test_every_layer_of_every_block_is_cut_and_nothing_else() -> None:
@@ -304,23 +312,36 @@ def test_ranks_that_cannot_share_equally_are_refused(heads: int, ffn: int, tp: i
         check_tensor_plan(spec, tp)
 
 
-def joins_what_is_whole(world):
-    join(random_dit(small_spec()), world.everyone)
+def joins_what_is_whole(dit, team):
+    join(dit, team)
 
 
-def divides_what_fits_nothing(world):
-    dit = random_dit(small_spec())
+def joins_twice(dit, team):
+    divide(dit, team)
+    join(dit, team)
+    join(dit, team)
+
+
+def divides_what_fits_nothing(dit, team):
     dit.blocks[1].attn2.to_k.weight.data = torch.zeros(5, 64)
-    divide(dit, world.everyone)
+    divide(dit, team)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (joins_what_is_whole, "0 layers were divided by rows where 6 were expected"),
-        (divides_what_fits_nothing, r"attn2.to_k.weight has shape \(5, 64\), neither \(64, 64\) nor \(32, 64\)"),
-    ],
-)
-def test_a_network_that_was_not_divided_is_a_bug(function, message: str) -> None:
-    with pytest.raises(RankError, match=message):
-        run_ranks(2, function)
+BUGS = {
+    joins_what_is_whole: "0 layers divided by rows where 6 were expected",
+    joins_twice: "0 norms of one rank where 4 were expected",
+    divides_what_fits_nothing: "blocks.1.attn2.to_k.weight has shape (5, 64), neither (64, 64) nor (32, 64)",
+}
+
+
+def messages_of_bugs(world):
+    found = []
+    for bug in BUGS:
+        with pytest.raises(InternalError) as error:
+            bug(random_dit(small_spec()), world.everyone)
+        found.append(str(error.value))
+    return found
+
+
+def test_a_network_that_was_not_divided_or_joined_once_is_a_bug() -> None:
+    assert run_ranks(2, messages_of_bugs) == [list(BUGS.values())] * 2
