@@ -24,6 +24,10 @@ from frameloom.parallel.team import Team
 from frameloom.platform.base import first_line
 from frameloom.platform.device import is_memory_error
 
+_WORTH_HIDING_BYTES = (
+    1 << 23
+)  # of queries, keys and values of a rank; 0.3 ms at 25 GB/s, many times a message's latency
+
 
 def check_heads(num_heads: int, ulysses: int) -> None:
     """Raise RequestError for more ranks than there are heads to give them."""
@@ -114,13 +118,14 @@ class SequenceParallel:
         return torch.zeros_like(q_BLHK)
 
     def _attend_together(self, inner: Attend, qkv_BLHK: Sequence[Tensor], shares: Shares) -> Tensor:
+        if self.ring.size > 1:
+            lengths = [shares.num_frames * width for width in shares.of_places]
+            inner = functools.partial(attend_around, team=self.ring, lengths=lengths)
+        if self.ulysses.size == 1:
+            return inner(*qkv_BLHK)
         lengths = [shares.num_frames * width for width in shares.widths[self.ring.index]]
-        q, k, v = all_tokens_of_some_heads(qkv_BLHK, self.ulysses, lengths)
-        if self.ring.size == 1:
-            out = inner(q, k, v)
-        else:
-            out = attend_around(q, k, v, team=self.ring, lengths=[shares.num_frames * n for n in shares.of_places])
-        return some_tokens_of_all_heads(out, self.ulysses, lengths, num_heads=qkv_BLHK[0].shape[2])
+        pieces = _pieces(qkv_BLHK[0], self.ulysses.size, sum(lengths))
+        return attend_by_heads(inner, qkv_BLHK, team=self.ulysses, lengths=lengths, pieces=pieces)
 
     def _gathered(self, cells_BLP: Tensor, shares: Shares) -> Tensor:
         """Every token's cells, in order, on every rank."""
@@ -140,31 +145,28 @@ class SequenceParallel:
         )
 
 
-def all_tokens_of_some_heads(
-    qkv_BLHK: Sequence[Tensor], team: Team, lengths: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of this rank's tokens -> those of the team's tokens, in order, for this rank's heads.
+def attend_by_heads(
+    attend: Attend, qkv_BLHK: Sequence[Tensor], *, team: Team, lengths: Sequence[int], pieces: int = 1
+) -> Tensor:
+    """Attention of this rank's queries to the keys of all; each rank attends for some of the heads.
 
-    `lengths[i]`: the tokens of position i. One message to each of the others.
+    `lengths[i]`: the tokens of position i. With several pieces one is attended to while others are under way.
     """
-    q_BLHK, k_BLHK, v_BLHK = qkv_BLHK
-    if team.size == 1:
-        return q_BLHK, k_BLHK, v_BLHK
-    batch, _, num_heads, head_dim = q_BLHK.shape
-    heads = _heads(num_heads, team)
-    parts = [torch.stack(part) for part in zip(*(x.split_with_sizes(heads, dim=2) for x in qkv_BLHK), strict=True)]
-    shapes = [(3, batch, length, heads[team.index], head_dim) for length in lengths]
-    q, k, v = torch.cat(team.scatter_all(parts, shapes), dim=2).unbind(0)
-    return q, k, v
-
-
-def some_tokens_of_all_heads(out_BLHK: Tensor, team: Team, lengths: Sequence[int], *, num_heads: int) -> Tensor:
-    """The way back: outputs of the team's tokens for this rank's heads -> those of this rank's tokens for all heads."""
-    if team.size == 1:
-        return out_BLHK
-    batch, _, _, head_dim = out_BLHK.shape
-    shapes = [(batch, lengths[team.index], heads, head_dim) for heads in _heads(num_heads, team)]
-    return torch.cat(team.scatter_all(out_BLHK.split_with_sizes(list(lengths), dim=1), shapes), dim=2)
+    batch, length, num_heads, head_dim = qkv_BLHK[0].shape
+    heads = [_evenly(count, pieces) for count in _heads(num_heads, team)]  # of each rank, in each piece
+    sizes = [size for row in heads for size in row]
+    parts = [torch.stack(part) for part in zip(*(x.split_with_sizes(sizes, dim=2) for x in qkv_BLHK), strict=True)]
+    coming = []
+    for piece, size in enumerate(heads[team.index]):
+        there = [(3, batch, count, size, head_dim) for count in lengths]
+        coming.append(team.begin_scatter_all(parts[piece::pieces], there))
+    going = []
+    for piece, arrive in enumerate(coming):
+        q, k, v = torch.cat(arrive(), dim=2).unbind(0)
+        out = attend(q, k, v) if q.shape[2] else q
+        back = [(batch, length, row[piece], head_dim) for row in heads]
+        going.append(team.begin_scatter_all(out.split_with_sizes(list(lengths), dim=1), back))
+    return torch.cat([x for row in zip(*(arrive() for arrive in going), strict=True) for x in row], dim=2)
 
 
 def attend_around(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, team: Team, lengths: Sequence[int]) -> Tensor:
@@ -213,6 +215,13 @@ def _tokens_of(tokens: Tokens, span: slice) -> Tokens:
 def _of_every_frame(x: Tensor, num_frames: int, span: slice, *, dim: int) -> Tensor:
     frames = x.reshape(*x.shape[:dim], num_frames, -1, *x.shape[dim + 1 :])
     return frames.narrow(dim + 1, span.start, span.stop - span.start).flatten(dim, dim + 1)
+
+
+def _pieces(q_BLHK: Tensor, num_ranks: int, num_tokens: int) -> int:
+    """Two where there is enough to send that it is worth hiding; the same on all ranks."""
+    batch, _, num_heads, head_dim = q_BLHK.shape
+    sent_bytes = 3 * batch * num_tokens * num_heads * head_dim * q_BLHK.element_size()
+    return 2 if sent_bytes // num_ranks >= _WORTH_HIDING_BYTES and num_heads >= 2 * num_ranks else 1
 
 
 def _heads(num_heads: int, team: Team) -> list[int]:

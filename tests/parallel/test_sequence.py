@@ -16,7 +16,7 @@ from frameloom.models.wan_dit import FrameTimes, WanDiT
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.native import native
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, relative_error
-from frameloom.parallel.sequence import SequenceParallel, attend_around, check_heads, divide_frames
+from frameloom.parallel.sequence import SequenceParallel, attend_around, attend_by_heads, check_heads, divide_frames
 from frameloom.parallel.team import ALONE, Team
 
 PRODUCTS = [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)]  # ring, ulysses
@@ -243,6 +243,27 @@ def test_a_ring_attends_to_all_keys_of_uneven_blocks(lengths: tuple[int, ...]) -
 def test_a_key_that_one_rank_forgets_is_noticed_by_all() -> None:
     for _, error in run_ranks(3, ring_alone, (7, 1, 3), (0, 1, 0)):
         assert error > 1e-2
+
+
+def heads_alone(world, lengths, num_heads, pieces):
+    """Error where every rank attends for some heads, in pieces; and the bytes that this rank sent."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, sum(lengths), num_heads, 16, generator=generator) for _ in range(3))
+    mine = [x.split(lengths, dim=1)[world.rank] for x in (q, k, v)]
+    before = world.sent_bytes
+    out = attend_by_heads(sdpa, mine, team=world.everyone, lengths=lengths, pieces=pieces)
+    expected = formula(q, k, v).split(lengths, dim=1)[world.rank]
+    assert out.shape == mine[0].shape
+    return relative_error(out, expected) if out.numel() else 0.0, world.sent_bytes - before
+
+
+@pytest.mark.parametrize("num_heads", [3, 7])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (0, 5, 2)])
+def test_heads_that_are_sent_in_pieces_come_back_in_order(lengths: tuple[int, ...], num_heads: int) -> None:
+    whole = run_ranks(3, heads_alone, lengths, num_heads, 1)
+    assert max(error for error, _ in whole) <= ROUNDING_FP32
+    for pieces in (2, 3):
+        assert run_ranks(3, heads_alone, lengths, num_heads, pieces) == whole
 
 
 @torch.inference_mode()

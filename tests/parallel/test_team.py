@@ -49,6 +49,23 @@ def test_everyone_sends_something_else_to_everyone() -> None:
         assert shapes == [[r + 1, rank] for r in range(4)]
 
 
+def scatters_twice_at_once(world):
+    shapes = [(r + 1, world.rank) for r in range(world.size)]
+    sends = [[torch.full((world.rank + 1, p), 10.0 * r + p) for p in range(world.size)] for r in (world.rank, 7)]
+    waits = [world.everyone.begin_scatter_all(parts, shapes) for parts in sends]
+    first, second = (wait() for wait in waits)
+    here = world.everyone.scatter_all(sends[0], shapes)
+    return [torch.equal(a, b) for a, b in zip(first, here, strict=True)], {
+        float(x) for y in second for x in y.flatten()
+    }
+
+
+def test_messages_under_way_together_are_not_mixed_up() -> None:
+    for rank, (same, others) in enumerate(run_ranks(3, scatters_twice_at_once)):
+        assert same == [True] * 3
+        assert others == ({70.0 + rank} if rank else set())
+
+
 def adds_and_agrees(world):
     team = world.everyone
     half = torch.full((5,), 1 + 2**-7 * world.rank, dtype=torch.bfloat16)
