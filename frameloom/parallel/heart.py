@@ -6,6 +6,7 @@ others when their exchange times out.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -106,6 +107,4 @@ def is_lost(error: BaseException) -> bool:
 def _when_parent_dies(number: signal.Signals) -> None:
     """Get a signal when the parent dies, where the kernel can do that; elsewhere the broken pipe has to do."""
     if sys.platform == "linux":
-        import ctypes  # no process without a launcher needs it
-
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -217,10 +217,11 @@ class _Voices:
                 self._told.append(text)
 
     def finish(self) -> None:
-        """Tell all that is left."""
+        """Tell all that is left, and nothing any more."""
         for number in [number for number, begun in self._begun.items() if begun]:
             self.hear(number, b"\n")
         self.tell(0)
+        self._say = lambda _: None
 
     def trace(self, number: int, trace: str) -> None:
         """Tell the traceback that a rank ended with."""
@@ -276,6 +277,8 @@ class _Run:
 
     def end(self) -> None:
         """End every rank that runs. Rank 0 may tidy up; the others go first, so that it waits for none of them."""
+        self._listen(0)
+        self._voices.finish()  # what a rank says on its way out is no news
         for rank in self._ranks:
             rank.signal(signal.SIGTERM, signal.SIGCONT)
         self._await(self._ranks, _TERM_S)
@@ -284,8 +287,6 @@ class _Run:
         self._await(self._ranks[:1], _TIDY_S)
         for rank in self._ranks:
             rank.reap()
-        self._listen(0)
-        self._voices.finish()
         for key in list(self._pipes.get_map().values()):
             self._close(key.fd)
         self._pipes.close()
