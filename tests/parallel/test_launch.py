@@ -209,7 +209,8 @@ def test_no_rank_outlives_its_launcher(number: signal.Signals, notes: Path) -> N
         assert not alive(pids)
 
 
-def test_rank_0_tidies_up_when_the_launcher_is_killed(notes: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_rank_0_tidies_up_when_the_launcher_is_killed(stopped: bool, notes: Path) -> None:
     program = NOTE + (
         "partial = os.path.join(sys.argv[1], 'partial')\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
@@ -220,6 +221,8 @@ def test_rank_0_tidies_up_when_the_launcher_is_killed(notes: Path) -> None:
     launcher = launch(1, program, str(notes))
     pids = noted(notes, 1)
     assert soon((notes / "partial").exists)
+    if stopped:
+        os.kill(pids[0], signal.SIGSTOP)
     launcher.kill()
     launcher.communicate(timeout=20)
     assert soon(lambda: not alive(pids))

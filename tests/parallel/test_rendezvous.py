@@ -1,7 +1,9 @@
 """Where ranks meet: whoever is missing, disagrees or cannot be reached is told in one sentence, by all."""
 
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,8 +83,10 @@ from frameloom.parallel.heart import Ending, Heart
 from frameloom.settings import launched
 
 place = launched()
-heart = Heart(place.heart_fd, tidies=place.rank == 0)
-heart.start()
+heart = None
+if place.heart_fd is not None:
+    heart = Heart(place.heart_fd, tidies=place.rank == 0)
+    heart.start()
 import torch
 from frameloom.parallel.rendezvous import choose_local_device, join, leave
 
@@ -111,3 +115,12 @@ def test_those_who_lose_a_killed_rank_tell_no_story_of_their_own() -> None:
     outcome = launch.run_ranks([sys.executable, "-c", RANK, "killed"], 2, say=said.append)
     assert outcome.message.startswith("rank 1 was killed by SIGKILL")
     assert said == []
+
+
+def test_ranks_meet_at_the_store_of_torchrun(tmp_path: Path) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(RANK, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(program), "well"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 [3.0]\n") == 2
