@@ -154,7 +154,7 @@ def generate(
     begun = time.perf_counter()
     with frameloom.load(
         model, device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
-        attention=attention, vae_memory=vae_memory,
+        attention=attention, vae_memory=vae_memory, parallel=parallel,
     ) as engine:  # fmt: skip
         loaded_s = time.perf_counter() - begun
         if explain:
@@ -388,7 +388,7 @@ def main() -> NoReturn:
     except Exception as error:
         if place is None:
             raise
-        ending = _rank_ending(error, place)
+        ending = _rank_ending(error)
     if place is not None:
         _end_rank(ending, place, heart)
     if ending.message:
@@ -436,7 +436,9 @@ def _share(gpus: int | None, parallel: str) -> None:
     count = count_ranks(gpus, parallel, place)
     if place is not None or count == 1:
         return
-    outcome = run_ranks([sys.executable, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error)
+    # As the installed command does, ranks import nothing from the working folder, unless `python -m` began it all.
+    safe = [] if sys.path[0] == os.getcwd() else ["-P"]
+    outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error)
     if outcome.code and sys.stdout.isatty():
         Console().show_cursor()  # which the bars of a rank that was killed had hidden
     raise _Ended(Ending(code=outcome.code, message=outcome.message))
@@ -446,11 +448,11 @@ def _say_error(text: str) -> None:
     print(text, end="", file=sys.stderr, flush=True)
 
 
-def _rank_ending(error: Exception, place: Launched) -> Ending:
+def _rank_ending(error: Exception) -> Ending:
     """How a rank ends that failed in a way nobody expected, or because another rank is gone."""
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     if is_lost(error):
-        return Ending(code=1, message=f"rank {place.rank} lost contact with the other ranks ({said})", lost=True)
+        return Ending(code=1, message=f"lost contact with the other ranks ({said})", lost=True)
     return Ending(code=1, message=f"failed with {type(error).__name__}: {said}", trace=traceback.format_exc())
 
 

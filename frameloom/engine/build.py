@@ -1,8 +1,9 @@
 """The assembler: a checkpoint becomes a running engine. Every choice is one line of the log."""
 
+import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from frameloom.config import memory_bytes
 from frameloom.engine.dit import load_fast_dit
 from frameloom.engine.engine import Engine
 from frameloom.engine.modules import fill
+from frameloom.engine.ranks import Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import load_fast_vae
 from frameloom.errors import CheckpointError
 from frameloom.models.defaults import Defaults, defaults_for
+from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.encoders import (
     TextEncoder,
     build_text_encoder,
@@ -22,17 +25,18 @@ from frameloom.models.encoders import (
 )
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.tokenizer import load_tokenizer
+from frameloom.models.umt5 import Umt5Encoder
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import (
     DTYPES,
     check_dtype_name,
-    choose_device,
     choose_dtype,
     memory_errors,
 )
 from frameloom.sampling.unipc import make_sampler
-from frameloom.settings import LOGGER_NAME
+from frameloom.settings import LOGGER_NAME, launched
+from frameloom.weights.fingerprint import fingerprint
 from frameloom.weights.source import Checkpoint, Component, open_checkpoint
 
 log = logging.getLogger(LOGGER_NAME)
@@ -50,6 +54,7 @@ def build_engine(
     compilation: str = "auto",
     attention: str = "auto",
     vae_memory: int | str = "auto",
+    parallel: str = "auto",
 ) -> Engine:
     """Open a checkpoint (folder or hub id), build its networks and fill them.
 
@@ -57,11 +62,13 @@ def build_engine(
     checkpoint is meant for and keeps the VAE in float32, as the reference documents it. `exactness` and `rewrites`
     ("NAME=on", "NAME=off"): what may be computed in another way, see docs/rewrites.md. `compilation`: auto, on or off,
     whether torch.compile is used. `attention`: auto, or the name of a backend. `vae_memory`: auto, or the bytes that
-    the VAE may take besides its weights. Raises CheckpointError for a path or file, RequestError for the rest.
+    the VAE may take besides its weights. `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that
+    torchrun or --gpus started. Raises CheckpointError for a path or file, RequestError for the rest.
     """
     policy = policy_of(exactness, rewrites, compilation=compilation)
     vae_bytes = memory_bytes(vae_memory)
-    where, why_device = choose_device(device)
+    place = launched()
+    where, why_device = own_device(device, place)
     log.info("device %s: %s", where, why_device)
     check_dtype_name(dtype)
     checkpoint = open_checkpoint(model)
@@ -83,29 +90,47 @@ def build_engine(
     vae_dtype = torch.float32 if dtype == "auto" else compute
     log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
 
+    transformer = checkpoint.components["transformer"]
+    ranks = gather_ranks(
+        place,
+        where,
+        parallel,
+        spec=specs[0],
+        guided=defaults.guidance_scale > 1,
+        weight_bytes=transformer.num_parameters * compute.itemsize,
+        facts={
+            "model": fingerprint(checkpoint) if place else "",
+            "dtype": str(compute),
+            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes)),
+        },
+    )
     _tune_allocator(where)
     with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
-        text_encoder = _load_text_encoder(checkpoint, compute, where)
+        text_encoder = ranks.text_encoder(functools.partial(_load_text_encoder, checkpoint, compute, where))
         experts = [
-            load_fast_dit(checkpoint.components[name], spec, compute, where, policy=policy, attention=attention)
+            load_fast_dit(
+                checkpoint.components[name], spec, compute, where, policy=policy, attention=attention, ranks=ranks
+            )
             for name, spec in zip(names, specs, strict=True)
         ]
-        fast = load_fast_vae(vae, vae_spec, vae_dtype, where, policy=policy, budget_bytes=vae_bytes)
+        fast = load_fast_vae(vae, vae_spec, vae_dtype, where, policy=policy, budget_bytes=vae_bytes, ranks=ranks)
         pipeline = WanPipeline(
             text_encoder=text_encoder,
             experts=tuple(expert.dit for expert in experts),
-            step_planner=experts[0].planner,
+            step_planner=ranks.step_planner(experts[0].planner, insisted=policy.insists(TOGETHER)),
             vae=fast.vae,
-            vae_planner=fast.planner,
+            vae_planner=ranks.vae_planner(fast.planner, vae_spec),
             scheduler=checkpoint.scheduler,
             boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
             expand_timesteps=checkpoint.expand_timesteps,
             device=where,
+            make_predictor=ranks.make_predictor,
         )
     decisions = (*experts[0].decisions, *fast.decisions)
     for decision in decisions:
         log.debug("%s", decision)
-    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions)
+    team = None if ranks.alone else ranks.world.everyone
+    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions, team=team)
 
 
 def _check_text_to_video(checkpoint: Checkpoint) -> None:
@@ -155,10 +180,13 @@ def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
     return _STORED.get(stored, torch.float32)
 
 
-def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+def _load_text_encoder(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, cut: Callable[[Umt5Encoder], Take] | None
+) -> TextEncoder:
     component = checkpoint.components["text_encoder"]
     model = build_text_encoder(component.config, where=str(component.folder / "config.json"))
-    fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True)
+    take = None if cut is None else cut(model)
+    fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True, take=take)
     return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
 
 

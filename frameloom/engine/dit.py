@@ -11,6 +11,7 @@ from frameloom.attention.core import sdpa
 from frameloom.attention.native import NATIVE
 from frameloom.engine.compiled import COMPILER
 from frameloom.engine.modules import fill, set_attention
+from frameloom.engine.ranks import Ranks, single
 from frameloom.memory.dit import StepPlanner
 from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
@@ -35,11 +36,15 @@ class FastDit:
     decisions: tuple[Decision, ...]
 
 
-def load_plain_dit(component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device) -> WanDiT:
-    """The transformer as the reference computes it, with torch's own attention."""
+def load_plain_dit(
+    component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+) -> WanDiT:
+    """The transformer as the reference computes it, with torch's own attention; this rank's part of its weights."""
     with on_meta():
         dit = WanDiT(spec).eval()
-    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32)
+    ranks = ranks or single(device)
+    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32, take=ranks.cut_dit(dit))
+    ranks.divide_dit(dit)
     return dit
 
 
@@ -51,20 +56,23 @@ def load_fast_dit(
     *,
     policy: Policy,
     attention: str = "auto",
+    ranks: Ranks | None = None,
 ) -> FastDit:
     """The transformer with the rewrites that `policy` allows and that are fastest here, and an attention backend.
 
     Raises RequestError for a rewrite or a backend that was asked for by name and cannot be used.
     """
-    dit = load_plain_dit(component, spec, dtype, device)
-    return make_fast_dit(dit, policy=policy, attention=attention)
+    dit = load_plain_dit(component, spec, dtype, device, ranks)
+    return make_fast_dit(dit, policy=policy, attention=attention, ranks=ranks)
 
 
-def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto") -> FastDit:
-    """Give a loaded transformer its ways; it keeps no other form of its weights."""
+def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks: Ranks | None = None) -> FastDit:
+    """Give a loaded transformer its ways, and its place among the ranks; it keeps no other form of its weights."""
     weight = dit.patch_embedding.weight
     platform = platform_of(weight.device).name
-    tuner = Tuner(weight.device)
+    ranks = ranks or single(weight.device)
+    policy = ranks.policy(policy)
+    tuner = Tuner(weight.device, agreed=ranks.agreed)
     because = None
     if attention == "auto" and policy.exactness == "bitwise":
         attention, because = "sdpa", "other kernels round otherwise"
@@ -80,6 +88,7 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto") -> Fa
         chosen = chosen or found
     choices = choose(dit, policy, tuner, platform_name=platform, compiler=COMPILER)
     install(dit, choices)
+    ranks.connect_dit(dit)
     planner = StepPlanner(
         spec=dit.spec,
         dtype=weight.dtype,

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from frameloom.config import resolve
-from frameloom.errors import RequestError
+from frameloom.errors import InternalError, RequestError
 from frameloom.models.defaults import Defaults
+from frameloom.models.vae_state import Frames
 from frameloom.ops.registry import Decision
+from frameloom.parallel.agreement import check_equal_latents, check_same
+from frameloom.parallel.team import Team
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
-from frameloom.pipeline.stages import Frames
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
@@ -38,12 +40,20 @@ class Engine:
     """A loaded checkpoint that answers requests one at a time.
 
     Attributes: `name` (as the user gave it), `defaults` (what a request gets where it is silent), `decisions` (which
-    rewrites are used, and why the others are not).
+    rewrites are used, and why the others are not). `team`: the ranks that answer together; each must be asked the same,
+    and each gets the answer, but a file is written by the first alone.
     """
 
     def __init__(
-        self, *, name: str, pipeline: WanPipeline, defaults: Defaults, decisions: Sequence[Decision] = ()
+        self,
+        *,
+        name: str,
+        pipeline: WanPipeline,
+        defaults: Defaults,
+        decisions: Sequence[Decision] = (),
+        team: Team | None = None,
     ) -> None:
+        self._team = team
         self.name = name
         self.defaults = defaults
         self.decisions = tuple(decisions)
@@ -120,15 +130,15 @@ class Engine:
         """
         if output not in ("video", "latents"):
             raise RequestError(f"output {output!r} is unknown; use 'video' or 'latents'")
-        request = self.resolve(prompt, **options)
+        request = self._agreed(self.resolve(prompt, **options))
         report = progress or _silent
         clock = StageClock(device=self._open.device)
         passages = self._open.plan(request) if output == "video" else iter(())
         with self._memory_errors(request):
-            latents = self._open.latents(request, clock, report)
+            latents = self._equal(self._open.latents(request, clock, report))
             if output == "latents":
                 return latents
-            frames = _whole(self._open.decode(latents, passages, clock, report))
+            frames = self._everywhere(self._open.decode(latents, passages, clock, report))
         videos = [
             Video(frames=f, fps=request.fps, metadata=self._metadata(request, i, clock)) for i, f in enumerate(frames)
         ]
@@ -150,13 +160,15 @@ class Engine:
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
-        request = self.resolve(prompt, **options)
+        request = self._agreed(self.resolve(prompt, **options))
+        if not self._writes:
+            return self._help(request, progress or _silent)
         check_output(path, fps=request.fps, quality=quality)
         passages = self._open.plan(request)
         report = progress or _silent
         clock = StageClock(device=self._open.device)
         with self._memory_errors(request):
-            latents = self._open.latents(request, clock, report)
+            latents = self._equal(self._open.latents(request, clock, report))
             frames = self._open.decode(latents, passages, clock, report)
             dial = DEFAULT_QUALITY if quality is None else quality
             writer = open_writer(path, width=request.width, height=request.height, fps=request.fps, quality=dial)
@@ -190,7 +202,7 @@ class Engine:
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
             clock = StageClock(device=self._open.device)
             passages = self._open.plan_decode(tuple(latents.shape))
-            frames = _whole(self._open.decode(latents, passages, clock, progress or _silent))
+            frames = self._everywhere(self._open.decode(latents, passages, clock, progress or _silent))
         return frames[0] if len(frames) == 1 else frames
 
     def encode(self, frames: Frames, *, progress: ProgressCallback | None = None) -> Tensor:
@@ -206,6 +218,46 @@ class Engine:
         self._open.vae.check_frames(*array.shape[:3])
         with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
             return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes files: the first rank, or the only one."""
+        return self._team is None or self._team.index == 0
+
+    def _help(self, request: ResolvedRequest, report: ProgressCallback) -> dict[str, Any]:
+        """This rank's part of a video that another one writes."""
+        clock = StageClock(device=self._open.device)
+        passages = self._open.plan(request)
+        with self._memory_errors(request):
+            for _ in self._open.decode(
+                self._equal(self._open.latents(request, clock, report)), passages, clock, report
+            ):
+                raise InternalError("frames came to a rank that does not write")
+        return self._metadata(request, 0, clock)
+
+    def _agreed(self, request: ResolvedRequest) -> ResolvedRequest:
+        """The request, if all ranks were asked the same. Raises RequestError."""
+        if self._team is not None:
+            check_same(self._team, "request", repr(request))
+        return request
+
+    def _equal(self, latents: Tensor) -> Tensor:
+        """Latents, if all ranks have the same."""
+        if self._team is not None:
+            check_equal_latents(self._team, latents)
+        return latents
+
+    def _everywhere(self, parts: Iterator[Frames]) -> Frames:
+        """All frames, on every rank."""
+        if self._team is None:
+            return _whole(parts)
+        mine = list(parts)
+        frames = torch.from_numpy(np.concatenate(mine, axis=1)).to(self._team.device) if mine else None
+        shape = self._team.agree(None if frames is None else list(frames.shape))
+        if frames is None:
+            frames = torch.empty(shape, dtype=torch.uint8, device=self._team.device)
+        whole: Frames = self._team.broadcast(frames).cpu().numpy()
+        return whole
 
     def _memory_errors(self, request: ResolvedRequest) -> AbstractContextManager[None]:
         what = f"{request.num_frames} frames of {request.width}x{request.height} on {self._open.device}"

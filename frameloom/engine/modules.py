@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frameloom.attention.core import choose, cuda_capability
 from frameloom.errors import InternalError
@@ -24,9 +24,15 @@ def fill(
     *,
     keep: Callable[[str], bool] | None = None,
     tied: bool = False,
+    take: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32)."""
-    report = load_module(model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None)
+    """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32).
+
+    `take`: what is kept of each tensor as it is read.
+    """
+    report = load_module(
+        model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None, take=take
+    )
     log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from frameloom.engine.modules import fill, set_attention
+from frameloom.engine.ranks import Ranks, single
 from frameloom.memory.vae import VaePlanner
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
@@ -45,19 +46,27 @@ def load_fast_vae(
     *,
     policy: Policy,
     budget_bytes: int | None = None,
+    ranks: Ranks | None = None,
 ) -> FastVae:
     """The VAE with the rewrites that `policy` allows and that are fastest here; `budget_bytes` None: what is free."""
     vae = load_plain_vae(component, spec, dtype, device)
-    return make_fast(vae, policy=policy, budget_bytes=budget_bytes)
+    return make_fast(vae, policy=policy, budget_bytes=budget_bytes, ranks=ranks)
 
 
-def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None) -> FastVae:
-    """Give a loaded VAE its kernels; it keeps no other form of its weights."""
+def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, ranks: Ranks | None = None) -> FastVae:
+    """Give a loaded VAE its kernels, the same on all ranks; it keeps no other form of its weights."""
     weight = next(vae.parameters())
-    bound = free_memory_bytes(weight.device) // _WINOGRAD_SHARE
-    choices = choose(vae, policy, Tuner(weight.device), winograd_bytes=bound)
+    ranks = ranks or single(weight.device)
+    processes = ranks.sharing_memory
+    bound = ranks.world.everyone.least(free_memory_bytes(weight.device) // _WINOGRAD_SHARE // processes)
+    choices = choose(vae, policy, Tuner(weight.device, agreed=ranks.agreed), winograd_bytes=bound)
     install(vae, choices)
     planner = VaePlanner(
-        spec=vae.spec, dtype=weight.dtype, choices=choices, device=weight.device, budget_bytes=budget_bytes
+        spec=vae.spec,
+        dtype=weight.dtype,
+        choices=choices,
+        device=weight.device,
+        budget_bytes=budget_bytes,
+        processes=processes,
     )
     return FastVae(vae=vae, planner=planner, decisions=choices.decisions)

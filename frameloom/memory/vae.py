@@ -36,13 +36,17 @@ _FRAME_COPIES = 4  # of a chunk's frames that exist while they are rounded to by
 
 @dataclass(frozen=True, kw_only=True)  # no slots: `_twin` is kept
 class VaePlanner:
-    """Finds the fastest way for a picture that fits the budget. `budget_bytes` None: a share of what is free."""
+    """Finds the fastest way for a picture that fits the budget.
+
+    `budget_bytes` None: a share of what is free, where so many `processes` take one each.
+    """
 
     spec: VaeSpec
     dtype: torch.dtype
     choices: VaeChoices
     device: torch.device
     budget_bytes: int | None = None
+    processes: int = 1
 
     def decode(self, shape_BZTHW: tuple[int, ...]) -> Iterator[Passage]:
         """Passages for latents of this shape, the best first; the next ones are for when memory ran out after all.
@@ -149,7 +153,9 @@ class VaePlanner:
     def _budget(self) -> tuple[int, str]:
         if self.budget_bytes is not None:
             return self.budget_bytes, "the budget"
-        return round(_SHARE_OF_FREE * free_memory_bytes(self.device)), "what may be used of the free memory"
+        return round(
+            _SHARE_OF_FREE * free_memory_bytes(self.device)
+        ) // self.processes, "what may be used of the free memory"
 
 
 def _narrower(passage: Passage, rows: int, *, may_shorten: bool) -> Iterator[Passage]:

@@ -51,6 +51,13 @@ class Team:
         """How many ranks."""
         return len(self.ranks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be exchanged."""
+        if self.group is None or dist.get_backend(self.group) == "gloo":
+            return torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         """Send each tensor to the position it is listed under, and fill those of `receives`, all at once.
 
@@ -141,7 +148,7 @@ class Team:
         """Position 0's value on every rank; it is anything that JSON can hold."""
         if self.size == 1:
             return value
-        device = self._device()
+        device = self.device
         text = json.dumps(value).encode()
         length = self.broadcast(torch.tensor([len(text)], device=device))
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device) if self.index == 0 else None
@@ -157,17 +164,13 @@ class Team:
         """The smallest value of all ranks, on every rank."""
         if self.size == 1:
             return value
-        mine = torch.tensor([value], device=self._device())
+        mine = torch.tensor([value], device=self.device)
         return min(int(other) for other in self.collect(mine, [(1,)] * self.size))
 
     def _point(self, operation: Any, x: Tensor, position: int) -> dist.P2POp:
         if not x.is_contiguous():
             raise InternalError(f"a tensor of strides {x.stride()} cannot be exchanged")
         return dist.P2POp(operation, x.view(-1).view(torch.uint8), self.ranks[position], group=self.group)
-
-    def _device(self) -> torch.device:
-        backend = dist.get_backend(self.group)
-        return torch.device("cpu") if backend == "gloo" else torch.get_default_device()
 
 
 ALONE = Team((0,), 0, None)

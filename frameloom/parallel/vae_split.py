@@ -46,13 +46,27 @@ class Share:
     overlaps: bool = True
 
     @classmethod
-    def of(cls, team: Team, height: int, width: int, *, columns: int | None = None, overlaps: bool = True) -> "Share":
-        """For a picture of so many latent cells; `columns` None: the grid that costs least."""
-        down, across = grid(height, width, team.size) if columns is None else (team.size // columns, columns)
+    def of(
+        cls,
+        team: Team,
+        height: int,
+        width: int,
+        *,
+        parts: int | None = None,
+        columns: int | None = None,
+        overlaps: bool = True,
+    ) -> "Share":
+        """For a picture of so many latent cells, over the first `parts` ranks (None: all), in so many columns.
+
+        `columns` None: the grid that costs least. Ranks past the parts are idle.
+        """
+        parts = parts or team.size
+        down, across = grid(height, width, parts) if columns is None else (parts // columns, columns)
         row, column = divmod(team.index, across)
+        spare = -(-team.size // across) - down
         return cls(
             team=team,
-            rows=Axis(bounds=cut(height, down), index=row),
+            rows=Axis(bounds=cut(height, down) + (height,) * spare, index=row),
             columns=Axis(bounds=cut(width, across), index=column),
             overlaps=overlaps,
         )
@@ -86,7 +100,7 @@ class Share:
 
     def __str__(self) -> str:
         def sizes(axis: Axis) -> str:
-            return "+".join(str(len(axis.part(index))) for index in range(axis.num_parts))
+            return "+".join(str(len(axis.part(index))) for index in axis.active())
 
         spare = self.team.size - len(self.active)
         idle = f", {spare} of {self.team.size} ranks idle: there are too few cells" if spare else ""
@@ -178,8 +192,8 @@ class ShardState(BandState):
         own = own[:, :, columns.start : columns.stop]
         own.copy_(q_NLHK.view(own.shape))
         out = attend(among, k_NLHK, v_NLHK)[:, begin : begin + len(rows) * width]
-        out = out.unflatten(1, (len(rows), width))  # type: ignore[no-untyped-call]
-        return out[:, :, columns.start : columns.stop].flatten(1, 2)
+        picture: Tensor = out.unflatten(1, (len(rows), width))  # type: ignore[no-untyped-call]
+        return picture[:, :, columns.start : columns.stop].flatten(1, 2)
 
     def _spans(self, x_BCTHW: Tensor, reach: Reach) -> tuple[list[Span], list[Span]]:
         """What each part reads, along rows and along columns, where a latent cell has become some rows."""
@@ -361,13 +375,13 @@ class SharedPassage(Passage):
     def collect(self, frames: Frames) -> Frames | None:
         """The whole frames (B, T, H, W, 3) on the first rank; they travel as bytes."""
         share = self.share
-        mine = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)
+        mine = torch.from_numpy(frames).to(share.team.device).permute(0, 4, 1, 2, 3)
         scale = _scale(share, mine)  # of use on the first rank alone, which has a part
         shapes = [(*mine.shape[:3], *map(len, share.part_of(p, scale))) for p in range(share.team.size)]
         parts = share.team.give_first(mine, shapes)
         if parts is None:
             return None
-        whole: Frames = assemble(share, dict(enumerate(parts)), scale).permute(0, 2, 3, 4, 1).contiguous().numpy()
+        whole: Frames = assemble(share, dict(enumerate(parts)), scale).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
         return whole
 
     def state(self) -> CausalState:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.models.dit_fast import LoopChoices
-from frameloom.models.encoders import TextEncoder
 from frameloom.models.vae_fast import prepare
-from frameloom.models.vae_state import Passage
+from frameloom.models.vae_state import Frames, Passage
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
 from frameloom.pipeline import stages
-from frameloom.pipeline.stages import Frames
 from frameloom.platform.device import platform_of, synchronise
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler
@@ -73,6 +71,14 @@ class StageClock:
             yield item
 
 
+class EncodesPrompts(Protocol):
+    """A text encoder."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as features (B, S, E)."""
+        ...
+
+
 class StepPlanner(Protocol):
     """Says how the steps of a video are computed."""
 
@@ -95,9 +101,12 @@ class VaePlanner(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WanPipeline:
-    """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise."""
+    """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise.
 
-    text_encoder: TextEncoder
+    `make_predictor`: who predicts under the branches of the guidance.
+    """
+
+    text_encoder: EncodesPrompts
     experts: tuple[WanDiT, ...]
     step_planner: StepPlanner
     vae: WanVAE
@@ -106,6 +115,7 @@ class WanPipeline:
     boundary_ratio: float | None
     expand_timesteps: bool
     device: torch.device
+    make_predictor: stages.MakePredictor = stages.Predictor
 
     @property
     def size_rules(self) -> SizeRules:
@@ -169,7 +179,7 @@ class WanPipeline:
             out = stages.denoise(
                 self.experts,
                 stages.initial_noise(shape, request.seed, self.device),
-                stages.Prompts(text_BSE=text, negative_BSE=negative),
+                stages.Prompts(text_BSE=text, negative_BSE=negative, make_predictor=self.make_predictor),
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,

@@ -1,0 +1,88 @@
+"""What all ranks must take alike, though each could find it for itself: prompts as features, ways of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from frameloom.errors import InternalError, RequestError
+from frameloom.models.dit_fast import LoopChoices
+from frameloom.parallel.team import Team
+
+
+class EncodesPrompts(Protocol):
+    """A text encoder."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as features (B, S, E)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncodedOnce:
+    """The text encoder of the first rank, which alone holds it (None elsewhere): the others get what it returns."""
+
+    team: Team
+    encoder: EncodesPrompts | None
+    device: torch.device
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as features (B, S, E), the same bits on every rank."""
+        text_BSE = None if self.encoder is None else self.encoder.encode_prompts(prompts)
+        known = self.team.agree(None if text_BSE is None else [list(text_BSE.shape), str(text_BSE.dtype)])
+        shape, dtype = known
+        if text_BSE is None:
+            text_BSE = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+        return self.team.broadcast(text_BSE.contiguous())
+
+
+class PlansSteps(Protocol):
+    """Says how the steps of a video are computed."""
+
+    def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
+        """The way, and why."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AgreedSteps:
+    """The first rank's way of a step, on every rank. A batch of both branches that has no memory cannot be taken back
+    by one rank alone, so there is none, unless it was `insisted` on.
+    """
+
+    team: Team
+    planner: PlansSteps
+    insisted: bool
+
+    def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
+        """The way, and why."""
+        choices, why = self.planner.loop(latents_BCTHW, guided=guided)
+        batched, why = self.team.agree([choices.guidance_batched, why])
+        if batched and not self.insisted:
+            batched, why = False, "one branch after the other: several ranks share each"
+        return replace(choices, guidance_batched=batched), why
+
+
+def check_same(team: Team, what: str, value: str) -> None:
+    """Raise RequestError, on every rank, unless all ranks were given the same."""
+    mine = value.encode()
+    length = -team.least(-len(mine))
+    data = torch.zeros(length + 1, dtype=torch.uint8)
+    data[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else 0
+    told = [bytes(x.cpu().numpy()) for x in team.collect(data.to(team.device), [(length + 1,)] * team.size)]
+    different = [team.ranks[index] for index, other in enumerate(told) if other != told[0]]
+    if different:
+        raise RequestError(f"rank {different[0]} was given another {what} than rank 0; start all with the same command")
+
+
+def check_equal_latents(team: Team, latents: Tensor) -> None:
+    """Raise InternalError, on every rank, unless all ranks have the same bits."""
+    words = latents.contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device) % 65521
+    mine = torch.stack((words.sum(), (words * places).sum()))
+    told = team.collect(mine, [(2,)] * team.size)
+    different = [team.ranks[index] for index, other in enumerate(told) if not torch.equal(other, told[0])]
+    if different:
+        raise InternalError(f"rank {different[0]} has other latents than rank 0; ranks need the same kind of device")

@@ -1,0 +1,83 @@
+"""Plans how a picture passes the VAE of several ranks: who has which part, and whether rows are fetched or computed."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from frameloom.errors import RequestError
+from frameloom.models.spec import VaeSpec
+from frameloom.models.vae_state import Passage
+from frameloom.parallel.team import Team
+from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells, widened
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
+Shape = tuple[int, ...]
+
+
+class PlansVae(Protocol):
+    """Says how latents or frames of a shape pass through a single process: the best way first."""
+
+    def decode(self, shape_BZTHW: Shape) -> Iterator[Passage]:
+        """Passages for latents."""
+        ...
+
+    def encode(self, shape_BCTHW: Shape) -> Iterator[Passage]:
+        """Passages for frames."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SharedVaePlanner:
+    """The passage of this rank's part, the same way on all ranks: the first one decides.
+
+    `parts`: ranks that have one. `whole` plans parts that pass in one piece, `bands` those that may pass in bands of
+    rows, which needs a margin instead of neighbours. There is one way and no second: a rank that runs out of memory
+    cannot go on alone.
+    """
+
+    spec: VaeSpec
+    team: Team
+    parts: int
+    whole: PlansVae
+    bands: PlansVae
+    overlaps: bool
+
+    def decode(self, shape_BZTHW: Shape) -> Iterator[Passage]:
+        """Passages for latents. Raises RequestError where memory will not do."""
+        *_, height, width = shape_BZTHW
+        return self._passage(self._share(height, width), shape_BZTHW, encodes=False)
+
+    def encode(self, shape_BCTHW: Shape) -> Iterator[Passage]:
+        """Passages for frames."""
+        *_, height, width = shape_BCTHW
+        scale = self.spec.spatial_scale
+        return self._passage(self._share(height // scale, width // scale), shape_BCTHW, encodes=True)
+
+    def _share(self, height: int, width: int) -> Share:
+        return Share.of(self.team, height, width, parts=self.parts, overlaps=self.overlaps)
+
+    def _passage(self, share: Share, shape: Shape, *, encodes: bool) -> Iterator[Passage]:
+        steps, rows, margin, last = self.team.first(lambda: self._way(share, shape, encodes=encodes))
+        passage = SharedPassage(steps=steps, rows=rows, channels_last=last, share=share, margin=margin, encodes=encodes)
+        log.info("the VAE over %d ranks: %s", self.parts, passage)
+        return iter([passage])
+
+    def _way(self, share: Share, shape: Shape, *, encodes: bool) -> tuple[int, int | None, int | None, bool]:
+        """Frames at a time, rows per band, margin, and the memory order."""
+        cell = self.spec.spatial_scale if encodes else 1
+        try:
+            found = self._plan(self.whole, share.largest, shape, cell)
+            return found.steps, None, None, found.channels_last
+        except RequestError as error:
+            log.info("%s; so each rank computes in bands what it would fetch", error)
+        margin = margin_cells(self.spec, encodes=encodes)
+        around = len(widened(share.rows, margin)), len(widened(share.columns, margin))
+        found = self._plan(self.bands, around, shape, cell)
+        return found.steps, found.rows, margin, found.channels_last
+
+    @staticmethod
+    def _plan(planner: PlansVae, cells: tuple[int, int], shape: Shape, cell: int) -> Passage:
+        part = (*shape[:3], cells[0] * cell, cells[1] * cell)
+        return next(planner.encode(part) if cell > 1 else planner.decode(part))
