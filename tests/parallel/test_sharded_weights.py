@@ -17,6 +17,7 @@ from frameloom.models.umt5 import Umt5Encoder, Umt5Spec
 from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.dit_ops import Ops
 from frameloom.ops.registry import Policy, make_policy
+from frameloom.parallel.sequence import SequenceParallel
 from frameloom.parallel.weights import (
     REFUSED,
     bytes_at_rest,
@@ -56,8 +57,7 @@ def compares(world, dtype):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.bfloat16), (4, torch.float32)])
 def test_the_bits_are_those_of_whole_weights(count: int, dtype: torch.dtype) -> None:
     assert run_ranks(count, compares, dtype) == [[True] * 2 * (len(CASES) + 1)] * count
 
@@ -204,6 +204,24 @@ def test_some_ranks_of_many_may_share() -> None:
     first, *others = run_ranks(4, pairs)
     assert first[0]
     assert others == [first] * 3
+
+
+@torch.inference_mode()
+def compares_with_divided_tokens(world):
+    sequence = SequenceParallel(ulysses=world.divide([(0, 1), (2, 3)]), ring=world.divide([(0, 2), (1, 3)]))
+    results = []
+    for divides_weights in (False, True):
+        dit = random_dit(CASES["image"].spec)
+        if divides_weights:
+            shard_dit(dit, world.everyone, CPU)
+        sequence.install(dit)
+        results.append(digest(predictions(dit, CASES["image"])))
+    return results
+
+
+def test_tokens_may_be_divided_as_well() -> None:
+    for whole, shared in run_ranks(4, compares_with_divided_tokens):
+        assert whole == shared
 
 
 def test_rewrites_that_hold_weights_in_another_form_are_off(tmp_path) -> None:

@@ -17,6 +17,7 @@ from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import FrameTimes, RMSNorm, WanDiT
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.registry import BF16_SLACK, relative_error
+from frameloom.parallel.sequence import SequenceParallel
 from frameloom.parallel.team import Team
 from frameloom.parallel.tensor import check_tensor_plan, divide, join, own_part
 from frameloom.weights.load import load_module
@@ -127,7 +128,8 @@ def errors(world):
     for name, case in CASES.items():
         whole = random_dit(case.spec)
         expected = predictions(whole, case)
-        for way, choices in (("plain", PLAIN), ("pieces", in_pieces_choices()), ("fast", fast_choices())):
+        pieces = {"pieces": in_pieces_choices()} if name == "batch" else {}
+        for way, choices in {"plain": PLAIN, "fast": fast_choices(), **pieces}.items():
             got = predictions(divided(whole, world.everyone, choices), case)
             found[name, way] = relative_error(got, expected), digest(got)
     return found
@@ -175,6 +177,25 @@ def errors_of_pairs(world):
 
 def test_pairs_of_ranks_share_networks_of_their_own() -> None:
     assert max(run_ranks(4, errors_of_pairs)) <= 1e-5
+
+
+@torch.inference_mode()
+def errors_with_divided_tokens(world):
+    case = CASES["image"]
+    whole = random_dit(case.spec)
+    expected = predictions(whole, case)
+    across, alone = world.divide([(0, 2), (1, 3)]), world.divide([(rank,) for rank in range(4)])
+    found = []
+    for ulysses, ring in ((across, alone), (alone, across)):
+        dit = divided(whole, world.divide([(0, 1), (2, 3)]), fast_choices())
+        SequenceParallel(ulysses=ulysses, ring=ring).install(dit)
+        found.append(relative_error(predictions(dit, case), expected))
+    return found
+
+
+def test_tokens_may_be_divided_as_well() -> None:
+    for found in run_ranks(4, errors_with_divided_tokens):
+        assert max(found) <= 1e-5
 
 
 def norms_of_own_heads(dit):
