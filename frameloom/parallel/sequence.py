@@ -24,9 +24,7 @@ from frameloom.parallel.team import Team
 from frameloom.platform.base import first_line
 from frameloom.platform.device import is_memory_error
 
-_WORTH_HIDING_BYTES = (
-    1 << 23
-)  # of queries, keys and values of a rank; 0.3 ms at 25 GB/s, many times a message's latency
+WORTH_HIDING_BYTES = 1 << 23  # queries, keys and values of a rank: 0.3 ms at 25 GB/s, many times a latency
 
 
 def check_heads(num_heads: int, ulysses: int) -> None:
@@ -67,12 +65,14 @@ class SequenceParallel:
     """Ranks in `ring` places of `ulysses` each: this one's two teams, and how they attend together.
 
     Inside a place every rank attends for some of the heads, by the network's own backend. Around the ring keys and
-    values travel while each rank attends to those it has, by the kernels of attention/blockwise.py.
+    values travel while each rank attends to those it has, by the kernels of attention/blockwise.py. From
+    `worth_hiding_bytes` on, Ulysses sends some heads while it attends for others.
     """
 
-    def __init__(self, *, ulysses: Team, ring: Team) -> None:
+    def __init__(self, *, ulysses: Team, ring: Team, worth_hiding_bytes: int = WORTH_HIDING_BYTES) -> None:
         self.ulysses = ulysses
         self.ring = ring
+        self.worth_hiding_bytes = worth_hiding_bytes
         self._shares: Shares | None = None  # of the tokens under way
 
     def install(self, dit: WanDiT) -> None:
@@ -124,8 +124,14 @@ class SequenceParallel:
         if self.ulysses.size == 1:
             return inner(*qkv_BLHK)
         lengths = [shares.num_frames * width for width in shares.widths[self.ring.index]]
-        pieces = _pieces(qkv_BLHK[0], self.ulysses.size, sum(lengths))
+        pieces = self._pieces(qkv_BLHK[0], sum(lengths))
         return attend_by_heads(inner, qkv_BLHK, team=self.ulysses, lengths=lengths, pieces=pieces)
+
+    def _pieces(self, q_BLHK: Tensor, num_tokens: int) -> int:
+        """In how many the heads are sent: the same on all ranks of the team."""
+        batch, _, num_heads, head_dim = q_BLHK.shape
+        sent_bytes = 3 * batch * num_tokens * num_heads * head_dim * q_BLHK.element_size() // self.ulysses.size
+        return 2 if sent_bytes >= self.worth_hiding_bytes and num_heads >= 2 * self.ulysses.size else 1
 
     def _gathered(self, cells_BLP: Tensor, shares: Shares) -> Tensor:
         """Every token's cells, in order, on every rank."""
@@ -215,13 +221,6 @@ def _tokens_of(tokens: Tokens, span: slice) -> Tokens:
 def _of_every_frame(x: Tensor, num_frames: int, span: slice, *, dim: int) -> Tensor:
     frames = x.reshape(*x.shape[:dim], num_frames, -1, *x.shape[dim + 1 :])
     return frames.narrow(dim + 1, span.start, span.stop - span.start).flatten(dim, dim + 1)
-
-
-def _pieces(q_BLHK: Tensor, num_ranks: int, num_tokens: int) -> int:
-    """Two where there is enough to send that it is worth hiding; the same on all ranks."""
-    batch, _, num_heads, head_dim = q_BLHK.shape
-    sent_bytes = 3 * batch * num_tokens * num_heads * head_dim * q_BLHK.element_size()
-    return 2 if sent_bytes // num_ranks >= _WORTH_HIDING_BYTES and num_heads >= 2 * num_ranks else 1
 
 
 def _heads(num_heads: int, team: Team) -> list[int]:

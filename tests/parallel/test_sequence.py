@@ -24,9 +24,10 @@ HEADS, HEAD_DIM, LAYERS = 5, 16, 2
 GRID = (3, 5, 7)  # 35 tokens of a frame, which divide by none of the ranks, as the 5 heads
 
 
-def sequence(world, ring: int, ulysses: int) -> SequenceParallel:
+def sequence(world, ring: int, ulysses: int, **options) -> SequenceParallel:
     places = [tuple(range(r * ulysses, (r + 1) * ulysses)) for r in range(ring)]
-    return SequenceParallel(ulysses=world.divide(places), ring=world.divide(list(zip(*places, strict=True))))
+    teams = {"ulysses": world.divide(places), "ring": world.divide(list(zip(*places, strict=True)))}
+    return SequenceParallel(**teams, **options)
 
 
 def random_dit(seed: int = 0, **changes) -> WanDiT:
@@ -156,6 +157,24 @@ def test_every_rank_has_the_velocity_of_one(ring: int, ulysses: int) -> None:
     first, *others = run_ranks(ring * ulysses, all_scenes, ring, ulysses)
     assert {name: error for name, (error, _) in first.items() if not error <= ROUNDING_FP32} == {}
     assert all(other == first for other in others)
+
+
+@torch.inference_mode()
+def hidden_and_not(world, ring, ulysses):
+    """Whether the bits are the same where heads are sent while others are attended to; and the bytes of both ways."""
+    found = []
+    for worth_hiding_bytes in (0, 1 << 40):
+        dit = random_dit()
+        sequence(world, ring, ulysses, worth_hiding_bytes=worth_hiding_bytes).install(dit)
+        before = world.sent_bytes
+        found.append((digest(two_branches(dit)), world.sent_bytes - before))
+    return found
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 2)])
+def test_sending_behind_the_computation_changes_nothing(ring: int, ulysses: int) -> None:
+    for hidden, plain in run_ranks(ring * ulysses, hidden_and_not, ring, ulysses):
+        assert hidden == plain
 
 
 @torch.inference_mode()
