@@ -40,7 +40,7 @@ class PointwiseConv:
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
         """(B, C, T, H, W) -> (B, O, T - Kt + 1, H, W)."""
-        last = x_BCTHW.permute(0, 2, 3, 4, 1)
+        last = x_BCTHW.permute(0, 2, 3, 4, 1).contiguous()  # else torch takes another way, with other bits
         frames = last.shape[1] - self.taps + 1
         if self.taps > 1:
             last = torch.cat([last[:, k : k + frames] for k in range(self.taps)], dim=-1)
