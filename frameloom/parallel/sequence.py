@@ -95,13 +95,13 @@ class SequenceParallel:
         self._shares = shares
         try:
             cells = compute(_tokens_of(tokens, borrowed if span.start == span.stop else span), prompts)
+            return [self._gathered(cells_BLP, shares) for cells_BLP in cells]
         except (MemoryError, RuntimeError) as error:
             if not is_memory_error(error):
                 raise
             raise self._out_of_memory(error) from error
         finally:
             self._shares = None
-        return [self._gathered(cells_BLP, shares) for cells_BLP in cells]
 
     def _attend(
         self, inner: Attend, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, bias_BS: Tensor | None = None, /
