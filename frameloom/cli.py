@@ -427,6 +427,7 @@ class _Ended(SystemExit):
 
 
 def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the tidying
     raise _Ended(Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written"))
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Final, Self
 
 BEAT_S: Final = 0.5
-TIDY_S: Final = 1.5  # a rank that lost its launcher may use these to remove what it had begun to write
+TIDY_S: Final = 2.0  # a rank that lost its launcher may use these to remove what it had begun to write
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_TRACE: Final = 20_000  # characters; a pipe holds 65,536 bytes, and the end must never wait for a reader
 
@@ -69,6 +69,8 @@ class Heart:
         os.set_inheritable(self._fd, False)
         # The kernel ends a rank that hangs with its launcher. One that must tidy up it only wakes, were it stopped.
         _when_parent_dies(signal.SIGCONT if self._tidies else signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self._send(b"\n")
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
     def tell(self, ending: Ending) -> None:
@@ -90,7 +92,8 @@ class Heart:
 
     def _end(self) -> None:
         if self._tidies:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # Sent to the process, a thread of torch's might take it, and the main thread would sleep on.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             time.sleep(TIDY_S)
         if os.getpgrp() == os.getpid():  # a group of its own: what this process started ends with it
             os.killpg(os.getpid(), signal.SIGKILL)

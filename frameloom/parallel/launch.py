@@ -28,13 +28,14 @@ MAX_RANKS: Final = 64
 """More processes on one machine are likelier a mistyped digit than a wish."""
 
 _LOOK_S: Final = 0.2
+_START_S: Final = 60.0  # until the first beat
 _QUIET_S: Final = 3.0 if sys.platform == "linux" else 30.0  # elsewhere an import may hold the interpreter for seconds
 _WORK: Final = 20  # 1/100 s of computing, or pages from a disk; a thread that waits for Python's lock takes some, too
 _STOPPED_S: Final = 1.0
 _SETTLE_S: Final = 0.3  # whoever fails with the first is heard, too
 _LOST_SETTLE_S: Final = 1.5  # a rank that lost another may speak before that one
 _TERM_S: Final = 0.2
-_TIDY_S: Final = 3.0  # for rank 0, to remove what it had begun to write
+_TIDY_S: Final = 2.5  # for rank 0, to remove what it had begun to write; its heart gives it a little less
 _HOLD_S: Final = 1.0  # a line waits so long for rank 0 to say the same
 _OTHERS: Final = "the other ranks were ended"
 
@@ -50,8 +51,9 @@ class Outcome:
 def run_ranks(command: Sequence[str], count: int, *, say: Callable[[str], object]) -> Outcome:
     """Run `command` as `count` ranks of one machine and wait for all to end; `say` gets the text of their errors.
 
-    Rank 0 has this process's standard output, the others have none. If a rank fails, dies, is stopped or hangs, all are
-    ended. An exception here, KeyboardInterrupt among them, ends them too. Raises RequestError if the port is taken.
+    What is run starts a Heart (heart.py) with the descriptor that `settings.launched` names. Rank 0 has this process's
+    standard output, the others have none. If a rank fails, dies, is stopped or hangs, all are ended. An exception here,
+    KeyboardInterrupt among them, ends them too. Raises RequestError if the port is taken.
     """
     with _listening(master_port()) as store:
         run = _Run(count, say)
@@ -105,6 +107,8 @@ class _Rank:
 
     number: int
     process: subprocess.Popen[bytes]
+    heart: int
+    errors: int
     alive_at: float
     work: int = 0
     stopped_at: float | None = None
@@ -154,7 +158,7 @@ class _Rank:
             return
         state, work = _kernel_says(self.process.pid)
         if state in ("R", "D") or work >= self.work + _WORK:
-            self.alive_at, self.work = now, work
+            self.alive_at, self.work = max(now, self.alive_at), work
         self.stopped_at = (self.stopped_at or now) if state == "T" else None
         if self.stopped_at is not None and now - self.stopped_at > _STOPPED_S:
             self._fail(Ending(code=1, message=f"rank {self.number} was stopped (SIGSTOP); {_OTHERS}"))
@@ -255,7 +259,7 @@ class _Run:
         finally:
             os.close(its_heart)
             os.close(its_errors)
-        rank = _Rank(number, process, alive_at=time.monotonic())
+        rank = _Rank(number, process, heart, errors, alive_at=time.monotonic() + _START_S)
         self._ranks.append(rank)
         self._pipes.register(heart, selectors.EVENT_READ, rank.hear)
         self._pipes.register(errors, selectors.EVENT_READ, partial(self._voices.hear, number))
@@ -280,6 +284,7 @@ class _Run:
         self._listen(0)
         self._voices.finish()  # what a rank says on its way out is no news
         for rank in self._ranks:
+            self._close(rank.heart)  # which the heart of a rank takes for the end of the launcher, and ends its rank
             rank.signal(signal.SIGTERM, signal.SIGCONT)
         self._await(self._ranks, _TERM_S)
         for rank in self._ranks[1:]:
@@ -287,8 +292,8 @@ class _Run:
         self._await(self._ranks[:1], _TIDY_S)
         for rank in self._ranks:
             rank.reap()
-        for key in list(self._pipes.get_map().values()):
-            self._close(key.fd)
+        for rank in self._ranks:
+            self._close(rank.errors)
         self._pipes.close()
 
     def _await(self, ranks: Sequence[_Rank], patience_s: float) -> None:
@@ -308,8 +313,9 @@ class _Run:
         self._voices.tell()
 
     def _close(self, pipe: int) -> None:
-        self._pipes.unregister(pipe)
-        os.close(pipe)
+        if pipe in self._pipes.get_map():
+            self._pipes.unregister(pipe)
+            os.close(pipe)
 
     @staticmethod
     def _settled(failed: Sequence[_Rank]) -> bool:

@@ -29,6 +29,10 @@ def end(**words):
     heart.tell(Ending(**words))
     os._exit(words["code"])
 
+def terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
 """
 LAUNCHER = """
 import sys
@@ -166,7 +170,7 @@ if place.rank == 0:
     door.bind(ours); door.listen()
     peer = door.accept()[0]
     open(theirs, "w").close()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, terminate)
     try:
         peer.send(b"!"); peer.recv(1)
         raise ConnectionError("closed by peer")
@@ -213,7 +217,7 @@ def test_no_rank_outlives_its_launcher(number: signal.Signals, notes: Path) -> N
 def test_rank_0_tidies_up_when_the_launcher_is_killed(stopped: bool, notes: Path) -> None:
     program = NOTE + (
         "partial = os.path.join(sys.argv[1], 'partial')\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "signal.signal(signal.SIGTERM, terminate)\n"
         "open(partial, 'w').close()\n"
         "try: time.sleep(60)\n"
         "finally: os.path.exists(partial) and os.remove(partial)"

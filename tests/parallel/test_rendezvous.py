@@ -99,7 +99,7 @@ try:
     print(world.size, total.tolist(), file=sys.stderr)
     ending = Ending(code=0)
 except Exception as error:
-    ending = cli._rank_ending(error, place)
+    ending = cli._rank_ending(error)
 cli._end_rank(ending, place, heart)
 """
 
