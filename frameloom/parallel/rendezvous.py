@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented, not exported
 
 from frameloom.errors import RequestError
+from frameloom.parallel.agreement import check_same
 from frameloom.parallel.team import World
 from frameloom.platform.base import Platform
 from frameloom.platform.device import choose_device, platform_of
@@ -63,13 +64,19 @@ def join(place: Launched, *, device: torch.device, facts: Mapping[str, str], tim
     """Meet the other ranks, compare `facts` (versions, model, request) and make the group that exchanges tensors.
 
     Raises RequestError on every rank, with one sentence, where ranks are missing after `timeout_s` or disagree; and on
-    those that cannot reach the store. ConnectionError: rank 0 ended before all had met.
+    those that cannot reach the store. ConnectionError: rank 0 ended before all had met. Ranks that have met before
+    compare their facts only.
     """
     if place.world_size == 1:
         return World(0, 1)
+    if dist.is_initialized():
+        world = World(dist.get_rank(), dist.get_world_size())
+        for name, value in sorted(facts.items()):
+            check_same(world.everyone, name, value)
+        return world
     backend = _backend(platform_of(device))
     with _lost_words(place):
-        store = _meet(place, facts, timeout_s)
+        store = meet(place, facts, timeout_s)
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
         dist.init_process_group(
@@ -107,8 +114,8 @@ def _lost_words(place: Launched) -> Iterator[None]:
         raise ConnectionError(f"the store at {where} went away before all {place.world_size} ranks had met") from error
 
 
-def _meet(place: Launched, facts: Mapping[str, str], timeout_s: float) -> Store:
-    """The store, once all ranks are here and agree."""
+def meet(place: Launched, facts: Mapping[str, str], timeout_s: float) -> Store:
+    """The store, once all ranks are here and agree. Raises RequestError as `join` does."""
     until = time.monotonic() + timeout_s
     store = PrefixStore(f"frameloom/{place.attempt}", _open_store(place, timeout_s))
     store.set(_here(place.rank), json.dumps(dict(facts)))

@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from frameloom.errors import RequestError
 from frameloom.parallel import launch
-from frameloom.parallel.rendezvous import choose_local_device, join
+from frameloom.parallel.rendezvous import choose_local_device, join, meet
 from frameloom.settings import LOOPBACK, Launched
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def place(rank: int, world_size: int, port: int) -> Launched:
 
 def refused(world, world_size: int, port: int, facts, timeout_s: float) -> str:
     with pytest.raises(RequestError) as error:
-        join(place(world.rank, world_size, port), device=CPU, facts=facts[world.rank], timeout_s=timeout_s)
+        meet(place(world.rank, world_size, port), facts[world.rank], timeout_s)
     return str(error.value)
 
 
