@@ -144,8 +144,9 @@ def _choose_packed(dit: WanDiT, policy: Policy, tuner: Tuner) -> Mapping[Rewrite
     for rewrite, makers in ways.items():
         refusal = policy.refuses(rewrite) or refuses_packed(linear.weight)
         if refusal is None and not policy.insists(rewrite):
+            first = linear.weight if rewrite is LINEAR_PACKED else feed.weights[0]
             key = f"{rewrite.name} {tuple(feed.weights[0].shape)} {linear.weight.dtype}"
-            prepare = functools.partial(_runs, linear.weight, makers)
+            prepare = functools.partial(_runs, first, makers)
             refusal = "slower here" if tuner.best(key, tuple(makers), prepare) == _PLAIN else None
         refusals[rewrite] = refusal
     tuner.save()

@@ -23,7 +23,6 @@ from frameloom.attention.core import Attend
 from frameloom.errors import InternalError
 from frameloom.platform.allocator import empty
 
-
 Frames = npt.NDArray[np.uint8]
 
 

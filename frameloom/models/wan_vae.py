@@ -24,7 +24,6 @@ from frameloom.models.vae_blocks import (
 )
 from frameloom.models.vae_state import CausalState, Passage
 
-
 _PLAINLY = Passage(buffers=False)
 
 

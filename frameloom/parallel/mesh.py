@@ -36,8 +36,8 @@ class Mesh:
 
 def check_plan(plan: ParallelPlan, spec: TransformerSpec) -> None:
     """Raise RequestError where a transformer cannot be divided so."""
-    check_heads(spec.num_attention_heads, plan.ulysses)
     check_tensor_plan(spec, plan.tp)
+    check_heads(spec.num_attention_heads // plan.tp, plan.ulysses)
     check_sharded_plan(plan)
 
 

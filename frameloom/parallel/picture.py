@@ -11,6 +11,8 @@ _UNITS = (4, 2)  # latent cells: Winograd's tiles of the smallest picture lie wh
 _UNEVEN = 1.1  # the largest part may grow by that much for it
 _CROP_COLUMNS = 1.5  # latent columns that a cut between columns costs: computed, and thrown away
 _HALO = 0.5  # of a cell's computation: what it costs to fetch one
+_LEAST_COLUMNS = 8  # latent columns that a part keeps, where there are several side by side
+_WORTH = 0.9  # of the cost in rows alone that a grid may have: in rows more kernels give the bits of the whole picture
 
 
 def cut(cells: int, parts: int) -> tuple[int, ...]:
@@ -26,12 +28,18 @@ def cut(cells: int, parts: int) -> tuple[int, ...]:
 
 
 def grid(height: int, width: int, parts: int) -> tuple[int, int]:
-    """Parts along rows and along columns, for a picture of so many latent cells: the one that costs least.
+    """Parts along rows and along columns, for a picture of so many latent cells: rows, unless a grid costs less.
 
-    A cost is the largest part's cells and what it fetches; the parts that are empty are counted as lost.
+    A cost is the largest part's cells and what it fetches.
     """
-    shapes = [(rows, parts // rows) for rows in range(1, parts + 1) if parts % rows == 0]
-    return min(shapes, key=lambda shape: _cost(height, width, *shape))
+    in_rows = parts, 1
+    grids = [
+        (rows, parts // rows)
+        for rows in range(1, parts)
+        if parts % rows == 0 and width // (parts // rows) >= _LEAST_COLUMNS
+    ]
+    best = min([in_rows, *grids], key=lambda shape: _cost(height, width, *shape))
+    return best if _cost(height, width, *best) <= _WORTH * _cost(height, width, *in_rows) else in_rows
 
 
 def _cost(height: int, width: int, rows: int, columns: int) -> float:

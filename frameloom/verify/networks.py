@@ -14,7 +14,7 @@ from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.wan_dit import FrameTimes, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import ROUNDING_FP32, Policy
-from frameloom.pipeline.stages import PLAINLY, Predictor
+from frameloom.pipeline.stages import PLAINLY, MakePredictor, Predictor
 from frameloom.platform.device import free_memory_bytes, timed
 from frameloom.verify.finding import Errors, Finding
 from frameloom.weights.source import Component
@@ -28,7 +28,7 @@ _WAYS = (  # latent frames at a time, and rows per band
     ("bands of 5 rows", 1, 5),
     ("bands of 1 row", 3, 1),
 )
-_PROMISE = f"relative error <= {ROUNDING_FP32:g}"
+PROMISE_FP32 = f"relative error <= {ROUNDING_FP32:g}"
 _PATCHES = (3, 5, 4)  # frames, rows and columns of tokens that a transformer is tried on
 _TEXT_TOKENS, _WORDS, _IMAGE_TOKENS = 512, (20, 5), 257
 _TIMESTEP = 500.0
@@ -52,12 +52,10 @@ def verify_networks(parts: Mapping[str, Component], name: str, device: torch.dev
 def _verify_transformer(component: Component, name: str, device: torch.device) -> Iterator[Finding]:
     """Its prediction, plain and then fast: one copy of the weights is there at a time."""
     spec = TransformerSpec.from_config(component.config, where=str(component.folder / "config.json"))
-    needed, free = 4 * component.num_parameters, free_memory_bytes(device)
-    if needed > free:
-        note = f"in float32 its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        yield Finding(name=name, what="one prompt", promise=_PROMISE, note=note)
+    if note := lack_of_memory(component, free_memory_bytes(device)):
+        yield Finding(name=name, what="one prompt", promise=PROMISE_FP32, note=note)
         return
-    trial = _Trial.of(spec, device)
+    trial = Trial.of(spec, device)
     expected = _references(trial, load_plain_dit(component, spec, torch.float32, device))
     fast = load_fast_dit(component, spec, torch.float32, device, policy=Policy())
     for what, way, compute in trial.fast(fast.dit, fast.choices.loop):
@@ -65,7 +63,15 @@ def _verify_transformer(component: Component, name: str, device: torch.device) -
         yield _compare(f"{name}, {what}, {way}", way, compute, reference, seconds)
 
 
-def _references(trial: "_Trial", dit: WanDiT) -> dict[str, tuple[Tensor, float]]:
+def lack_of_memory(component: Component, free: int) -> str | None:
+    """Why a network cannot be compared in float32 with so many bytes free, or None."""
+    needed = 4 * component.num_parameters
+    if needed <= free:
+        return None
+    return f"in float32 its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
+def _references(trial: "Trial", dit: WanDiT) -> dict[str, tuple[Tensor, float]]:
     """What the plain network computes, and in how many seconds."""
     ways = trial.plain(dit)
     return {what: (compute(), timed(compute, trial.x_BCTHW.device)) for what, compute in ways.items()}
@@ -74,7 +80,7 @@ def _references(trial: "_Trial", dit: WanDiT) -> dict[str, tuple[Tensor, float]]
 @torch.inference_mode()
 def verify_vae(plain: WanVAE, fast: FastVae, name: str) -> Iterator[Finding]:
     """The VAE with its kernels against the plain one: whole pictures, chunks of frames, bands of rows, both ways."""
-    z, x = _latents_and_frames(plain)
+    z, x = latents_and_frames(plain)
     for direction, data in (("decode", z), ("encode", x)):
         reference = functools.partial(getattr(plain, direction), data)
         expected, seconds = reference(), timed(reference, z.device)
@@ -89,7 +95,7 @@ def _compare(name: str, what: str, compute: Compute, reference: Tensor, referenc
     return Finding(
         name=name,
         what=what,
-        promise=_PROMISE,
+        promise=PROMISE_FP32,
         max_abs=error.max_abs,
         relative=error.relative,
         psnr_db=error.psnr_db,
@@ -99,7 +105,7 @@ def _compare(name: str, what: str, compute: Compute, reference: Tensor, referenc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Trial:
+class Trial:
     """Random input of a transformer: latents, their timestep, two prompts that zeros fill up, and an image if it asks.
 
     `frame_times`: the first frame is given, as an image would be.
@@ -112,7 +118,7 @@ class _Trial:
     image_BNE: Tensor | None
 
     @classmethod
-    def of(cls, spec: TransformerSpec, device: torch.device) -> "_Trial":
+    def of(cls, spec: TransformerSpec, device: torch.device) -> "Trial":
         """The same numbers on every machine."""
         generator = torch.Generator().manual_seed(0)
 
@@ -149,28 +155,30 @@ class _Trial:
             "a given frame": lambda: dit(x, times_BL, first),
         }
 
-    def fast(self, dit: WanDiT, loop: LoopChoices) -> Iterator[tuple[str, str, Compute]]:
+    def fast(
+        self, dit: WanDiT, loop: LoopChoices, make_predictor: MakePredictor = Predictor
+    ) -> Iterator[tuple[str, str, Compute]]:
         """The same by the ways of `loop`: what is asked, in which way, and how it is computed."""
         first, x, t = self.texts[0], self.x_BCTHW, self.timestep_B
         if self.image_BNE is not None:
             yield "a prompt and an image", "as chosen here", lambda: dit(x, t, first, self.image_BNE)
             return
         yield "one prompt", "as chosen here", lambda: dit(x, t, first)
-        in_turn = Predictor(self.texts, replace(loop, guidance_batched=False))
+        in_turn = make_predictor(self.texts, replace(loop, guidance_batched=False))
         yield "guidance", "one branch after the other", lambda: torch.cat(in_turn(dit, x, t))
         if loop.guidance_batched:
-            batched = Predictor(self.texts, loop)
+            batched = make_predictor(self.texts, loop)
             yield "guidance", "both branches in one batch", lambda: torch.cat(batched(dit, x, t))
         if loop.distinct_timesteps:
             yield "a given frame", "two timesteps embedded", lambda: dit(x, self.frame_times, first)
 
 
-def _latents_and_frames(vae: WanVAE) -> tuple[Tensor, Tensor]:
-    """Random ones of one size."""
+def latents_and_frames(vae: WanVAE, size: tuple[int, int, int] = _LATENTS) -> tuple[Tensor, Tensor]:
+    """Random ones of so many latent frames, rows and columns: z_BZTHW and x_BCTHW."""
     spec, weight = vae.spec, next(vae.parameters())
-    frames, rows, columns = _LATENTS
+    frames, rows, columns = size
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(1, spec.z_dim, frames, rows, columns, generator=generator)
-    size = (1 + spec.temporal_scale * (frames - 1), spec.spatial_scale * rows, spec.spatial_scale * columns)
-    x = torch.rand(1, 3, *size, generator=generator) * 2 - 1
+    pixels = (1 + spec.temporal_scale * (frames - 1), spec.spatial_scale * rows, spec.spatial_scale * columns)
+    x = torch.rand(1, 3, *pixels, generator=generator) * 2 - 1
     return z.to(weight), x.to(weight)

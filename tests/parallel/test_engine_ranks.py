@@ -1,0 +1,175 @@
+"""Whole engines on several ranks: one video, the one that a single process makes."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankError, run_ranks
+
+import frameloom
+from frameloom.errors import RequestError
+from frameloom.ops.registry import relative_error
+
+SMALL = {"width": 32, "height": 96, "num_frames": 9, "steps": 3, "seed": 5}
+
+
+@contextlib.contextmanager
+def as_ranks(world, cache):
+    """Frameloom in here takes this process for one of those that torchrun started; and without, for a single one."""
+    place = {
+        "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.rank, "LOCAL_WORLD_SIZE": world.size,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "FRAMELOOM_CACHE": cache,
+    }  # fmt: skip
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def load(world, model, cache, **options):
+    """An engine of all ranks."""
+    with as_ranks(world, cache):
+        return frameloom.load(model, device="cpu", **options)
+
+
+def sha_of_decoded(world, model, cache, dtype, sizes, folder):
+    """Of the file of each size, by all ranks and by one."""
+    engine = load(world, model, cache, dtype=dtype)
+    found = []
+    for frames, height, width in sizes:
+        channels = engine._pipeline.vae.spec.z_dim
+        z = torch.randn(1, channels, frames, height, width, generator=torch.Generator().manual_seed(7))
+        found.append(sha(engine.decode(z), Path(folder) / f"{world.rank}.mp4"))
+    return found
+
+
+def sha(frames: np.ndarray, path: Path) -> str:
+    frameloom.Video(frames=frames, fps=16).save(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, "per-token timesteps"], ids=["built-in 2.1", "small 2.2"])
+def test_decoded_files_are_the_same_bytes(kind, dtype: str, checkpoint_of, tmp_path) -> None:
+    """Heights that do not divide, and fewer rows than ranks."""
+    model = None if kind is None else str(checkpoint_of(kind))
+    sizes = [(3, 7, 9), (2, 2, 11), (3, 8, 8), (2, 15, 4)]
+    cache = os.environ["FRAMELOOM_CACHE"]
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a rank: choices are kept for each number of threads
+    try:
+        with frameloom.load(model, device="cpu", dtype=dtype) as engine:
+            channels = engine._pipeline.vae.spec.z_dim
+            expected = []
+            for size in sizes:
+                z = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(7))
+                expected.append(sha(engine.decode(z), tmp_path / "one.mp4"))
+    finally:
+        torch.set_num_threads(kept)
+    for count in (2, 3, 4):
+        for found in run_ranks(count, sha_of_decoded, model, cache, dtype, sizes, str(tmp_path)):
+            assert found == expected, count
+
+
+def errors_of_plans(world, model, cache, plans):
+    """Latents and frames of each plan against one process: relative error, and levels apart; and encoded again."""
+    with frameloom.load(model, device="cpu") as alone:
+        expected = alone.generate("a red circle", output="latents", **SMALL)
+        frames = alone.decode(expected)
+        encoded = alone.encode(frames)
+    found = {}
+    for plan in plans:
+        with load(world, model, cache, parallel=plan) as engine:
+            latents = engine.generate("a red circle", output="latents", **SMALL)
+            apart = np.abs(engine.decode(expected).astype(int) - frames).max()
+            found[plan] = (
+                relative_error(latents, expected),
+                int(apart),
+                relative_error(engine.encode(frames), encoded),
+            )
+    return found
+
+
+PLANS = {
+    2: ["auto", "cfg=2", "ulysses=2", "ring=2", "tp=2", "ulysses=2,fsdp=2", "cfg=2,vae=1"],
+    4: [
+        "auto",
+        "cfg=2,tp=2",
+        "cfg=2,ulysses=2",
+        "ulysses=2,ring=2",
+        "ring=2,tp=2",
+        "cfg=2,ring=2,fsdp=4",
+        "ring=4,vae=3",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["one expert", "two experts", "per-token timesteps"])
+@pytest.mark.parametrize("count", PLANS)
+def test_every_plan_makes_the_video_of_one_process(count: int, kind, checkpoint_of) -> None:
+    for found in run_ranks(
+        count, errors_of_plans, str(checkpoint_of(kind)), os.environ["FRAMELOOM_CACHE"], PLANS[count]
+    ):
+        for plan, (of_latents, levels, of_encoded) in found.items():
+            assert of_latents <= 1e-5, plan
+            assert levels <= 1, plan
+            assert of_encoded <= 1e-5, plan
+
+
+def batch(world, cache):
+    prompts = ["a red circle", "a blue star"]
+    small = {**SMALL, "width": 32, "height": 32}
+    with frameloom.load(device="cpu") as alone:
+        expected = [video.frames for video in alone.generate(prompts, **small)]
+    with load(world, None, cache, parallel="ulysses=2") as engine:
+        made = [video.frames for video in engine.generate(prompts, **small)]
+    return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(made, expected, strict=True))
+
+
+def test_several_prompts_on_several_ranks() -> None:
+    assert max(run_ranks(2, batch, os.environ["FRAMELOOM_CACHE"])) <= 1
+
+
+def refused(world, cache, plan):
+    try:
+        load(world, None, cache, parallel=plan).close()
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+def test_plans_that_a_checkpoint_or_the_ranks_cannot_take_are_one_sentence() -> None:
+    cache = os.environ["FRAMELOOM_CACHE"]
+    assert "the nearest plan is" in run_ranks(2, refused, cache, "ulysses=3")[0]
+    assert "fsdp=2 and tp=2 do not go together" in run_ranks(2, refused, cache, "tp=2,fsdp=2")[1]
+
+
+def different_requests(world, cache):
+    with load(world, None, cache) as engine:
+        try:
+            engine.generate("a red circle", **{**SMALL, "seed": world.rank})
+        except RequestError as error:
+            return str(error)
+    return None
+
+
+def test_ranks_that_are_asked_for_different_videos_refuse() -> None:
+    for said in run_ranks(2, different_requests, os.environ["FRAMELOOM_CACHE"]):
+        assert said == "rank 1 was given another request than rank 0; start all with the same command"
+
+
+def out_of_memory(world, cache):
+    with load(world, None, cache, vae_memory="1MB") as engine:
+        engine.decode(torch.zeros(1, engine._pipeline.vae.spec.z_dim, 3, 8, 8))
+
+
+def test_too_little_memory_is_said_before_anything_is_decoded() -> None:
+    with pytest.raises(RankError, match="needs at least"):
+        run_ranks(2, out_of_memory, os.environ["FRAMELOOM_CACHE"])
