@@ -413,6 +413,8 @@ def _run() -> Ending:
         code = app(standalone_mode=False)
     except _Ended as ended:
         return ended.ending
+    except SystemExit as stop:  # how the parser ends where nobody reads the output any more
+        return Ending(code=stop.code if isinstance(stop.code, int) else 1)
     except typer.Exit as done:
         return Ending(code=done.exit_code)
     except Exception as error:
