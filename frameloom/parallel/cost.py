@@ -139,8 +139,8 @@ class StepWork:
 
     def looks(self, branches: int) -> list[_Calls]:
         """How often the first half of a block is passed: the first block's once for all branches."""
-        later = self.spec.num_layers - 1
-        return [_Calls(1, self.batch), *([_Calls(calls * later, size) for calls, size in [self._split(branches)]])]
+        calls, samples = self._split(branches)
+        return [_Calls(1, self.batch), _Calls(calls * (self.spec.num_layers - 1), samples)]
 
     def reads(self, branches: int) -> _Calls:
         """How often the second half is."""
@@ -552,4 +552,4 @@ def prefers_margin(work: VaeWork, num_ranks: int, link: Link, flops_per_s: float
     seconds = functools.partial(predicted_s, flops_per_s=flops_per_s, network=network)
     fetched_s, computed_s = seconds(pass_costs(work, num_ranks)), seconds(margin_costs(work, num_ranks))
     found = f"about {fetched_s:.2g} s with neighbours' rows fetched, {computed_s:.2g} s with them computed"
-    return computed_s < fetched_s, f"{found}, at {link.bytes_per_s / 1e9:.2g} GB/s and {flops_per_s / 1e12:.2g} TFLOP/s"
+    return computed_s < fetched_s, f"{found}, at {link.bytes_per_s / 1e9:.3g} GB/s and {flops_per_s / 1e12:.3g} TFLOP/s"
