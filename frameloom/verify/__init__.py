@@ -29,11 +29,11 @@ def verify(
     RequestError.
     """
     place = launched()
-    parallel_plan(parallel, 1 if place is None else place.world_size)
+    plan = parallel_plan(parallel, 1 if place is None else place.world_size)
     where, _ = own_device(device, place)
     parts, name = ({}, "") if model is None else (open_parts(model), Path(os.fspath(model)).name)
     if place is not None and place.world_size > 1:
-        yield from verify_parallel(parts, name, place, where, plan=parallel)
+        yield from verify_parallel(parts, name, place=place, device=where, plan=plan)
         return
     for rewrite in (*REWRITES, *attention_rewrites(platform_of(where).name)):
         for dtype in rewrite.dtypes:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frameloom.config import parallel_plan
 from frameloom.engine.dit import load_fast_dit
 from frameloom.engine.ranks import Ranks, single
 from frameloom.engine.vae import load_fast_vae
@@ -29,7 +28,7 @@ from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, Policy
 from frameloom.parallel.mesh import Mesh, check_plan
 from frameloom.parallel.rendezvous import join
 from frameloom.parallel.team import Team
-from frameloom.parallel.vae_split import SharedPassage, Share, margin_cells
+from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells
 from frameloom.parallel.weights import sharded_policy
 from frameloom.pipeline.stages import to_uint8
 from frameloom.platform.device import free_memory_bytes, timed
@@ -47,16 +46,15 @@ _ASKED = "everything that may be asked of it"
 
 
 def verify_parallel(
-    parts: Mapping[str, Component], name: str, place: Launched, device: torch.device, *, plan: str = "auto"
+    parts: Mapping[str, Component], name: str, *, place: Launched, device: torch.device, plan: ParallelPlan | None
 ) -> Iterator[Finding]:
     """The VAE and the transformers of a checkpoint over the ranks that were started, the same findings on all of them.
 
-    `plan`: the only one to prove, or "auto" for all that there are. Raises RequestError as `join` and `parallel_plan`.
+    `plan`: the only one to prove; None: all that there are. Raises RequestError as `join`.
     """
-    asked = parallel_plan(plan, place.world_size)
-    facts = {"frameloom": version("frameloom"), "torch": torch.__version__, "model": _outline(parts), "plan": plan}
-    world = join(place, device=device, facts=facts)
-    plans = list(plans_for(world.size)) if asked is None else [asked]
+    versions = {"frameloom": version("frameloom"), "torch": torch.__version__}
+    world = join(place, device=device, facts={**versions, "model": _outline(parts), "plan": str(plan)})
+    plans = list(plans_for(world.size)) if plan is None else [plan]
     of_vae = ParallelPlan(vae=plans[0].vae)
     ranks = Ranks(world=world, plan=of_vae, mesh=None, device=device, per_machine=place.local_world_size)
     if "vae" in parts:
@@ -179,7 +177,7 @@ def _prove(team: Team, claim: _Claim, compute: Compute, alone: _Alone | None) ->
 
 def _strays(team: Team, x: Tensor) -> list[int]:
     """The ranks that have other bits than the first."""
-    data = x.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    data = x.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
     digest = torch.frombuffer(bytearray(hashlib.sha256(data).digest()), dtype=torch.uint8)
     told = team.collect(digest.to(team.device), [(_DIGEST_BYTES,)] * team.size)
     return [rank for rank, other in zip(team.ranks, told, strict=True) if not torch.equal(other, told[0])]
@@ -238,8 +236,8 @@ def _moves_only(plan: ParallelPlan) -> bool:
 
 
 def _named(plan: ParallelPlan) -> str:
-    sizes = {axis: size for axis, size in asdict(plan).items() if axis != "vae" and size > 1}
-    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes = {axis: getattr(plan, axis) for axis in ("cfg", "ulysses", "ring", "tp", "fsdp")}
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 @torch.inference_mode()
@@ -255,7 +253,7 @@ def _verify_vae(component: Component, name: str, ranks: Ranks) -> Iterator[Findi
         whole = replace(vaes[dtype].planner.choices.passage, steps=2, rows=None)
         alone = _Alone.of(functools.partial(run, whole), run_exactly(whole)) if ranks.world.rank == 0 else None
         for way, passage in _passages(spec, ranks, whole, height, encodes=direction == "encode"):
-            title = f"{name}, {direction}, {height} rows, {way}"
+            title = f"{name}, {direction}, {height} x {_COLUMNS}, {way}"
             claim = _Claim(name=title, what=str(passage), dtype=dtype, frames=direction == "decode")
             yield _prove(ranks.world.everyone, claim, functools.partial(run, passage), alone)
 
