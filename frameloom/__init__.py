@@ -40,6 +40,7 @@ __all__ = [
     "Video",
     "bench_dit",
     "bench_generate",
+    "bench_parallel",
     "bench_vae",
     "describe",
     "diagnose",
@@ -61,6 +62,8 @@ _LAZY = {
     "DitCase": "frameloom.bench.dit",
     "run_generate": "frameloom.bench.generate",
     "GenerateCase": "frameloom.bench.generate",
+    "run_parallel": "frameloom.bench.parallel",
+    "ParallelCase": "frameloom.bench.parallel",
     "run_vae": "frameloom.bench.vae",
     "VaeCase": "frameloom.bench.vae",
 }
@@ -122,6 +125,12 @@ def bench_dit(**case: Any) -> dict[str, Any]:
 def bench_generate(model: str | os.PathLike[str] | None = None, **case: Any) -> dict[str, Any]:
     """Time whole requests against Diffusers'; the fields of `frameloom.bench.generate.GenerateCase` by name."""
     record: dict[str, Any] = _lazy("run_generate")(_lazy("GenerateCase")(model=str(_named(model)), **case))
+    return record
+
+
+def bench_parallel(**case: Any) -> dict[str, Any]:
+    """Time a step and a decode over several ranks; the fields of `frameloom.bench.parallel.ParallelCase` by name."""
+    record: dict[str, Any] = _lazy("run_parallel")(_lazy("ParallelCase")(**case))
     return record
 
 

@@ -356,6 +356,62 @@ def bench_generate(
     _print_comparison(f"{record['what']}, {dtype}", record, rows)
 
 
+@bench.command("parallel")
+def bench_parallel(
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks to compare; 1 is the measure of the others.")] = "1,2",
+    stages: Annotated[str, typer.Option(help="denoise (one step), decode (one video), or both.")] = "denoise,decode",
+    dit: Annotated[str, typer.Option(help="1.3B, 14B, 5B or tiny: the config; weights are random.")] = "1.3B",
+    layers: Annotated[int | None, typer.Option(help="Only so many layers; all by default.")] = None,
+    vae: Annotated[str, typer.Option(help="2.1, 2.2 or tiny: the config; weights are random.")] = "2.1",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x416x17",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    guided: Annotated[bool, typer.Option(help="With and without the prompt, as guidance needs it.")] = True,
+    parallel: ParallelOption = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Of each rank on a CPU; by default the most have one core.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Starts of every number of ranks, in turns.")] = 3,
+    device: DeviceOption = "auto",
+    record_to: Annotated[str | None, typer.Option(hidden=True, help="Where ranks that were started tell.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a denoising step and a decode over several ranks, beside what the cost model predicts."""
+    height, width, frames = video_size(size)
+    record = frameloom.bench_parallel(
+        ranks=tuple(int(text) if text.isdigit() else 0 for text in ranks.split(",")), stages=tuple(stages.split(",")),
+        dit=dit, layers=layers, vae=vae, height=height, width=width, frames=frames, dtype=dtype, guided=guided,
+        parallel=parallel, device=device, threads=threads, rounds=rounds, record_to=record_to,
+    )  # fmt: skip
+    place = launched()
+    if record_to is not None or not _is_first(place):
+        return
+    if as_json or place is not None:  # under torchrun there is no number of ranks to compare with
+        print(json.dumps(record))
+        return
+    for stage, rows in record["stages"].items():
+        what = f"Wan {dit}, one step" if stage == "denoise" else f"Wan VAE {vae}, decode"
+        _print_scaling(f"{what}, {size}, {dtype}, {record['threads']} threads a rank", rows)
+    if max(row["ranks"] for row in rows) * record["threads"] > record["cores"]:
+        _console(quiet=False).print(f"more threads than the {record['cores']} cores: no measure of scaling")
+
+
+def _print_scaling(title: str, rows: list[dict[str, Any]]) -> None:
+    """What a scaling benchmark found: a row for each number of ranks."""
+    columns = ("ranks", "seconds", "efficiency", "predicted", "sent per rank", "peak memory per rank")
+    table = Table(*columns, title=title)
+    for row in rows:
+        seconds = row["seconds"]
+        table.add_row(
+            str(row["ranks"]),
+            f"{seconds['median']:.3g} ({seconds['low']:.3g} to {seconds['high']:.3g})",
+            f"{row['efficiency']:.0%}",
+            f"{row['predicted']['seconds']:.3g} s, {row['predicted']['efficiency']:.0%}",
+            _bytes(max(row["sent_bytes"])),
+            _bytes(max(row["peak_bytes"])),
+        )
+    _console(quiet=False).print(table)
+
+
 def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[str]]) -> None:
     """What a paired benchmark found: a column for each side, then the ratio, the error and the decisions."""
     console = _console(quiet=False)
