@@ -17,7 +17,7 @@ from frameloom.errors import InternalError, RequestError
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
 from frameloom.ops.registry import Decision
-from frameloom.parallel.agreement import check_equal_latents, check_same
+from frameloom.parallel.agreement import check_equal_latents, check_same, check_same_numbers
 from frameloom.parallel.team import Team
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.wan import StageClock, WanPipeline
@@ -199,6 +199,7 @@ class Engine:
                 "the latents of the first frame hold values that are no finite numbers, and every frame depends on "
                 "them; check where they come from"
             )
+        self._given("latents", latents)
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
             clock = StageClock(device=self._open.device)
             passages = self._open.plan_decode(tuple(latents.shape))
@@ -216,6 +217,7 @@ class Engine:
                 f"frames {array.dtype} of shape {array.shape} cannot be encoded; give uint8 (T, H, W, 3)"
             )
         self._open.vae.check_frames(*array.shape[:3])
+        self._given("frames", torch.from_numpy(np.ascontiguousarray(array)))
         with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
             return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
 
@@ -240,6 +242,11 @@ class Engine:
         if self._team is not None:
             check_same(self._team, "request", repr(request))
         return request
+
+    def _given(self, what: str, x: Tensor) -> None:
+        """Raise RequestError unless all ranks were given the same."""
+        if self._team is not None:
+            check_same_numbers(self._team, what, x)
 
     def _equal(self, latents: Tensor) -> Tensor:
         """Latents, if all ranks have the same."""

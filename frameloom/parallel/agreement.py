@@ -77,12 +77,22 @@ def check_same(team: Team, what: str, value: str) -> None:
         raise RequestError(f"rank {different[0]} was given another {what} than rank 0; start all with the same command")
 
 
+def check_same_numbers(team: Team, what: str, x: Tensor) -> None:
+    """Raise RequestError, on every rank, unless all ranks were given the same numbers."""
+    if (rank := _other_numbers(team, x)) is not None:
+        raise RequestError(f"rank {rank} was given other {what} than rank 0; give all ranks the same")
+
+
 def check_equal_latents(team: Team, latents: Tensor) -> None:
-    """Raise InternalError, on every rank, unless all ranks have the same bits."""
-    words = latents.contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    """Raise InternalError, on every rank, unless all ranks have computed the same bits."""
+    if (rank := _other_numbers(team, latents)) is not None:
+        raise InternalError(f"rank {rank} has other latents than rank 0; ranks need the same kind of device")
+
+
+def _other_numbers(team: Team, x: Tensor) -> int | None:
+    """The first rank whose tensor is another one than rank 0's, told by two sums; None if there is none."""
+    words = x.contiguous().view(-1).view(torch.uint8).to(torch.int64)
     places = torch.arange(1, words.numel() + 1, device=words.device) % 65521
-    mine = torch.stack((words.sum(), (words * places).sum()))
-    told = team.collect(mine, [(2,)] * team.size)
-    different = [team.ranks[index] for index, other in enumerate(told) if not torch.equal(other, told[0])]
-    if different:
-        raise InternalError(f"rank {different[0]} has other latents than rank 0; ranks need the same kind of device")
+    mine = torch.stack((words.sum(), (words * places).sum(), words.new_tensor(x.numel()))).to(team.device)
+    told = team.collect(mine, [(3,)] * team.size)
+    return next((team.ranks[index] for index, other in enumerate(told) if not torch.equal(other, told[0])), None)
