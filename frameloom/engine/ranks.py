@@ -112,6 +112,8 @@ class Ranks:
         whole = replace(planner, choices=replace(planner.choices, bands=False, always_bands=False))
         return SharedVaePlanner(
             spec=spec,
+            dtype=planner.dtype,
+            device=self.device,
             team=self.world.everyone,
             parts=self.plan.vae,
             whole=whole,

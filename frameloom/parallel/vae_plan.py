@@ -1,13 +1,18 @@
 """Plans how a picture passes the VAE of several ranks: who has which part, and whether rows are fetched or computed."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Passage
+from frameloom.parallel.cost import Link, VaeWork, prefers_margin
+from frameloom.parallel.link import measure_flops, measure_link
 from frameloom.parallel.team import Team
 from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells, widened
 from frameloom.settings import LOGGER_NAME
@@ -28,16 +33,18 @@ class PlansVae(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: the link is measured once
 class SharedVaePlanner:
     """The passage of this rank's part, the same way on all ranks: the first one decides.
 
     `parts`: ranks that have one. `whole` plans parts that pass in one piece, `bands` those that may pass in bands of
-    rows, which needs a margin instead of neighbours. There is one way and no second: a rank that runs out of memory
-    cannot go on alone.
+    rows, which needs a margin instead of neighbours. A margin is computed where memory is short or the link is slow.
+    There is one way and no second: a rank that runs out of memory cannot go on alone.
     """
 
     spec: VaeSpec
+    dtype: torch.dtype
+    device: torch.device
     team: Team
     parts: int
     whole: PlansVae
@@ -59,23 +66,52 @@ class SharedVaePlanner:
         return Share.of(self.team, height, width, parts=self.parts, overlaps=self.overlaps)
 
     def _passage(self, share: Share, shape: Shape, *, encodes: bool) -> Iterator[Passage]:
-        steps, rows, margin, last = self.team.first(lambda: self._way(share, shape, encodes=encodes))
+        link = self._link
+        steps, rows, margin, last = self.team.first(lambda: self._way(share, shape, link, encodes=encodes))
         passage = SharedPassage(steps=steps, rows=rows, channels_last=last, share=share, margin=margin, encodes=encodes)
         log.info("the VAE over %d ranks: %s", self.parts, passage)
         return iter([passage])
 
-    def _way(self, share: Share, shape: Shape, *, encodes: bool) -> tuple[int, int | None, int | None, bool]:
+    @functools.cached_property
+    def _link(self) -> Link:
+        """The slowest between ranks; every rank asks for it."""
+        return measure_link(self.team)
+
+    def _way(
+        self, share: Share, shape: Shape, link: Link, *, encodes: bool
+    ) -> tuple[int, int | None, int | None, bool]:
         """Frames at a time, rows per band, margin, and the memory order."""
         cell = self.spec.spatial_scale if encodes else 1
         try:
             found = self._plan(self.whole, share.largest, shape, cell)
-            return found.steps, None, None, found.channels_last
+            computes, why = self._prefers_margin(shape, found.steps, link, encodes=encodes)
         except RequestError as error:
-            log.info("%s; so each rank computes in bands what it would fetch", error)
+            computes, why = True, str(error)
+        log.info("the VAE %s what lies around a part: %s", "computes" if computes else "fetches", why)
+        if not computes:
+            return found.steps, None, None, found.channels_last
         margin = margin_cells(self.spec, encodes=encodes)
         around = len(widened(share.rows, margin)), len(widened(share.columns, margin))
         found = self._plan(self.bands, around, shape, cell)
         return found.steps, found.rows, margin, found.channels_last
+
+    def _prefers_margin(self, shape: Shape, steps: int, link: Link, *, encodes: bool) -> tuple[bool, str]:
+        batch, _, frames, height, width = shape
+        scale, time = (self.spec.spatial_scale, self.spec.temporal_scale) if encodes else (1, 1)
+        work = VaeWork(
+            spec=self.spec,
+            latent_THW=(1 + (frames - 1) // time, height // scale, width // scale),
+            batch=batch,
+            encodes=encodes,
+            steps=steps,
+            overlaps=self.overlaps,
+            itemsize=self.dtype.itemsize,
+        )
+        return prefers_margin(work, self.parts, link, self._flops)
+
+    @functools.cached_property
+    def _flops(self) -> float:
+        return measure_flops(self.device, self.dtype)
 
     @staticmethod
     def _plan(planner: PlansVae, cells: tuple[int, int], shape: Shape, cell: int) -> Passage:
