@@ -7,6 +7,7 @@ Source of the forms: Ulysses (arXiv:2309.14509), ring (arXiv:2310.01889), a ring
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -529,21 +530,41 @@ def _held(work: VaeWork, layers: Sequence[_Layer], cells: int) -> int:
 
 def margin_costs(work: VaeWork, num_ranks: int) -> list[RankCost]:
     """Of each rank, where all compute what lies around their cells, and the middle of the network as a whole."""
-    picture, margin = _Picture.of(work, num_ranks, None), margin_cells(work.spec, encodes=work.encodes)
-    stages, middle, (_, height, width) = _stages(work), _middle(work), work.latent_THW
+    picture, (_, height, width) = _Picture.of(work, num_ranks, None), work.latent_THW
+    stages, middle = _stages(work), _middle(work)
     whole = sum(layer.flops(height * width) for layer in middle) + _attention_flops(work, height * width)
     costs = []
     for rank in range(num_ranks):
-        row, column = divmod(rank, picture.columns.num_parts)
-        around = [
-            len(widened(Axis(bounds=axis.bounds, index=index), margin)) if picture.place(rank) else 0
-            for axis, index in zip(picture, (row, column), strict=True)
-        ]
-        cells = math.prod(around)
+        cells = _cells_around(work, picture, rank)
         flops = work.batch * (whole * bool(cells) + sum(layer.flops(cells) for layer in stages))
-        results = _results(work, picture, rank, num_ranks)
-        costs.append(RankCost(flops=flops, exchanges=tuple(results)))
+        results = _middle_and_moments(work, picture, rank) if work.encodes else _results(work, picture, rank, num_ranks)
+        held = work.itemsize * work.batch * max(_held(work, stages, cells), _held(work, middle, height * width))
+        costs.append(RankCost(flops=flops, exchanges=tuple(results), activation_bytes=held))
     return costs
+
+
+def _cells_around(work: VaeWork, picture: _Picture, rank: int) -> int:
+    """A rank's own cells and those of its margin; 0 where it has none."""
+    if picture.place(rank) is None:
+        return 0
+    margin = margin_cells(work.spec, encodes=work.encodes)
+    places = divmod(rank, picture.columns.num_parts)
+    axes = (Axis(bounds=axis.bounds, index=index) for axis, index in zip(picture, places, strict=True))
+    return math.prod(len(widened(axis, margin)) for axis in axes)
+
+
+def _middle_and_moments(work: VaeWork, picture: _Picture, rank: int) -> list[Exchange]:
+    """What an encoder's stages bring to its middle, to all; then the first rank's moments, for those without a part."""
+    frames, height, width = work.latent_THW
+    part, shape = picture.place(rank), [work.batch, 2 * work.spec.z_dim, frames, height, width]
+    sent = work.batch * frames * math.prod(map(len, part or ((), ()))) * _middle_channels(work) * work.itemsize
+    to_middle = [other for other in picture.active if other != rank] if part else []
+    told = 8 + len(json.dumps(shape)) + math.prod(shape) * work.itemsize  # a length, the shape, the moments
+    others = range(1, picture.rows.num_parts * picture.columns.num_parts) if rank == 0 else ()
+    return [
+        Exchange(kind="middle", sends=dict.fromkeys(to_middle, sent), rounds=work.chunks),
+        Exchange(kind="moments", sends=dict.fromkeys(others, told), rounds=3),
+    ]
 
 
 def prefers_margin(work: VaeWork, num_ranks: int, link: Link, flops_per_s: float) -> tuple[bool, str]:

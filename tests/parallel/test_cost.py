@@ -32,7 +32,7 @@ from frameloom.parallel.cost import (
 from frameloom.parallel.guidance import one_branch_each
 from frameloom.parallel.mesh import Mesh
 from frameloom.parallel.sequence import SequenceParallel
-from frameloom.parallel.vae_split import Share, SharedPassage
+from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells
 from frameloom.pipeline import stages
 from frameloom.types import ParallelPlan
 
@@ -156,6 +156,32 @@ def sent_by_vae(world, kind: str, dtype: torch.dtype, columns: int | None) -> li
         counts.append(world.sent_bytes)
         found.append((counts[1] - counts[0], counts[2] - counts[1]))
     return found
+
+
+@torch.inference_mode()
+def sent_with_margins(world, kind: str, cells: tuple[int, int]) -> tuple[int, int]:
+    """Bytes that this rank sent to decode and to encode where nothing is fetched."""
+    vae, (height, width) = WanVAE(vae_spec(kind)).eval(), cells
+    share = Share.of(world.everyone, height, width)
+    ways = [
+        SharedPassage(steps=2, share=share, margin=margin_cells(vae.spec, encodes=e), encodes=e) for e in (False, True)
+    ]
+    x = torch.zeros(13, height * vae.spec.spatial_scale, width * vae.spec.spatial_scale, 3, dtype=torch.uint8)
+    counts = [world.sent_bytes]
+    for _ in stages.decode(vae, torch.randn(1, vae.spec.z_dim, 4, height, width), iter(ways[:1]), len_of_nothing):
+        pass
+    counts.append(world.sent_bytes)
+    stages.encode(vae, x.numpy(), iter(ways[1:]))
+    return counts[1] - counts[0], world.sent_bytes - counts[1]
+
+
+@pytest.mark.parametrize("cells", [(9, 5), (2, 1)])
+@pytest.mark.parametrize("kind", VAES)
+def test_what_is_sent_with_margins_is_what_is_counted(kind: str, cells: tuple[int, int]) -> None:
+    works = [vae_work(kind, cells, torch.float32, encodes=encodes) for encodes in (False, True)]
+    costs = zip(*(margin_costs(work, 3) for work in works), strict=True)
+    expected = [(decoding.sent_bytes, encoding.sent_bytes) for decoding, encoding in costs]
+    assert run_ranks(3, sent_with_margins, kind, cells) == expected
 
 
 def len_of_nothing(_: int) -> None:
