@@ -1,7 +1,8 @@
 """How a step and a decode scale over 1, 2, 4, ... ranks: `frameloom bench parallel`. Random weights, released configs.
 
 Every measurement is a start of its ranks, and their numbers take turns from round to round: ranks of two numbers that
-lived beside each other would use the same cores and the same memory. The first of two runs in a start warms up.
+lived beside each other would use the same cores and the same memory. The first run of a start is not counted.
+CPU seconds, of the busiest rank, tell what was computed from what was waited for, on others of the machine too.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from frameloom.bench.dit import CONFIGS as DITS
 from frameloom.bench.paired import check_size, check_words, machine
@@ -33,9 +34,19 @@ from frameloom.models.vae_blocks import Resample
 from frameloom.models.vae_fast import prepare
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
-from frameloom.parallel.cost import Link, Network, RankCost, StepWork, VaeWork, pass_costs, predicted_s, step_costs
+from frameloom.parallel.cost import (
+    Link,
+    Network,
+    RankCost,
+    StepWork,
+    VaeWork,
+    margin_costs,
+    pass_costs,
+    predicted_s,
+    step_costs,
+)
 from frameloom.parallel.launch import MAX_RANKS, run_ranks
-from frameloom.parallel.team import Team
+from frameloom.parallel.link import measure_link
 from frameloom.parallel.vae_split import SharedPassage
 from frameloom.pipeline import stages
 from frameloom.platform.allocator import keep_freed_memory
@@ -46,7 +57,6 @@ from frameloom.types import ParallelPlan
 STAGES = ("denoise", "decode")
 _SPACE = {"5B": 16, "2.2": 16}  # pixels of a latent cell; 8 for the others
 _TEXT_TOKENS, _PROMPT_LENGTHS = 512, (30, 120)
-_SMALL, _LARGE, _TIMES = 64, 1 << 23, 10  # bytes of a message that measures latency, of one that measures the rate
 _RUNS = 2  # timed, after the first
 _RANK_FIELDS = ("dit", "vae", "dtype", "device")
 Run = Callable[[], object]
@@ -181,22 +191,25 @@ def _measure(case: ParallelCase, place: Launched) -> dict[str, Any]:
         facts=facts,
     )  # fmt: skip
     run, facts_of_work = (_step if case.stages[0] == "denoise" else _decoding)(case, ranks)
-    everyone, link = ranks.world.everyone, _link(ranks.world.everyone)
+    everyone = ranks.world.everyone
+    link = None if ranks.alone else asdict(measure_link(everyone))
     reset_peak_memory(device)
     run()  # warms up, and reads the prompt
-    seconds, sent = [], 0
+    seconds, sent, cpu_s = [], 0, 0.0
     for _ in range(_RUNS):
         everyone.least(0)  # all are ready
-        before = ranks.world.sent_bytes
+        before, cpu_before_s = ranks.world.sent_bytes, time.process_time()
         seconds.append(timed(run, device))
-        sent = ranks.world.sent_bytes - before
-    found = torch.tensor([*seconds, sent, peak_memory_bytes(device)], dtype=torch.float64, device=everyone.device)
+        sent, cpu_s = ranks.world.sent_bytes - before, time.process_time() - cpu_before_s
+    numbers = [*seconds, cpu_s, sent, peak_memory_bytes(device)]
+    found = torch.tensor(numbers, dtype=torch.float64, device=everyone.device)
     told = torch.stack(everyone.collect(found, [found.shape] * everyone.size)).tolist()
     record = {
         "ranks": everyone.size,
         "plan": asdict(ranks.plan),
         "work": facts_of_work,
         "seconds": [max(row[index] for row in told) for index in range(_RUNS)],
+        "cpu_seconds": [row[-3] for row in told],
         "sent_bytes": [int(row[-2]) for row in told],
         "peak_bytes": [int(row[-1]) for row in told],
         "link": link,
@@ -243,6 +256,7 @@ def _decoding(case: ParallelCase, ranks: Ranks) -> tuple[Run, dict[str, Any]]:
         "steps": passage.steps,
         "folded": all(module.kernel is not None for module in doubling),
         "overlaps": isinstance(passage, SharedPassage) and passage.share.overlaps,
+        "margin": isinstance(passage, SharedPassage) and passage.margin is not None,
     }
 
     def run() -> None:
@@ -250,33 +264,6 @@ def _decoding(case: ParallelCase, ranks: Ranks) -> tuple[Run, dict[str, Any]]:
             pass
 
     return run, facts
-
-
-def _link(team: Team) -> dict[str, float] | None:
-    """Between the first two ranks, by a message that comes back."""
-    if team.size == 1:
-        return None
-    latency_s, large_s = (_one_way_s(team, size) for size in (_SMALL, _LARGE))
-    return {"bytes_per_s": _LARGE / max(large_s - latency_s, 1e-9), "latency_s": latency_s}
-
-
-def _one_way_s(team: Team, size: int) -> float:
-    x = torch.zeros(size, dtype=torch.uint8, device=team.device)
-    team.least(0)
-
-    def there_and_back() -> None:
-        _ping_pong(team, x)
-
-    times = [timed(there_and_back, team.device) for _ in range(_TIMES)]
-    return statistics.median(times) / 2
-
-
-def _ping_pong(team: Team, x: Tensor) -> None:
-    if team.index > 1:
-        return
-    peer = 1 - team.index
-    for sends in (team.index == 0, team.index == 1):
-        team.exchange({peer: x} if sends else {}, {} if sends else {peer: x}).wait()
 
 
 # Afterwards.
@@ -306,6 +293,7 @@ def _row(
         "work": first["work"],
         "seconds": {"median": median_s, "low": min(seconds), "high": max(seconds), "all": seconds},
         "efficiency": alone_s / (count * median_s),
+        "cpu_seconds": statistics.median(max(record["cpu_seconds"]) for record in records),
         "predicted": {"seconds": expected_s, "efficiency": alone_s / (count * expected_s)},
         "sent_bytes": first["sent_bytes"],
         "predicted_sent_bytes": [cost.sent_bytes for cost in costs],
@@ -319,8 +307,9 @@ def _seconds(records: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _costs(case: ParallelCase, record: Mapping[str, Any]) -> list[RankCost]:
-    plan, work, itemsize = ParallelPlan(**record["plan"]), record["work"], DTYPES[case.dtype].itemsize
+    plan, work, itemsize = ParallelPlan(**record["plan"]), dict(record["work"]), DTYPES[case.dtype].itemsize
     if "branches" in work:
         return step_costs(StepWork(spec=case.spec, latent_THW=case.cells("denoise"), itemsize=itemsize, **work), plan)
+    margin = work.pop("margin")
     made = VaeWork(spec=case.vae_spec, latent_THW=case.cells("decode"), itemsize=itemsize, **work)
-    return pass_costs(made, record["ranks"], parts=plan.vae)
+    return margin_costs(made, record["ranks"]) if margin else pass_costs(made, record["ranks"], parts=plan.vae)
