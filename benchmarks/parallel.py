@@ -4,6 +4,7 @@ A second argument picks the cases whose name holds it. `python benchmarks/parall
 docs/parallel.md: what the cost model expects of 8 GPUs, with the assumptions that are constants here.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -74,14 +75,13 @@ def _measure(name: str, options: str, device: str) -> None:
         print(f"{name}: failed: {done.stderr.strip()[-300:]}", flush=True)
         return
     record = json.loads(done.stdout)
-    for rows in record["stages"].values():
-        for row in rows:
-            seconds, expected = row["seconds"], row["predicted"]
-            print(
-                f"{name}: {row['ranks']} ranks {seconds['median']:.2f} s ({seconds['low']:.2f} to "
-                f"{seconds['high']:.2f}), efficiency {row['efficiency']:.0%}, predicted {expected['seconds']:.2f} s",
-                flush=True,
-            )
+    for row in itertools.chain.from_iterable(record["stages"].values()):
+        seconds, expected_s = row["seconds"], row["predicted"]["seconds"]
+        print(
+            f"{name}: {row['ranks']} ranks {seconds['median']:.2f} s ({seconds['low']:.2f} to {seconds['high']:.2f}), "
+            f"{row['cpu_seconds']:.2f} s of CPU, efficiency {row['efficiency']:.0%}, predicted {expected_s:.2f} s",
+            flush=True,
+        )
     keep({name: record}, f"parallel-{device}")
 
 
