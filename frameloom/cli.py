@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn
 
@@ -146,10 +146,9 @@ def generate(
         "fps": fps,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
-    if first:
-        check_output(output, fps=fps, quality=quality)
+    target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
-    _share(gpus, parallel)
+    _share(gpus, parallel, tidy=target.remove_partials if target else None)
     if model is None and (hint := advice(prompt)):
         console.print(hint, style="yellow")
     begun = time.perf_counter()
@@ -495,15 +494,15 @@ def _terminate(*_: object) -> NoReturn:
     raise _Ended(Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written"))
 
 
-def _share(gpus: int | None, parallel: str) -> None:
-    """Where several ranks are asked for and this is none of them: start them, and end as they do."""
+def _share(gpus: int | None, parallel: str, *, tidy: Callable[[int], object] | None = None) -> None:
+    """Where several ranks are asked for and this is none of them: start them, and end as they do; see `run_ranks`."""
     place = launched()
     count = count_ranks(gpus, parallel, place)
     if place is not None or count == 1:
         return
     # As the installed command does, ranks import nothing from the working folder, unless `python -m` began it all.
     safe = [] if sys.path[0] == os.getcwd() else ["-P"]
-    outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error)
+    outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error, tidy=tidy)
     if outcome.code and sys.stdout.isatty():
         Console().show_cursor()  # which the bars of a rank that was killed had hidden
     raise _Ended(Ending(code=outcome.code, message=outcome.message))

@@ -48,12 +48,19 @@ class Outcome:
     message: str = ""
 
 
-def run_ranks(command: Sequence[str], count: int, *, say: Callable[[str], object]) -> Outcome:
+def run_ranks(
+    command: Sequence[str],
+    count: int,
+    *,
+    say: Callable[[str], object],
+    tidy: Callable[[int], object] | None = None,
+) -> Outcome:
     """Run `command` as `count` ranks of one machine and wait for all to end; `say` gets the text of their errors.
 
     What is run starts a Heart (heart.py) with the descriptor that `settings.launched` names. Rank 0 has this process's
     standard output, the others have none. If a rank fails, dies, is stopped or hangs, all are ended. An exception here,
-    KeyboardInterrupt among them, ends them too. Raises RequestError if the port is taken.
+    KeyboardInterrupt among them, ends them too. `tidy` is called at the end with the process number that rank 0 had.
+    Raises RequestError if the port is taken.
     """
     with _listening(master_port()) as store:
         run = _Run(count, say)
@@ -64,6 +71,8 @@ def run_ranks(command: Sequence[str], count: int, *, say: Callable[[str], object
             return run.watch()
         finally:
             run.end()
+            if tidy is not None and run.first_pid is not None:
+                tidy(run.first_pid)
 
 
 def count_ranks(gpus: int | None, plan: str, place: Launched | None) -> int:
@@ -316,6 +325,11 @@ class _Run:
         if pipe in self._pipes.get_map():
             self._pipes.unregister(pipe)
             os.close(pipe)
+
+    @property
+    def first_pid(self) -> int | None:
+        """Of rank 0, if it was started."""
+        return self._ranks[0].process.pid if self._ranks else None
 
     @staticmethod
     def _settled(failed: Sequence[_Rank]) -> bool:

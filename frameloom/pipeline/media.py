@@ -6,7 +6,6 @@ Frames are uint8 RGB arrays of shape (T, H, W, 3).
 import contextlib
 import os
 import queue
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,8 +126,7 @@ class FrameWriter:
         self.target = target
         self.num_frames = 0
         self._spec = spec
-        # 40 characters are at most 160 bytes: the partial name fits where the final name does.
-        self._partial = target.home / f".{target.path.name[:40]}.partial-{secrets.token_hex(6)}"
+        self._partial = target.partial(os.getpid())
         self._sink: Sink | None = None
         self._done = False
 

@@ -3,6 +3,8 @@
 import difflib
 import os
 import re
+import secrets
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +42,20 @@ class OutputTarget:
     def home(self) -> Path:
         """The folder that holds the partial output while it is written, on the same disk as the result."""
         return self.path.parent if self.kind != "folder" or not self.path.exists() else self.path
+
+    def partial(self, pid: int) -> Path:
+        """Where process `pid` writes until the output is whole: a hidden name that no other writer has."""
+        return self.home / f"{self._partials_of(pid)}{secrets.token_hex(2)}"
+
+    def remove_partials(self, pid: int) -> None:
+        """Remove what a process left that was killed while it wrote here."""
+        for left in self.home.iterdir():
+            if left.name.startswith(self._partials_of(pid)):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    def _partials_of(self, pid: int) -> str:
+        # 40 characters are at most 160 bytes: the partial name fits where the final name does.
+        return f".{self.path.name[:40]}.partial-{pid:08x}"
 
 
 def check_output(path: str | os.PathLike[str], *, fps: float | None = None, quality: int | None = None) -> OutputTarget:
