@@ -32,6 +32,7 @@ from frameloom.types import ParallelPlan
 
 DIRECT = ("vae.conv_winograd", "vae.conv_winograd_plain", "vae.upsample_winograd", "vae.bands")  # off
 CPU = torch.device("cpu")
+BUDGET = 64 << 30  # whatever it takes: what it takes is the question
 
 
 def main(height: int = 480, width: int = 832, frames: int = 9, *counts: int) -> None:
@@ -76,7 +77,7 @@ def _decode(height: int, width: int, frames: int) -> None:
         ranks = Ranks(world=world, plan=plan, mesh=None, device=CPU, per_machine=world.size)
     torch.manual_seed(0)
     vae = WanVAE(VaeSpec.from_config(dict(CONFIGS["2.1"]))).eval()
-    fast = make_fast(vae, policy=Policy(forced=dict.fromkeys(DIRECT, False)), ranks=ranks)
+    fast = make_fast(vae, policy=Policy(forced=dict.fromkeys(DIRECT, False)), budget_bytes=BUDGET, ranks=ranks)
     prepare(vae.decoder)
     noise = torch.Generator().manual_seed(0)
     z = torch.randn(1, 16, 1 + (frames - 1) // 4, height // 8, width // 8, generator=noise)

@@ -104,9 +104,14 @@ def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     return facts
 
 
-def verify_model(model: str | os.PathLike[str] | None = None, *, device: str = "auto") -> "Iterator[Finding]":
-    """Compare every rewrite, and the model's networks in every way they have, with the reference, on this machine."""
-    findings: Iterator[Finding] = _lazy("verify")(_named(model), device=device)
+def verify_model(
+    model: str | os.PathLike[str] | None = None, *, device: str = "auto", parallel: str = "auto"
+) -> "Iterator[Finding]":
+    """Compare every rewrite, and the model's networks in every way they have, with the reference, on this machine.
+
+    In processes that torchrun started: all ways to share the model over them, or those of the plan `parallel`.
+    """
+    findings: Iterator[Finding] = _lazy("verify")(_named(model), device=device, parallel=parallel)
     return findings
 
 

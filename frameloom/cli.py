@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 our fault or a rank that died, 2 what was asked cannot be 
 130 interrupted, 143 terminated. With `--gpus` this process starts the ranks, which run the same command; rank 0 speaks.
 """
 
-import importlib
 import io
 import json
 import logging
@@ -213,14 +212,12 @@ def verify(
     With several devices: that they compute together what one of them computes alone.
     """
     _share(gpus, parallel)
-    prove = importlib.import_module("frameloom.verify").verify  # it loads torch
     findings = []
     console = _console(quiet=as_json)
     console.print(
         f"{'':<9}{'rewrite':<44}{'max abs':>8}{'relative':>10}{'PSNR':>8}{'speed':>8}  promise", soft_wrap=True
     )
-    chosen = frameloom.shapes.PATH if model is None else model
-    for finding in prove(chosen, device=device, parallel=parallel):  # told one by one: the slower ones take minutes
+    for finding in frameloom.verify_model(model, device=device, parallel=parallel):  # one by one: some take minutes
         findings.append(finding)
         console.print(_finding_line(finding), soft_wrap=True)
     broken = [finding.name for finding in findings if finding.kept is False]

@@ -9,8 +9,8 @@ from frameloom.parallel.cost import Link
 from frameloom.parallel.team import Team
 from frameloom.platform.device import timed
 
-_SMALL, _LARGE = 64, 4 << 20  # bytes of a message
-_ROUNDS = 3
+_SMALL, _LARGE = 64, 1 << 20  # bytes of a message
+_ROUNDS = 2
 _SIDE = 1024  # of the matrices that are multiplied
 
 
