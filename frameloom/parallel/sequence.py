@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, H heads, K head dimension, F frames, P values of a pa
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from frameloom.ops.rope import RotaryTable
 from frameloom.parallel.team import Team
 from frameloom.platform.base import first_line
 from frameloom.platform.device import is_memory_error
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
 
 WORTH_HIDING_BYTES = 1 << 23  # queries, keys and values of a rank: 0.3 ms at 25 GB/s, many times a latency
 
@@ -86,6 +90,10 @@ class SequenceParallel:
         if changed != dit.spec.num_layers:
             raise InternalError(f"{changed} self-attentions were divided, of {dit.spec.num_layers} layers")
         dit.share_tokens = self._share_tokens
+        if self.ring.size > 1:
+            log.info(
+                "attention around the ring: block by block, by torch's kernels, which tell the sums that are needed"
+            )
 
     def _share_tokens(self, compute: ComputeCells, tokens: Tokens, prompts: Sequence[Prompt], /) -> list[Tensor]:
         """See `ShareTokens`: this rank's tokens are computed here, and every rank gets all cells."""

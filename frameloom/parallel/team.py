@@ -78,17 +78,7 @@ class Team:
 
     def begin_collect(self, mine: Tensor, shapes: Sequence[Shape]) -> Callable[[], list[Tensor]]:
         """`collect` that returns at once; call what it returns to wait."""
-        mine = mine.contiguous()
-        others = [position for position in range(self.size) if position != self.index]
-        sends = {position: mine for position in others if mine.numel()}
-        receives = {p: mine.new_empty(tuple(shapes[p])) for p in others if 0 not in shapes[p]}
-        pending = self.exchange(sends, receives)
-
-        def finish() -> list[Tensor]:
-            there = {**pending.wait(), self.index: mine}
-            return [there[p] if p in there else mine.new_empty(tuple(shapes[p])) for p in range(self.size)]
-
-        return finish
+        return self.begin_scatter_all([mine.contiguous()] * self.size, shapes)
 
     def give_first(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor] | None:
         """`collect` for position 0 alone; the others get None."""
@@ -102,12 +92,7 @@ class Team:
 
     def scatter_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """All-to-all: part i goes to position i; returns what each position sent here, of the given shapes."""
-        parts = [part.contiguous() for part in parts]
-        sends = {p: x for p, x in enumerate(parts) if p != self.index and x.numel()}
-        like = parts[self.index]
-        receives = {p: like.new_empty(tuple(s)) for p, s in enumerate(shapes) if p != self.index and 0 not in s}
-        there = {**self.exchange(sends, receives).wait(), self.index: like}
-        return [there[p] if p in there else like.new_empty(tuple(shapes[p])) for p in range(self.size)]
+        return self.begin_scatter_all(parts, shapes)()
 
     def begin_scatter_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Callable[[], list[Tensor]]:
         """`scatter_all` that returns at once; call what it returns to wait."""
