@@ -18,7 +18,7 @@ BROKEN = {
     "no script": b"\x00\x01\x02 this is no program",
     "no interpreter": b"#!/nowhere/sh\n",
     "speaks in bytes": b"#!/bin/sh\nprintf '\\377\\376' >&2\nexit 1\n",
-    "makes a file of nonsense": b'#!/bin/sh\nfor last; do :; done\ncase $last in -*) ;; *) echo nonsense > "$last";; esac\n',
+    "makes a file of nonsense": b'#!/bin/sh\nfor f; do :; done\ncase $f in -*) ;; *) echo nonsense > "$f";; esac\n',
 }
 
 
