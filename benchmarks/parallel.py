@@ -13,18 +13,10 @@ from collections.abc import Sequence
 from records import keep
 
 from frameloom.bench.parallel import ParallelCase
-from frameloom.parallel.cost import (
-    Link,
-    Network,
-    RankCost,
-    StepWork,
-    VaeWork,
-    pass_costs,
-    predicted_s,
-    prefers_margin,
-    step_costs,
-)
+from frameloom.parallel.cost import Link, Network, RankCost, predicted_s
 from frameloom.parallel.mesh import auto_plan
+from frameloom.parallel.pass_cost import VaeWork, pass_costs, prefers_margin
+from frameloom.parallel.step_cost import StepWork, step_costs
 from frameloom.types import ParallelPlan
 
 _DENOISE = "--stages denoise --layers 2 --size 192x320x9 --threads 1 --rounds 2"

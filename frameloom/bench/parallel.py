@@ -34,20 +34,12 @@ from frameloom.models.vae_blocks import Resample
 from frameloom.models.vae_fast import prepare
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
-from frameloom.parallel.cost import (
-    Link,
-    Network,
-    RankCost,
-    StepWork,
-    VaeWork,
-    margin_costs,
-    pass_costs,
-    predicted_s,
-    step_costs,
-)
+from frameloom.parallel.cost import Link, Network, RankCost, predicted_s
 from frameloom.parallel.launch import MAX_RANKS, run_ranks
 from frameloom.parallel.link import measure_link
-from frameloom.parallel.vae_split import SharedPassage
+from frameloom.parallel.pass_cost import VaeWork, margin_costs, pass_costs
+from frameloom.parallel.step_cost import StepWork, step_costs
+from frameloom.parallel.vae_passage import SharedPassage
 from frameloom.pipeline import stages
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import DTYPES, peak_memory_bytes, reset_peak_memory, timed

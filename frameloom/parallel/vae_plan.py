@@ -11,10 +11,13 @@ import torch
 from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Passage
-from frameloom.parallel.cost import Link, VaeWork, prefers_margin
+from frameloom.parallel.cost import Link
 from frameloom.parallel.link import measure_flops, measure_link
+from frameloom.parallel.pass_cost import VaeWork, prefers_margin
+from frameloom.parallel.share import Share, widened
 from frameloom.parallel.team import Team
-from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells, widened
+from frameloom.parallel.vae_margin import margin_cells
+from frameloom.parallel.vae_passage import SharedPassage
 from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)

@@ -27,8 +27,10 @@ from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, Policy
 from frameloom.parallel.mesh import Mesh, check_plan
 from frameloom.parallel.rendezvous import join
+from frameloom.parallel.share import Share
 from frameloom.parallel.team import Team
-from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells
+from frameloom.parallel.vae_margin import margin_cells
+from frameloom.parallel.vae_passage import SharedPassage
 from frameloom.parallel.weights import sharded_policy
 from frameloom.pipeline.stages import to_uint8
 from frameloom.platform.device import free_memory_bytes, timed

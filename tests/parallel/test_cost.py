@@ -15,24 +15,15 @@ from frameloom.models.vae_fast import REFERENCE, without_weights
 from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.parallel import tensor
-from frameloom.parallel.cost import (
-    Exchange,
-    Link,
-    Network,
-    RankCost,
-    StepWork,
-    VaeWork,
-    margin_costs,
-    num_parameters,
-    pass_costs,
-    predicted_s,
-    prefers_margin,
-    step_costs,
-)
+from frameloom.parallel.cost import Exchange, Link, Network, RankCost, predicted_s
 from frameloom.parallel.guidance import one_branch_each
 from frameloom.parallel.mesh import Mesh
+from frameloom.parallel.pass_cost import VaeWork, margin_costs, pass_costs, prefers_margin
 from frameloom.parallel.sequence import SequenceParallel
-from frameloom.parallel.vae_split import Share, SharedPassage, margin_cells
+from frameloom.parallel.share import Share
+from frameloom.parallel.step_cost import StepWork, num_parameters, step_costs
+from frameloom.parallel.vae_margin import margin_cells
+from frameloom.parallel.vae_passage import SharedPassage
 from frameloom.pipeline import stages
 from frameloom.types import ParallelPlan
 

@@ -12,8 +12,11 @@ from frameloom.models.vae_fast import choose, install
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy, relative_error
 from frameloom.parallel.picture import cut, grid
+from frameloom.parallel.share import Share
 from frameloom.parallel.team import Pending, Team
-from frameloom.parallel.vae_split import ShardState, Share, SharedPassage, margin_cells
+from frameloom.parallel.vae_margin import margin_cells
+from frameloom.parallel.vae_passage import SharedPassage
+from frameloom.parallel.vae_split import ShardState
 from frameloom.platform.tuning import Tuner
 
 SPECS = {
