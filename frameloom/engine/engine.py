@@ -3,7 +3,7 @@
 import difflib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -199,7 +199,7 @@ class Engine:
                 "the latents of the first frame hold values that are no finite numbers, and every frame depends on "
                 "them; check where they come from"
             )
-        self._given("latents", latents)
+        self._given("latents", lambda: latents)
         with memory_errors(f"decoding latents {tuple(latents.shape)}", "decode a shorter or a smaller piece"):
             clock = StageClock(device=self._open.device)
             passages = self._open.plan_decode(tuple(latents.shape))
@@ -217,7 +217,7 @@ class Engine:
                 f"frames {array.dtype} of shape {array.shape} cannot be encoded; give uint8 (T, H, W, 3)"
             )
         self._open.vae.check_frames(*array.shape[:3])
-        self._given("frames", torch.from_numpy(np.ascontiguousarray(array)))
+        self._given("frames", lambda: torch.from_numpy(np.array(array)))  # a copy: read-only arrays would warn
         with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
             return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
 
@@ -243,10 +243,10 @@ class Engine:
             check_same(self._team, "request", repr(request))
         return request
 
-    def _given(self, what: str, x: Tensor) -> None:
+    def _given(self, what: str, numbers: Callable[[], Tensor]) -> None:
         """Raise RequestError unless all ranks were given the same."""
         if self._team is not None:
-            check_same_numbers(self._team, what, x)
+            check_same_numbers(self._team, what, numbers())
 
     def _equal(self, latents: Tensor) -> Tensor:
         """Latents, if all ranks have the same."""
