@@ -136,9 +136,8 @@ PLANS = {
 @pytest.mark.parametrize("kind", ["one expert", "two experts", "per-token timesteps"])
 @pytest.mark.parametrize("count", PLANS)
 def test_every_plan_makes_the_video_of_one_process(count: int, kind, checkpoint_of) -> None:
-    for found in run_ranks(
-        count, errors_of_plans, str(checkpoint_of(kind)), os.environ["FRAMELOOM_CACHE"], PLANS[count]
-    ):
+    plans = PLANS[count] if kind == "one expert" else PLANS[count][:3]
+    for found in run_ranks(count, errors_of_plans, str(checkpoint_of(kind)), os.environ["FRAMELOOM_CACHE"], plans):
         for plan, (of_latents, levels, of_encoded) in found.items():
             assert of_latents <= 1e-5, plan
             assert levels <= 1, plan
