@@ -90,14 +90,14 @@ def build_engine(
     vae_dtype = torch.float32 if dtype == "auto" else compute
     log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
 
-    transformer = checkpoint.components["transformer"]
+    num_parameters = sum(checkpoint.components[name].num_parameters for name in names)
     ranks = gather_ranks(
         place,
         where,
         parallel,
         spec=specs[0],
         guided=defaults.guidance_scale > 1,
-        weight_bytes=transformer.num_parameters * compute.itemsize,
+        weight_bytes=num_parameters * compute.itemsize,
         facts={
             "model": fingerprint(checkpoint) if place else "",
             "dtype": str(compute),

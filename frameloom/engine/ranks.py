@@ -155,7 +155,7 @@ def gather_ranks(
 ) -> Ranks:
     """Meet the other ranks and divide the work by the plan `parallel` ("auto": by the checkpoint and their number).
 
-    `weight_bytes`: of one transformer. `facts` must be equal on all ranks. Raises RequestError where the plan is not
+    `weight_bytes`: of all transformers. `facts` must be equal on all ranks. Raises RequestError where the plan is not
     possible, ranks are missing or have something else.
     """
     size = 1 if place is None else place.world_size
