@@ -4,6 +4,7 @@ Shapes: B batch, C channels, T frames, H height, W width. Parameter names equal 
 Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file autoencoder_kl_wan.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -187,10 +188,9 @@ class Resample(nn.Module):
         return doubled if first is None else torch.cat([first, doubled], dim=2)
 
     def _double_picture(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
-        if self.kernel is None:
-            x_BCTHW = _upsampled(x_BCTHW, self.resample[0])
         reach = Reach.same(3, tile=self.kernel.tile_rows if self.kernel else 1)
-        return state.convolve(self, x_BCTHW, self._run_upsampled, history=0, reach=reach)
+        large = functools.partial(_upsampled, x_BCTHW, self.resample[0])  # no name here: it is let go while it is used
+        return state.convolve(self, x_BCTHW if self.kernel else large(), self._run_upsampled, history=0, reach=reach)
 
     def _run_upsampled(self, x_BCTHW: Tensor, pad: RowPadding) -> Tensor:
         conv = self.conv

@@ -106,7 +106,9 @@ class CausalState:
         prepare: Prepare | None = None,
     ) -> Tensor:
         """`run` on x with what surrounds it."""
-        return run(*self.surround(owner, x_BCTHW, history=history, reach=reach, prepare=prepare))
+        around, pad = self.surround(owner, x_BCTHW, history=history, reach=reach, prepare=prepare)
+        del x_BCTHW  # what is convolved is a copy, and this may be the last name of a large picture
+        return run(around, pad)
 
     def attend(self, attend: Attend, q_NLHK: Tensor, k_NLHK: Tensor, v_NLHK: Tensor) -> Tensor:
         """`attend` of the cells that are here to all cells of their frames."""

@@ -40,11 +40,21 @@ class PointwiseConv:
 
     def __call__(self, x_BCTHW: Tensor, pad_rows: int) -> Tensor:
         """(B, C, T, H, W) -> (B, O, T - Kt + 1, H, W)."""
-        last = x_BCTHW.permute(0, 2, 3, 4, 1).contiguous()  # else torch takes another way, with other bits
+        last = x_BCTHW.permute(0, 2, 3, 4, 1)
         frames = last.shape[1] - self.taps + 1
         if self.taps > 1:
             last = torch.cat([last[:, k : k + frames] for k in range(self.taps)], dim=-1)
+        elif not last.is_contiguous():
+            return self._by_frames(last).permute(0, 4, 1, 2, 3)
         return F.linear(last, self.weight, self.bias).permute(0, 4, 1, 2, 3)
+
+    def _by_frames(self, last_BTHWC: Tensor) -> Tensor:
+        """Frame by frame: for what lies apart in memory torch takes another way, which copies, and has other bits."""
+        out = empty(last_BTHWC, *last_BTHWC.shape[:-1], self.weight.shape[0])
+        for video, result in zip(last_BTHWC, out, strict=True):
+            for frame, target in zip(video, result, strict=True):
+                target.copy_(F.linear(frame.contiguous(), self.weight, self.bias))
+        return out
 
 
 class UnfoldedConv:
