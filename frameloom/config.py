@@ -116,12 +116,14 @@ def parallel_plan(text: str, num_ranks: int | None = None) -> ParallelPlan | Non
     if plan.cfg > 2:
         wrong = f"cfg={plan.cfg} is not possible: there are two predictions, with and without the prompt"
     elif plan.num_ranks != ranks:
-        axes = [f"{axis}={asked[axis]}" for axis in _AXES if axis in asked] or ["nothing divided"]
-        wrong = f"{' x '.join(axes)} makes {plan.num_ranks} ranks, and there are {ranks}"
+        axes = [f"{axis}={asked[axis]}" for axis in _AXES if axis in asked] or ["a step that is not divided"]
+        wrong = f"{' x '.join(axes)} takes {_ranks(plan.num_ranks)}, and there are {ranks}"
     elif plan.vae > ranks:
-        wrong = f"vae={plan.vae} is more than the {ranks} ranks there are"
+        wrong = f"vae={plan.vae} is more than the {_ranks(ranks)} that there are"
     elif plan.fsdp not in (1, ranks):
         wrong = f"fsdp={plan.fsdp} is not possible: weights are divided over all {ranks} ranks or (fsdp=1) over none"
+    elif plan.fsdp > 1 and plan.tp > 1:
+        wrong = f"fsdp={plan.fsdp} and tp={plan.tp} do not go together: each divides the weights"
     if wrong is not None:
         raise RequestError(f"{wrong}; the nearest plan is {nearest_plan(plan, ranks)}")
     return plan
@@ -129,12 +131,23 @@ def parallel_plan(text: str, num_ranks: int | None = None) -> ParallelPlan | Non
 
 def nearest_plan(plan: ParallelPlan, num_ranks: int) -> ParallelPlan:
     """The possible plan for so many ranks that is most like `plan`."""
-    best = min(_products(num_ranks), key=lambda sizes: sum(map(_distance, sizes, _sizes(plan))))
     whole = num_ranks if plan.fsdp > 1 else 1
+    possible = [sizes for sizes in _products(num_ranks) if whole == 1 or sizes[_AXES.index("tp")] == 1]
+
+    def unlike(sizes: tuple[int, ...]) -> tuple[float, ...]:
+        """How much; of equals, the one that divides more by Ulysses, then by guidance, and less by matrix products."""
+        cfg, ring, ulysses, tp = sizes
+        return round(sum(map(_distance, sizes, _sizes(plan))), 9), tp, ring, -ulysses, -cfg
+
+    best = min(possible, key=unlike)
     return ParallelPlan(**dict(zip(_AXES, best, strict=True)), fsdp=whole, vae=min(plan.vae, num_ranks))
 
 
 _AXES = ("cfg", "ring", "ulysses", "tp")
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _assignments(text: str) -> Iterator[tuple[str, int]]:

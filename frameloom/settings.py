@@ -103,7 +103,8 @@ def launched() -> Launched | None:
 
 def master_port() -> int | None:
     """The port asked for by MASTER_PORT, or None. Raises RequestError."""
-    return _number("MASTER_PORT", 1, 2**16 - 1) if os.environ.get("MASTER_PORT") else None
+    unset = "unset MASTER_PORT and a free port is found"
+    return _number("MASTER_PORT", 1, 2**16 - 1, unset) if os.environ.get("MASTER_PORT") else None
 
 
 def rank_environment(rank: int, count: int, *, port: int, heart_fd: int, store_fd: int | None) -> dict[str, str]:
@@ -125,10 +126,10 @@ def rank_environment(rank: int, count: int, *, port: int, heart_fd: int, store_f
     return {name: str(value) for name, value in (unless_set | given | ours).items()}
 
 
-def _number(name: str, low: int, high: int) -> int:
+def _number(name: str, low: int, high: int, remedy: str = _START_ANEW) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
-        raise RequestError(f"{name} is {text!r}, where a whole number from {low} to {high} belongs; {_START_ANEW}")
+        raise RequestError(f"{name} is {text!r}, where a whole number from {low} to {high} belongs; {remedy}")
     return int(text)
 
 

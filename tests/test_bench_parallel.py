@@ -21,7 +21,7 @@ def test_a_record_says_how_long_how_much_was_sent_and_what_was_predicted(run) ->
         assert [alone["ranks"], both["ranks"]] == [1, 2]
         assert alone["sent_bytes"] == [0]
         assert both["sent_bytes"] == both["predicted_sent_bytes"]
-        assert min(both["sent_bytes"]) > 0
+        assert max(both["sent_bytes"]) > 0  # with margins the first rank sends nothing
         assert alone["efficiency"] == 1
         assert both["predicted"]["seconds"] > alone["seconds"]["median"] / 2
         assert both["link"]["bytes_per_s"] > 0

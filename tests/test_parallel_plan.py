@@ -23,10 +23,10 @@ def test_without_a_number_of_ranks_the_plan_says_how_many() -> None:
 @pytest.mark.parametrize(
     ("text", "ranks", "said"),
     [
-        ("ulysses=3", 4, "ulysses=3 makes 3 ranks, and there are 4; the nearest plan is cfg=1,ring=1,ulysses=4,tp=1"),
+        ("ulysses=3", 4, "ulysses=3 takes 3 ranks, and there are 4; the nearest plan is cfg=1,ring=1,ulysses=4,tp=1"),
         ("cfg=3", 3, "cfg=3 is not possible: there are two predictions"),
-        ("cfg=2,ulysses=2", 8, "cfg=2 x ulysses=2 makes 4 ranks, and there are 8; the nearest plan is"),
-        ("ulysses=2,vae=4", 2, "vae=4 is more than the 2 ranks there are"),
+        ("cfg=2,ulysses=2", 8, "cfg=2 x ulysses=2 takes 4 ranks, and there are 8; the nearest plan is"),
+        ("ulysses=2,vae=4", 2, "vae=4 is more than the 2 ranks that there are"),
         ("ulysses=4,fsdp=2", 4, "fsdp=2 is not possible"),
         ("ulises=2", 2, "did you mean ulysses?"),
         ("ulysses", 2, "'ulysses' is no part of a plan"),
@@ -34,7 +34,13 @@ def test_without_a_number_of_ranks_the_plan_says_how_many() -> None:
         ("tp=0", 2, "tp=0 is not possible; give a whole number from 1 on"),
         ("tp=-1", 2, "tp=-1 is not possible"),
         ("tp=2,tp=2", 2, "tp is in the plan twice"),
-        ("vae=2", 2, "nothing divided makes 1 ranks, and there are 2"),
+        (
+            "vae=2",
+            2,
+            "a step that is not divided takes 1 rank, and there are 2; the nearest plan is cfg=1,ring=1,ulysses=2",
+        ),
+        ("fsdp=2", 2, "takes 1 rank, and there are 2; the nearest plan is cfg=1,ring=1,ulysses=2,tp=1,fsdp=2"),
+        ("tp=2,fsdp=2", 2, "fsdp=2 and tp=2 do not go together"),
     ],
 )
 def test_an_impossible_plan_is_one_sentence(text: str, ranks: int, said: str) -> None:
@@ -46,7 +52,12 @@ def test_an_impossible_plan_is_one_sentence(text: str, ranks: int, said: str) ->
 
 @pytest.mark.parametrize("ranks", range(1, 25))
 def test_the_nearest_plan_is_possible(ranks: int) -> None:
-    for wish in (ParallelPlan(cfg=2, ring=3, vae=9), ParallelPlan(ulysses=5), ParallelPlan(tp=7, fsdp=2)):
+    for wish in (
+        ParallelPlan(cfg=2, ring=3, vae=9),
+        ParallelPlan(ulysses=5),
+        ParallelPlan(tp=7, fsdp=2),
+        ParallelPlan(fsdp=3),
+    ):
         near = nearest_plan(wish, ranks)
         assert near.num_ranks == ranks
         assert parallel_plan(str(near), ranks) == near

@@ -1,5 +1,6 @@
 """The engine: requests in, videos or latents out. Built by `build.build_engine`; use it in a with statement."""
 
+import dataclasses
 import difflib
 import os
 import time
@@ -240,7 +241,8 @@ class Engine:
     def _agreed(self, request: ResolvedRequest) -> ResolvedRequest:
         """The request, if all ranks were asked the same. Raises RequestError."""
         if self._team is not None:
-            check_same(self._team, "request", repr(request))
+            for field in dataclasses.fields(request):
+                check_same(self._team, field.name.replace("_", " "), repr(getattr(request, field.name)))
         return request
 
     def _given(self, what: str, numbers: Callable[[], Tensor]) -> None:

@@ -72,7 +72,8 @@ def possible_plan(plan: ParallelPlan, spec: TransformerSpec) -> ParallelPlan:
     try:
         check_plan(plan, spec)
     except RequestError as error:
-        near = nearest_plan(ParallelPlan(cfg=plan.cfg, ring=plan.num_ranks // plan.cfg, vae=plan.vae), plan.num_ranks)
+        ring = ParallelPlan(cfg=plan.cfg, ring=plan.num_ranks // plan.cfg, fsdp=plan.fsdp, vae=plan.vae)
+        near = nearest_plan(ring, plan.num_ranks)
         raise RequestError(f"{error}; a plan that is possible with {plan.num_ranks} ranks: {near}") from None
     return plan
 

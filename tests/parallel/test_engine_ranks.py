@@ -183,7 +183,7 @@ def different_requests(world, cache):
 
 def test_ranks_that_are_asked_for_different_videos_refuse() -> None:
     for said in run_ranks(2, different_requests, os.environ["FRAMELOOM_CACHE"]):
-        assert said == "rank 1 was given another request than rank 0; start all with the same command"
+        assert said == "rank 1 was given another seed than rank 0; start all with the same command"
 
 
 def different_inputs(world, cache):
