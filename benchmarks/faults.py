@@ -5,6 +5,7 @@ promise was broken. Needs Linux: every process of a round is found by a variable
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -178,6 +179,16 @@ def main() -> None:
     whole_s = undisturbed.lasted_s
     print(f"a run without a fault takes {whole_s:.1f} s; {options.rounds} rounds with seed {options.seed}", flush=True)
     results: dict[str, list[Result]] = {}
+    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is told
+        strike_all(chance, options, whole_s, results)
+    print_table(results)
+    sys.exit(any(result.broken for all_of_it in results.values() for result in all_of_it))
+
+
+def strike_all(
+    chance: random.Random, options: argparse.Namespace, whole_s: float, results: dict[str, list[Result]]
+) -> None:
+    """All rounds, one after the other."""
     for number in range(options.rounds):
         fault = random_fault(chance, options.gpus, whole_s)
         result = run(fault, options.gpus, 5 * whole_s)
@@ -186,8 +197,6 @@ def main() -> None:
         results.setdefault(fault.name if result.struck else "too late", []).append(result)
         for broken in result.broken:
             print(f"round {number}, {fault.name} at {fault.at_s:.2f} s: {broken}", flush=True)
-    print_table(results)
-    sys.exit(any(result.broken for all_of_it in results.values() for result in all_of_it))
 
 
 def print_table(results: dict[str, list[Result]]) -> None:
