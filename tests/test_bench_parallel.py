@@ -52,7 +52,7 @@ def test_the_command_prints_a_table_and_what_it_is_worth(run) -> None:
         ({"dit": "2B"}, "1.3B, 14B, 5B, tiny"),
         ({"height": 40}, "use multiples of 16"),
         ({"rounds": 0}, "use 1 or more"),
-        ({"ranks": (1, 2, 4), "parallel": "ulysses=2"}, "ulysses=2 makes 2 ranks, and there are 4"),
+        ({"ranks": (1, 2, 4), "parallel": "ulysses=2"}, "ulysses=2 takes 2 ranks, and there are 4"),
         ({"parallel": "ulysses=2,fsdp=2"}, "fsdp=2 is not measured here; leave fsdp out"),
     ],
 )

@@ -289,7 +289,7 @@ def test_variables_that_make_no_sense_are_told(monkeypatch: pytest.MonkeyPatch, 
         (65, "auto", 0, "--gpus 65 is not possible"),
         (None, "ulysses=100", 0, "100 ranks on one machine are not possible; start them with torchrun"),
         (2, "auto", 4, "--gpus 2 contradicts the 4 ranks that were started; leave it away"),
-        (2, "ulysses=4", 0, "ulysses=4 makes 4 ranks, and there are 2"),
+        (2, "ulysses=4", 0, "ulysses=4 takes 4 ranks, and there are 2"),
     ],
 )
 def test_counts_that_are_not_possible_are_told(gpus, plan: str, started: int, words: str) -> None:
