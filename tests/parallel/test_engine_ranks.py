@@ -68,19 +68,16 @@ WAYS = {  # the last: in another memory order, without kernels of ours
         (None, "float32"),
         (None, "bfloat16"),
         (None, "contiguous"),
-        ("per-token timesteps", "float32"),
         ("per-token timesteps", "bfloat16"),
     ],
 )
 def test_decoded_files_are_the_same_bytes(kind, way: str, checkpoint_of, tmp_path) -> None:
     """Both VAEs; heights that do not divide, and fewer rows than ranks.
 
-    The second VAE's convolutions have 8 channels: there oneDNN's two-dimensional kernels, which are chosen on some
-    machines, and its contiguous ones sum in another order for another height.
+    Not the second VAE in float32: with 8 channels library convolutions sum in another order for another height, and a
+    value in 100,000 is a level away (`test_every_plan_makes_the_video_of_one_process` bounds it).
     """
-    options = dict(WAYS[way])
-    if kind is not None and way == "float32":
-        options["rewrites"] = ["vae.conv3d_unfold=off"]
+    options = WAYS[way]
     model = None if kind is None else str(checkpoint_of(kind))
     sizes = [(3, 7, 9), (2, 2, 11), (2, 15, 4)]
     cache = os.environ["FRAMELOOM_CACHE"]
