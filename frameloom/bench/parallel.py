@@ -219,12 +219,13 @@ def _step(case: ParallelCase, ranks: Ranks) -> tuple[Run, dict[str, Any]]:
     dit = WanDiT(spec).eval()
     for name, parameter in dit.named_parameters():
         parameter.data = parameter.data.to(ranks.device, torch.float32 if dit.keep_in_fp32(name) else dtype)
-    ranks.divide_dit(dit)
-    fast = make_fast_dit(dit, policy=policy_of("rounding", ()), ranks=ranks)
+    # Drawn first: choosing kernels moves the random numbers on the first rank alone.
     x = torch.randn(1, spec.in_channels, *case.cells("denoise")).to(ranks.device)
     texts = [torch.zeros(1, _TEXT_TOKENS, spec.text_dim) for _ in range(1 + case.guided)]
     for text, length in zip(texts, _PROMPT_LENGTHS, strict=False):
         text[:, :length] = torch.randn(1, length, spec.text_dim)
+    ranks.divide_dit(dit)
+    fast = make_fast_dit(dit, policy=policy_of("rounding", ()), ranks=ranks)
     planner = ranks.step_planner(fast.planner, insisted=False)
     choices, _ = planner.loop(tuple(x.shape), guided=case.guided)
     predict = ranks.make_predictor([text.to(ranks.device, dtype) for text in texts], choices)
@@ -239,9 +240,9 @@ def _decoding(case: ParallelCase, ranks: Ranks) -> tuple[Run, dict[str, Any]]:
     spec = case.vae_spec
     torch.manual_seed(0)
     vae = WanVAE(spec).eval().to(ranks.device, DTYPES[case.dtype])
+    z = torch.randn(1, spec.z_dim, *case.cells("decode")).to(ranks.device)  # first, as in `_step`
     fast = make_fast(vae, policy=policy_of("rounding", ()), ranks=ranks)
     prepare(vae.decoder)
-    z = torch.randn(1, spec.z_dim, *case.cells("decode")).to(ranks.device)
     passage = next(ranks.vae_planner(fast.planner, spec).decode(tuple(z.shape)))
     doubling = [module for module in vae.decoder.modules() if isinstance(module, Resample)]
     facts = {

@@ -79,7 +79,7 @@ class Share:
             return "+".join(str(len(axis.part(index))) for index in axis.active())
 
         spare = self.team.size - len(self.active)
-        idle = f", {spare} of {self.team.size} ranks idle: there are too few cells" if spare else ""
+        idle = f", {spare} of {self.team.size} ranks have no part" if spare else ""
         across = f" and {sizes(self.columns)} columns" if self.columns.num_parts > 1 else ""
         return f"{sizes(self.rows)} rows{across} of latents{idle}"
 

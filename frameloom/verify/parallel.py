@@ -6,7 +6,6 @@ All ranks compute and the first compares: that the others have the same bits as 
 import functools
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +37,7 @@ from frameloom.settings import Launched
 from frameloom.types import ParallelPlan
 from frameloom.verify.finding import Errors, Finding
 from frameloom.verify.networks import PROMISE_FP32, Compute, Trial, lack_of_memory, latents_and_frames
+from frameloom.weights.fingerprint import fingerprint_of_parts
 from frameloom.weights.source import Component
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -55,7 +55,7 @@ def verify_parallel(
     `plan`: the only one to prove; None: all that there are. Raises RequestError as `join`.
     """
     versions = {"frameloom": version("frameloom"), "torch": torch.__version__}
-    world = join(place, device=device, facts={**versions, "model": _outline(parts), "plan": str(plan)})
+    world = join(place, device=device, facts={**versions, "model": fingerprint_of_parts(parts), "plan": str(plan)})
     plans = list(plans_for(world.size)) if plan is None else [plan]
     of_vae = ParallelPlan(vae=plans[0].vae)
     ranks = Ranks(world=world, plan=of_vae, mesh=None, device=device, per_machine=place.local_world_size)
@@ -279,15 +279,6 @@ def _passages(
     if parts > 2 and parts % 2 == 0:
         yield "in rows and columns", passage(share=share(columns=2))
     yield "in rows with a margin", passage(share=share(columns=1), margin=margin_cells(spec, encodes=encodes))
-
-
-def _outline(parts: Mapping[str, Component]) -> str:
-    """A short name for the settings and the tensors of networks, without reading their weights."""
-    facts = [
-        (name, part.config, [(key, entry.dtype, entry.shape) for key, entry in sorted(part.tensors.items())])
-        for name, part in sorted(parts.items())
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -2,22 +2,32 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from frameloom.weights.source import Checkpoint
+from frameloom.weights.source import Checkpoint, Component
 
 _SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Sixteen hexadecimal digits of its settings, of every tensor's name, dtype and shape, and of samples of its files.
+    """Sixteen hexadecimal digits of its settings and of its parts."""
+    return fingerprint_of_parts(
+        checkpoint.components,
+        checkpoint.pipeline,
+        checkpoint.boundary_ratio,
+        checkpoint.expand_timesteps,
+        dict(checkpoint.scheduler),
+    )
+
+
+def fingerprint_of_parts(parts: Mapping[str, Component], *facts: object) -> str:
+    """The same of parts: of their configs, of every tensor's name, dtype and shape, and of samples of their files.
 
     A sample from the beginning, the middle and the end of every file: reading all of it would take minutes.
     """
-    told = hashlib.sha256()
-    facts = [checkpoint.pipeline, checkpoint.boundary_ratio, checkpoint.expand_timesteps, dict(checkpoint.scheduler)]
-    told.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, part in sorted(checkpoint.components.items()):
+    told = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, part in sorted(parts.items()):
         tensors = [(key, entry.dtype, entry.shape) for key, entry in sorted(part.tensors.items())]
         told.update(json.dumps([name, part.config, tensors], sort_keys=True, default=str).encode())
         for file in sorted(part.files):
