@@ -116,11 +116,11 @@ class AttentionBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Mix the cells of each frame; shape unchanged."""
         b, c, t, h, w = x_BCTHW.shape
-        frames = _frames_as_batch(x_BCTHW)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B*T, H*W, 3C)
-        q, k, v = (part.unsqueeze(2) for part in qkv.chunk(3, dim=-1))  # one head: (B*T, H*W, 1, C)
+        all_three = _of_cells(self.to_qkv, x_BCTHW, state, prepare=self.norm)
+        qkv = _frames_as_batch(all_three).flatten(2).transpose(1, 2).contiguous()
+        q, k, v = (part.unsqueeze(2) for part in qkv.chunk(3, dim=-1))  # (B*T, H*W, 3C) -> one head: (B*T, H*W, 1, C)
         mixed = state.attend(self.attend, q, k, v).squeeze(2).transpose(1, 2).reshape(b * t, c, h, w)
-        return x_BCTHW + _batch_as_frames(self.proj(mixed), b)
+        return x_BCTHW + _of_cells(self.proj, _batch_as_frames(mixed, b), state)
 
 
 class MidBlock(nn.Module):
@@ -221,13 +221,19 @@ class StridedTimeConv(nn.Conv3d):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:  # type: ignore[override]  # state is the point
         """First chunk: T = 1 + 2k -> 1 + k. Later chunks: T = 2k -> k."""
-        extended, _ = state.surround(self, x_BCTHW, history=1, reach=Reach(1))
         if not state.at_start:
-            return self._halve(extended)
-        first = x_BCTHW[:, :, :1]  # nothing lies before it: what was put in front is not looked at
-        return torch.cat([first, self._halve(x_BCTHW)], dim=2) if x_BCTHW.shape[2] > 1 else first
+            return state.convolve(self, x_BCTHW, self._halve, history=1, reach=Reach(1))
+        first = x_BCTHW[:, :, :1]
+        rest = state.convolve(self, x_BCTHW, self._halve_after_first, history=1, reach=Reach(1))
+        return torch.cat([first, rest], dim=2) if rest.shape[2] else first
 
-    def _halve(self, x_BCTHW: Tensor) -> Tensor:
+    def _halve_after_first(self, x_BCTHW: Tensor, pad: RowPadding) -> Tensor:
+        """Nothing lies before the first frame: what was put in front of it is not looked at."""
+        if x_BCTHW.shape[2] == 2:
+            return x_BCTHW[:, :, :0]
+        return self._halve(x_BCTHW[:, :, 1:], pad)
+
+    def _halve(self, x_BCTHW: Tensor, _: RowPadding) -> Tensor:
         if x_BCTHW.shape[3] == 0:
             return _no_rows(x_BCTHW, self.out_channels, frames=x_BCTHW.shape[2] // 2, width=x_BCTHW.shape[4])
         return F.conv3d(x_BCTHW, self.weight, self.bias, stride=self.stride)
@@ -269,6 +275,16 @@ class DuplicateUp(nn.Module):
         wide = x_BCTHW.repeat_interleave(self.repeats, dim=1).reshape(b, self.out_dim, time, space, space, t, h, w)
         up = wide.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, self.out_dim, t * time, h * space, w * space)
         return (up[:, :, time - 1 :] if state.at_start else up).contiguous(memory_format=_order(x_BCTHW))
+
+
+def _of_cells(conv: nn.Conv2d, x_BCTHW: Tensor, state: CausalState, *, prepare: nn.Module | None = None) -> Tensor:
+    """A convolution that sees one cell, of frames that are prepared for it."""
+
+    def run(x_BCTHW: Tensor, _: RowPadding) -> Tensor:
+        frames = _frames_as_batch(x_BCTHW)
+        return _batch_as_frames(conv(frames if prepare is None else prepare(frames)), x_BCTHW.shape[0])
+
+    return state.convolve(conv, x_BCTHW, run, history=0, reach=Reach(1))
 
 
 def _frames_as_batch(x_BCTHW: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from frameloom.errors import RequestError
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d, Kernel, Resample, RMSNorm
-from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS
-from frameloom.models.vae_state import BandState, Passage
+from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS, TILE_ROWS, TILES, refuses_tiles
+from frameloom.models.vae_state import BandState, Passage, Reach
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops import vae_rewrites as ops
 from frameloom.ops.conv import DirectConv, PhaseUpsampledConv, PointwiseConv, UnfoldedConv, UpsampledConv
@@ -63,6 +63,7 @@ class VaeChoices:
     norm: str | None
     channels_last: bool
     buffers: bool = True
+    tiles: bool = False
     chunks: bool = True
     bands: bool = True
     always_chunks: bool = False  # the user named it: never one latent frame at a time where there are more
@@ -72,7 +73,8 @@ class VaeChoices:
     @property
     def passage(self) -> Passage:
         """One latent frame at a time, whole pictures, in the memory order of these kernels."""
-        return Passage(channels_last=self.channels_last, buffers=self.buffers)
+        tile_rows = TILE_ROWS if self.tiles else None
+        return Passage(channels_last=self.channels_last, tile_rows=tile_rows, buffers=self.buffers)
 
 
 REFERENCE = VaeChoices(
@@ -88,8 +90,8 @@ def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | N
     each. Raises RequestError for a rewrite that was insisted on and does not apply.
     """
     _refuse_rivals(policy)
-    passing, told = _choose_passing(policy)
     weight = next(vae.parameters())
+    passing, told = _choose_passing(policy, weight)
     base = policy.refuses(ops.CHANNELS_LAST) or ops.CHANNELS_LAST.refuses(None, weight)
     base = base or (None if passing["buffers"] else f"it needs {BUFFERS.name}")
     if base is not None:
@@ -97,7 +99,8 @@ def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | N
         told.append(policy.decide(ops.CHANNELS_LAST, base))
         told += [policy.decide(r, policy.refuses(r) or f"it needs {ops.CHANNELS_LAST.name}") for r in others]
         return VaeChoices(kernels={}, norm=None, channels_last=False, **passing, decisions=tuple(told))
-    kernels = _choose_kernels(vae, policy, tuner, winograd_bytes)
+    tile_rows = TILE_ROWS if passing["tiles"] else None
+    kernels = _choose_kernels(vae, policy, tuner, winograd_bytes, tile_rows)
     norm, told_of_norm = _choose_norm(policy, weight)
     told += [*_tell(policy, kernels, weight), *told_of_norm]
     return VaeChoices(kernels=kernels, norm=norm, channels_last=True, **passing, decisions=tuple(told))
@@ -148,16 +151,18 @@ class _Prepares(Protocol):
     def prepare(self) -> None: ...
 
 
-def _choose_passing(policy: Policy) -> tuple[dict[str, bool], list[Decision]]:
+def _choose_passing(policy: Policy, weight: Tensor) -> tuple[dict[str, bool], list[Decision]]:
     """Which ways to cut a video the planner may use."""
     told: list[Decision] = []
     allowed: dict[str, bool] = {}
     for key, rewrite, reason in (
         ("buffers", BUFFERS, "it applies"),
+        ("tiles", TILES, "it applies"),
         ("chunks", CHUNKS, "where memory allows"),
         ("bands", BANDS, "where memory is short, and on a CPU where pictures are large"),
     ):
         refusal = policy.refuses(rewrite) or (None if allowed.get("buffers", True) else f"it needs {BUFFERS.name}")
+        refusal = refusal or (refuses_tiles(weight) if rewrite is TILES else None)
         allowed[key] = refusal is None
         told.append(policy.decide(rewrite, refusal, "asked for by name" if policy.insists(rewrite) else reason))
     return allowed | {"always_chunks": policy.insists(CHUNKS), "always_bands": policy.insists(BANDS)}, told
@@ -178,7 +183,9 @@ def _refuse_rivals(policy: Policy) -> None:
             raise RequestError(f"rewrites {' and '.join(named)} compute the same layers; ask for one of them")
 
 
-def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None) -> dict[str, str]:
+def _choose_kernels(
+    vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None, tile_rows: int | None
+) -> dict[str, str]:
     limit = float("inf") if winograd_bytes is None else winograd_bytes
     left = {"encoder": limit, "decoder": limit}
     chosen: dict[str, str] = {}
@@ -193,7 +200,7 @@ def _choose_kernels(vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: i
         if not ways:
             continue
         key = f"{conv.in_channels}>{conv.out_channels} {tuple(conv.kernel_size)} {tuple(shape)} {conv.weight.dtype}"
-        prepare = functools.partial(_runs, conv, shape, pad_rows, ways)
+        prepare = functools.partial(_runs, conv, shape, pad_rows, ways, tile_rows)
         best = ways[0] if len(ways) == 1 else tuner.best(key, ways, prepare)
         if best in _AT_POINTS:
             left[half] -= winograd
@@ -226,15 +233,20 @@ def _ways(module: nn.Module, weight: Tensor, policy: Policy, *, allow_winograd: 
 
 
 def _runs(
-    conv: nn.Conv2d | nn.Conv3d, shape: torch.Size, pad_rows: int, ways: list[str]
+    conv: nn.Conv2d | nn.Conv3d, shape: torch.Size, pad_rows: int, ways: list[str], tile_rows: int | None
 ) -> dict[str, Callable[[], object]]:
     """Each way to compute a convolution, ready to run on random input."""
     batch, channels, frames, rows, width = shape
     size = (batch, frames, min(rows, _MEASURED_ROWS), width, channels)
     x = torch.randn(size, device=conv.weight.device).to(conv.weight.dtype).permute(0, 4, 1, 2, 3)
     makers: dict[str, Maker] = {**_MAKERS, _PLAIN: UpsampledConv}
-    kernels = {way: makers[way](conv.weight, conv.bias) for way in ways}
-    return {way: lambda kernel=kernel: kernel(x, pad_rows) for way, kernel in kernels.items()}  # type: ignore[misc]
+    state = BandState(tile_rows=tile_rows)
+
+    def run(kernel: Kernel) -> Tensor:
+        reach = Reach(conv.kernel_size[-2], 1, pad_rows, pad_rows, kernel.tile_rows)
+        return state.convolve(conv, x, lambda x, pad: kernel(x, pad.above), history=0, reach=reach)
+
+    return {way: functools.partial(run, makers[way](conv.weight, conv.bias)) for way in ways}
 
 
 def _inputs(vae: WanVAE, tuner: Tuner) -> dict[str, tuple[nn.Module, torch.Size, int]]:

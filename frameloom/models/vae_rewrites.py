@@ -11,8 +11,10 @@ from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops import vae_rewrites as operations
+from frameloom.ops import winograd
 from frameloom.ops.registry import Rewrite, Sizes
 
+TILE_ROWS = winograd.TILE  # so that all tiles of a layer, and of the layers behind it, end at the same rows
 _Z_DIM = 4
 _SMALL: Mapping[str, Any] = MappingProxyType(
     {
@@ -49,6 +51,12 @@ def _by(passage: Passage) -> Callable[[WanVAE, Tensor], Tensor]:
     return decode
 
 
+def refuses_tiles(weight: Tensor) -> str | None:
+    """Why convolutions are not computed in tiles of rows where the weights are; None where they are."""
+    on_cpu = weight.device.type in ("cpu", "meta")
+    return None if on_cpu else "it is for a CPU: a GPU has too little to do with four rows"
+
+
 BUFFERS = Rewrite(
     name="vae.buffers",
     exactness="bitwise",
@@ -59,6 +67,17 @@ BUFFERS = Rewrite(
     example=_example,
     tolerance=0.0,
     because="the same numbers are written to one buffer instead",
+    dtypes=(torch.float32, torch.bfloat16),
+)
+TILES = Rewrite(
+    name="vae.row_tiles",
+    exactness="rounding",
+    replaces="a library's convolutions over all rows at once, whose sums depend on how many rows there are",
+    reference=_plainly,
+    fast=_by(Passage(steps=1, tile_rows=TILE_ROWS)),
+    refuses=lambda vae, *_: refuses_tiles(next(vae.parameters())),
+    example=_example,
+    because="asked for four rows at a time, the library may sum in another order than for all",
     dtypes=(torch.float32, torch.bfloat16),
 )
 CHUNKS = Rewrite(
@@ -79,6 +98,6 @@ BANDS = Rewrite(
     fast=_by(Passage(steps=1, rows=2)),
     refuses=operations.never,
     example=_example,
-    because="every row is computed from the same rows; the library may sum in another order for another height",
+    because="every row is computed from the same rows; a GPU's library may sum in another order for another height",
 )
-VAE_REWRITES = (BUFFERS, CHUNKS, BANDS, *operations.OPERATIONS)
+VAE_REWRITES = (BUFFERS, TILES, CHUNKS, BANDS, *operations.OPERATIONS)

@@ -43,6 +43,10 @@ class Reach(NamedTuple):
         """As many rows out as in."""
         return cls(kernel, 1, kernel // 2, kernel // 2, tile)
 
+    def steps(self, rows: int, pad: "RowPadding | None" = None) -> int:
+        """How often it fits on so many rows and the zero rows around them."""
+        return max(0, (rows + sum(pad or ()) - self.kernel) // self.stride + 1)
+
 
 class RowPadding(NamedTuple):
     """Zero rows that a convolution must add by itself."""
@@ -143,13 +147,17 @@ class BandState(CausalState):
     """Whole pictures or bands of rows, through buffers that are written once; for inference only.
 
     `rows`: how many rows a stage of `by_rows` is given at most; None passes whole pictures. `channels_last`: the memory
-    order of what is given to the convolutions.
+    order of what is given to the convolutions. `tile_rows`: how many rows they give at a time, except those with tiles
+    of their own; None all at once. A library sums in another order for another height: in tiles of one height, that lie
+    where those of the whole picture lie, every row has the bits that it has there.
     """
 
-    def __init__(self, *, rows: int | None = None, channels_last: bool = True) -> None:
+    def __init__(self, *, rows: int | None = None, channels_last: bool = True, tile_rows: int | None = None) -> None:
         super().__init__()
         self._rows_per_band = rows
         self._channels_last = channels_last
+        self._tile_rows = tile_rows
+        self._taken: dict[nn.Module, int] = {}  # rows of the picture that a convolution took in earlier bands
         self._band: Band | None = None
         self._pending: dict[object, Tensor] = {}
         self._kept: dict[object, Tensor] = {}  # memory for what is remembered, and for a window
@@ -167,12 +175,29 @@ class BandState(CausalState):
         if prepare is None:
             inner.copy_(x_BCTHW)
         else:
-            prepare(x_BCTHW, out=inner)
+            self._prepare(prepare, x_BCTHW, inner, self._taken_by(owner))
         if history:
             self._remember(owner, window.whole[:, :, :, rows], history)
         if band is None:
             return window.whole, RowPadding(reach.above, reach.below)
         return self._consume(owner, window.whole, reach, band), RowPadding(0, 0)
+
+    def convolve(
+        self,
+        owner: nn.Module,
+        x_BCTHW: Tensor,
+        run: Convolution,
+        *,
+        history: int,
+        reach: Reach,
+        prepare: Prepare | None = None,
+    ) -> Tensor:
+        """As CausalState, in tiles of rows."""
+        taken, rows = self._taken_by(owner), x_BCTHW.shape[3]
+        around, pad = self.surround(owner, x_BCTHW, history=history, reach=reach, prepare=prepare)
+        del x_BCTHW
+        self._taken[owner] = taken + rows
+        return self._in_tiles(run, around, pad, reach, reach.steps(taken, RowPadding(reach.above, 0)))
 
     def align(self, owner: nn.Module, x_BCTHW: Tensor, rows: int) -> Tensor:
         """The next `rows` rows of x; what is left waits for the next band."""
@@ -246,12 +271,62 @@ class BandState(CausalState):
 
     def _consume(self, owner: nn.Module, whole: Tensor, reach: Reach, band: Band) -> Tensor:
         """The rows that a whole number of the kernel's steps and tiles covers; the rows needed again are kept."""
-        steps = max(0, (whole.shape[3] - reach.kernel) // reach.stride + 1)
+        steps = reach.steps(whole.shape[3])
         steps -= 0 if band.last else steps % reach.tile
         used = steps * reach.stride
         if not band.last:
             self._keep(owner, whole[:, :, :, used:])
         return whole[:, :, :, : used + reach.kernel - reach.stride if steps else 0]
+
+    def _taken_by(self, owner: nn.Module) -> int:
+        """Rows of this picture before those that come now."""
+        return 0 if self._band is None or self._band.first else self._taken[owner]
+
+    def _prepare(self, prepare: Prepare, x_BCTHW: Tensor, out: Tensor, before: int) -> None:
+        """`prepare` x into `out`; `before`: rows of the picture that lie before x.
+
+        Where channels lie apart in memory, torch sums them in another order at the end of what it takes at a time.
+        """
+        if self._channels_last:
+            prepare(x_BCTHW, out=out)
+        else:
+            out.copy_(self._in_tiles(lambda x, _: prepare(x), x_BCTHW, RowPadding(0, 0), Reach(1), before))
+
+    def _in_tiles(self, run: Convolution, x_BCTHW: Tensor, pad: RowPadding, reach: Reach, before: int) -> Tensor:
+        """`run` on x, tile by tile; `before`: rows of the picture that lie before the first one that x gives."""
+        steps, tile = reach.steps(x_BCTHW.shape[3], pad), self._tile_rows
+        if tile is None or reach.tile > 1 or steps == 0:
+            return run(x_BCTHW, pad)
+        read = (tile - 1) * reach.stride + reach.kernel
+        out: Tensor | None = None
+        for start in range(-(before % tile), steps, tile):
+            around = self._rows_of(x_BCTHW, start * reach.stride - pad.above, read, may_view=reach.kernel > 1)
+            given = run(around, RowPadding(0, 0))
+            doubled = given.shape[3] // tile  # by an upsampling that is part of the convolution
+            if out is None:
+                shape = (*given.shape[:3], steps * doubled, given.shape[4])
+                out = self._in_order(empty(given, math.prod(shape)), shape)
+            first, last = max(0, start), min(steps, start + tile)
+            own = given[:, :, :, (first - start) * doubled : (last - start) * doubled]
+            out[:, :, :, first * doubled : last * doubled].copy_(own)
+        assert out is not None
+        return out
+
+    def _rows_of(self, x_BCTHW: Tensor, top: int, count: int, *, may_view: bool) -> Tensor:
+        """`count` rows from `top` on, zeros where x has none; of a copy unless x has them and `may_view`.
+
+        A library brings what it convolves into its own order first, and what is a view comes out as a copy does; but a
+        matrix product takes another way to a view.
+        """
+        b, c, t, height, w = x_BCTHW.shape
+        low, high = max(0, top), min(height, top + count)
+        if may_view and high - low == count:
+            return x_BCTHW[:, :, :, low:high]
+        rows = self._memory("tile", x_BCTHW, (b, c, t, count, w))
+        rows[:, :, :, : low - top].zero_()
+        rows[:, :, :, low - top : high - top].copy_(x_BCTHW[:, :, :, low:high])
+        rows[:, :, :, high - top :].zero_()
+        return rows
 
     def _remember(self, owner: nn.Module, x_BCTHW: Tensor, history: int) -> None:
         key, end = self._key(owner), x_BCTHW[:, :, -history:]
@@ -298,11 +373,13 @@ class BandState(CausalState):
 class Passage:
     """How a video passes through the VAE: latent frames at a time, and rows per band at most (None: whole pictures).
 
-    `buffers` False is the plain way of `CausalState`, which knows no bands.
+    `tile_rows`: rows that a library's convolution gives at a time, None all. `buffers` False is the plain way of
+    `CausalState`, which knows neither bands nor tiles.
     """
 
     steps: int = 1
     rows: int | None = None
+    tile_rows: int | None = None
     channels_last: bool = False
     buffers: bool = True
 
@@ -322,7 +399,7 @@ class Passage:
         """The state of a video's beginning."""
         if not self.buffers:
             return CausalState()
-        return BandState(rows=self.rows, channels_last=self.channels_last)
+        return BandState(rows=self.rows, channels_last=self.channels_last, tile_rows=self.tile_rows)
 
     def __str__(self) -> str:
         pictures = "whole pictures" if self.rows is None else f"bands of {self.rows} rows"

@@ -24,7 +24,7 @@ from frameloom.platform.allocator import empty
 TILE = 4
 _A, _B = 0.625, 1.5
 _A2, _B2 = _A * _A, _B * _B
-_FEWEST_ROWS = 4  # of a matrix product: MKL sums fewer in another order, and a band's bits would depend on its height
+_FEWEST_ROWS = 16  # of a matrix product: MKL sums fewer in another order, and a band's bits would depend on its height
 _CHANNELS_AT_ONCE = 16  # of a kernel on its way to the points, in float64
 _POINTS = (0.0, _A, -_A, _B, -_B)
 
@@ -192,7 +192,7 @@ class PlainWinogradConv(_Winograd):
             return
         self._to_points(x_CTHW, points, pad_rows, tiles)
         for k in range(self.taps):
-            product.baddbmm_(points[:, k : k + frames].flatten(1, 2), self.points[k], beta=min(k, 1))
+            _multiply(points[:, k : k + frames].flatten(1, 2), self.points[k], out=product, adds=k > 0)
         self._from_points(product, out_CTHW, tiles)
 
     def _numbers_per_tile(self, in_channels: int, channels: int, frames: int) -> int:
@@ -267,13 +267,14 @@ def kernel_at_points(weight_OCTHW: Tensor, time: Tensor) -> Tensor:
     return points.view(time.shape[0], -1, in_channels, channels)
 
 
-def _multiply(x_PNC: Tensor, weight_PCO: Tensor, *, out: Tensor) -> None:
-    """The product of each point, into `out` (P, N, O)."""
-    rows = x_PNC.shape[1]
-    if rows >= _FEWEST_ROWS:
-        torch.bmm(x_PNC, weight_PCO, out=out)
-    else:
-        out.copy_(torch.bmm(F.pad(x_PNC, (0, 0, 0, _FEWEST_ROWS - rows)), weight_PCO)[:, :rows])
+def _multiply(x_PNC: Tensor, weight_PCO: Tensor, *, out: Tensor, adds: bool = False) -> None:
+    """The product of each point, into `out` (P, N, O) or on top of it."""
+    missing = _FEWEST_ROWS - x_PNC.shape[1]
+    if missing <= 0:
+        out.baddbmm_(x_PNC, weight_PCO, beta=int(adds))
+        return
+    x_PNC, wide = F.pad(x_PNC, (0, 0, 0, missing)), F.pad(out, (0, 0, 0, missing))
+    out.copy_(wide.baddbmm_(x_PNC, weight_PCO, beta=int(adds))[:, :-missing])
 
 
 def bytes_at_points(weight_OCTHW: Tensor) -> int:

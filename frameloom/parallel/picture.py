@@ -130,18 +130,12 @@ class Axis:
             return Span(own=own, reads=own, zeros=(0, 0), first=own.start)
         first, last = own.start // reach.tile * reach.tile, -(-own.stop // reach.tile) * reach.tile
         low, high = first - reach.above, last + reach.below
-        zeros = max(0, -low), (reach.below if high > end else 0) + _company(own, end, reach)
+        zeros = max(0, -low), reach.below if high > end else 0
         return Span(own=own, reads=Range(max(0, low), min(end, high)), zeros=zeros, first=first)
 
     def active(self) -> Iterator[int]:
         """Parts that are not empty."""
         return (index for index in range(self.num_parts) if len(self.part(index)))
-
-
-def _company(own: Range, end: int, reach: Reach) -> int:
-    """Rows computed beside a single one: oneDNN sums one row alone in another order than one of several."""
-    alone = len(own) == 1 and end > 1 and reach.tile == reach.stride == 1
-    return int(alone)
 
 
 def _padded_aside(span: Span, end: int, reach: Reach) -> Span:

@@ -21,8 +21,17 @@ class MarginState(BandState):
     encoder brings there is fetched, once per chunk.
     """
 
-    def __init__(self, share: Share, margin: int, *, encodes: bool, rows: int | None, channels_last: bool) -> None:
-        super().__init__(rows=rows, channels_last=channels_last)
+    def __init__(
+        self,
+        share: Share,
+        margin: int,
+        *,
+        encodes: bool,
+        rows: int | None,
+        channels_last: bool,
+        tile_rows: int | None = None,
+    ) -> None:
+        super().__init__(rows=rows, channels_last=channels_last, tile_rows=tile_rows)
         self._share, self._margin, self._encodes = share, margin, encodes
 
     def by_rows(self, x_BCTHW: Tensor, stages: Sequence[Stage]) -> Tensor:

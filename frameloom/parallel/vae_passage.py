@@ -60,9 +60,14 @@ class SharedPassage(Passage):
     def state(self) -> CausalState:
         """The state of a video's beginning."""
         if self.margin is None:
-            return ShardState(self.share, channels_last=self.channels_last)
+            return ShardState(self.share, channels_last=self.channels_last, tile_rows=self.tile_rows)
         return MarginState(
-            self.share, self.margin, encodes=self.encodes, rows=self.rows, channels_last=self.channels_last
+            self.share,
+            self.margin,
+            encodes=self.encodes,
+            rows=self.rows,
+            channels_last=self.channels_last,
+            tile_rows=self.tile_rows,
         )
 
     def _from_first(self, x_BCTHW: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -70,8 +70,8 @@ class SharedVaePlanner:
 
     def _passage(self, share: Share, shape: Shape, *, encodes: bool) -> Iterator[Passage]:
         link = self._link
-        steps, rows, margin, last = self.team.first(lambda: self._way(share, shape, link, encodes=encodes))
-        passage = SharedPassage(steps=steps, rows=rows, channels_last=last, share=share, margin=margin, encodes=encodes)
+        way = self.team.first(lambda: self._way(share, shape, link, encodes=encodes))
+        passage = SharedPassage(**way, share=share, encodes=encodes)
         log.info("the VAE over %d ranks: %s", self.parts, passage)
         return iter([passage])
 
@@ -80,10 +80,8 @@ class SharedVaePlanner:
         """The slowest between ranks; every rank asks for it."""
         return measure_link(self.team)
 
-    def _way(
-        self, share: Share, shape: Shape, link: Link, *, encodes: bool
-    ) -> tuple[int, int | None, int | None, bool]:
-        """Frames at a time, rows per band, margin, and the memory order."""
+    def _way(self, share: Share, shape: Shape, link: Link, *, encodes: bool) -> dict[str, Any]:
+        """What a passage has, and its margin."""
         cell = self.spec.spatial_scale if encodes else 1
         try:
             found = self._plan(self.whole, share.largest, shape, cell)
@@ -92,11 +90,11 @@ class SharedVaePlanner:
             computes, why = True, str(error)
         log.info("the VAE %s what lies around a part: %s", "computes" if computes else "fetches", why)
         if not computes:
-            return found.steps, None, None, found.channels_last
+            return asdict(replace(found, rows=None))
         margin = margin_cells(self.spec, encodes=encodes)
         around = len(widened(share.rows, margin)), len(widened(share.columns, margin))
         found = self._plan(self.bands, around, shape, cell)
-        return found.steps, found.rows, margin, found.channels_last
+        return asdict(found) | {"margin": margin}
 
     def _prefers_margin(self, shape: Shape, steps: int, link: Link, *, encodes: bool) -> tuple[bool, str]:
         batch, _, frames, height, width = shape

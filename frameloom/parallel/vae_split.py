@@ -28,8 +28,8 @@ class ShardState(BandState):
     the part is thrown away: so the bits are those of the whole picture, if the kernel's are.
     """
 
-    def __init__(self, share: Share, *, channels_last: bool = True) -> None:
-        super().__init__(rows=None, channels_last=channels_last)
+    def __init__(self, share: Share, *, channels_last: bool = True, tile_rows: int | None = None) -> None:
+        super().__init__(rows=None, channels_last=channels_last, tile_rows=tile_rows)
         self._share = share
 
     def convolve(
@@ -43,9 +43,10 @@ class ShardState(BandState):
         prepare: Prepare | None = None,
     ) -> Tensor:
         """As CausalState, with the rows and columns of the neighbours."""
-        if reach.kernel == 1:
-            return super().convolve(owner, x_BCTHW, run, history=history, reach=reach, prepare=prepare)
         rows, columns = self._spans(x_BCTHW, reach)
+        if reach.kernel == 1:
+            around, pad = self.surround(owner, x_BCTHW, history=history, reach=reach, prepare=prepare)
+            return self._in_tiles(run, around, pad, reach, rows[self._share.rows.index].first)
         row, column = rows[self._share.rows.index], columns[self._share.columns.index]
         batch, channels, frames = x_BCTHW.shape[:3]
         shape = (batch, channels, history + frames, row.length, column.length)
@@ -57,14 +58,15 @@ class ShardState(BandState):
         if prepare is None:
             own.copy_(x_BCTHW)
         elif self._share.columns.num_parts == 1:
-            prepare(x_BCTHW, out=own)
+            self._prepare(prepare, x_BCTHW, own, row.own.start)
         else:  # kernels write whole rows
             own.copy_(prepare(x_BCTHW))
         finish = self._swap(new, rows, columns)
         inner = _inner_rows(row, reach)
         if not (self._share.overlaps and self._share.columns.num_parts == 1 and len(inner)):
             finish()
-            out = self._cropped(run(whole, _PADDED), row, column, reach)
+            out = self._in_tiles(run, whole, _PADDED, reach, row.first // reach.stride)
+            out = self._cropped(out, row, column, reach)
         else:
             out = self._inner_first(whole, run, row, inner, reach, finish)
         if history:
@@ -178,8 +180,8 @@ class ShardState(BandState):
 
         def convolved(rows: Range) -> Tensor:
             """Of input rows, each with what it reads around it."""
-            start = rows.start - row.first
-            return run(whole.narrow(_ROWS, start, len(rows) + reach.kernel - reach.stride), _PADDED)
+            read = whole.narrow(_ROWS, rows.start - row.first, len(rows) + reach.kernel - reach.stride)
+            return self._in_tiles(run, read, _PADDED, reach, rows.start // reach.stride)
 
         end = row.first + (whole.shape[_ROWS] - reach.kernel + reach.stride)
         middle = convolved(inner)

@@ -109,7 +109,7 @@ def _machine(device: torch.device) -> str:
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in kernels)).hexdigest()
     parts = [host.machine(), host.system(), torch.__version__, sources]
     if device.type == "cpu":
-        parts += [device.type, str(torch.get_num_threads()), *sorted(cpu_flags())]
+        parts += [device.type, *sorted(cpu_flags())]
     else:
         where = platform_of(device)
         parts += [where.name, where.device_name(device.index), str(where.toolkit_version())]

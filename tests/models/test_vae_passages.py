@@ -1,6 +1,7 @@
 """The VAE cut into chunks of frames and bands of rows: the same pictures, and what happens when a row is lost."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ def test_each_convolution_in_bands_and_whole(kind: str, way: str, tmp_path) -> N
     assert relative_error(whole, reference.decode(z).sample) <= 1e-5
     for rows in (9, 2, 1):
         assert relative_error(ours.decode(z, Passage(steps=2, rows=rows, channels_last=True)), whole) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "forced", [{way: True} for way in WAYS] + [{"vae.channels_last": False}, dict.fromkeys(WAYS, False)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_tiles_of_rows_bands_of_any_height_have_the_bits_of_the_whole(kind, forced, dtype, tmp_path) -> None:
+    if dtype == torch.bfloat16 and forced.get("vae.upsample_phases"):
+        pytest.skip("that one is for float32")
+    ours = make_pair(kind)[1].to(dtype)
+    choices = choose(ours, Policy(forced=forced), Tuner(torch.device("cpu"), tmp_path))
+    install(ours, choices)
+    assert choices.passage.tile_rows == 4
+    z = torch.randn(1, ours.spec.z_dim, 2, 7, 5, dtype=dtype)
+    whole = ours.decode(z, choices.passage)
+    for rows in (1, 3, 6, 17):
+        assert torch.equal(ours.decode(z, replace(choices.passage, rows=rows)), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 35])
