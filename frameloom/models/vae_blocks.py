@@ -257,7 +257,11 @@ class AverageDown(nn.Module):
         size = ((t + missing) // time, h // space, w // space)
         cells = x_BCTHW.reshape(b, c, size[0], time, size[1], space, size[2], space)
         folded = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, self.out_dim, self.group, *size)
-        return folded.mean(dim=2).contiguous(memory_format=order)
+        first, *rest = folded.unbind(2)
+        total = first.float() if first.dtype.itemsize < 4 else first.clone()
+        for one in rest:  # torch's mean adds in another order where a picture is larger
+            total += one
+        return (total / self.group).to(x_BCTHW.dtype).contiguous(memory_format=order)
 
 
 class DuplicateUp(nn.Module):

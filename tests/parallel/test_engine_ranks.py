@@ -39,20 +39,23 @@ def load(world, model, cache, **options):
         return frameloom.load(model, device="cpu", **options)
 
 
-def sha_of_decoded(world, model, cache, options, sizes, folder):
-    """Of the file of each size."""
-    engine = load(world, model, cache, **options)
+def load_and_hash(world, model, cache, options, sizes, folder):
+    """As `hashes`, of an engine of all ranks."""
+    with load(world, model, cache, **options) as engine:
+        return hashes(engine, sizes, Path(folder) / f"{world.rank}.mp4")
+
+
+def hashes(engine, sizes, path: Path) -> list[str]:
+    """For each size: of the file of decoded latents, and of what these frames are encoded to."""
     found = []
     for frames, height, width in sizes:
         channels = engine._pipeline.vae.spec.z_dim
         z = torch.randn(1, channels, frames, height, width, generator=torch.Generator().manual_seed(7))
-        found.append(sha(engine.decode(z), Path(folder) / f"{world.rank}.mp4"))
+        pixels = engine.decode(z)
+        frameloom.Video(frames=pixels, fps=16).save(path)
+        for data in (path.read_bytes(), engine.encode(pixels).numpy().tobytes()):
+            found.append(hashlib.sha256(data).hexdigest())
     return found
-
-
-def sha(frames: np.ndarray, path: Path) -> str:
-    frameloom.Video(frames=frames, fps=16).save(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 OURS = ("conv3d_unfold", "conv_winograd", "conv_winograd_plain", "upsample_phases", "upsample_winograd")
@@ -68,25 +71,20 @@ WAYS = {
 
 @pytest.mark.parametrize("kind", [None, "per-token timesteps"])
 @pytest.mark.parametrize("way", WAYS)
-def test_decoded_files_are_the_same_bytes(kind, way: str, checkpoint_of, tmp_path) -> None:
+def test_decoded_files_and_encoded_latents_are_the_same_bytes(kind, way: str, checkpoint_of, tmp_path) -> None:
     """Both VAEs; heights that do not divide, and fewer rows than ranks."""
-    options = WAYS[way]
-    model = None if kind is None else str(checkpoint_of(kind))
+    model, options = None if kind is None else str(checkpoint_of(kind)), WAYS[way]
     sizes = [(3, 7, 9), (2, 2, 11), (2, 15, 4)]
-    cache = os.environ["FRAMELOOM_CACHE"]
     kept = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a rank: with two, a convolution of 6 channels in that order rounds otherwise
     try:
         with frameloom.load(model, device="cpu", **options) as engine:
-            channels = engine._pipeline.vae.spec.z_dim
-            expected = []
-            for size in sizes:
-                z = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(7))
-                expected.append(sha(engine.decode(z), tmp_path / "one.mp4"))
+            expected = hashes(engine, sizes, tmp_path / "one.mp4")
     finally:
         torch.set_num_threads(kept)
     for count in (2, 3, 4):
-        for found in run_ranks(count, sha_of_decoded, model, cache, options, sizes, str(tmp_path)):
+        cache = os.environ["FRAMELOOM_CACHE"]
+        for found in run_ranks(count, load_and_hash, model, cache, options, sizes, str(tmp_path)):
             assert found == expected, count
 
 
