@@ -28,7 +28,7 @@ from frameloom.errors import FrameloomError
 from frameloom.parallel.heart import Ending, Heart, is_lost
 from frameloom.parallel.launch import count_ranks, run_ranks
 from frameloom.pipeline.target import check_output
-from frameloom.settings import LOGGER_NAME, Launched, launched, log_level
+from frameloom.settings import LOGGER_NAME, Launched, ask_for_same_sums, launched, log_level
 from frameloom.shapes.advice import advice
 from frameloom.types import GenerateRequest, Progress
 
@@ -433,6 +433,7 @@ _SIDES = ("ours", "diffusers")
 def main() -> NoReturn:
     """Run the command; every error of ours is one line and an exit code."""
     place, heart = None, None
+    ask_for_same_sums()
     try:
         place = launched()
         if place is not None and place.heart_fd is not None:

@@ -5,6 +5,8 @@ FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels
 frameloom in XDG_CACHE_HOME or ~/.cache.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
 
+MKL_CBWR: the order in which MKL sums; set by the command, to AUTO, if it is not.
+
 One of several processes knows its place from what torchrun, or the launcher of `--gpus`, sets: RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_USE_AGENT_STORE, TORCHELASTIC_RESTART_COUNT.
 FRAMELOOM_HEART_FD, FRAMELOOM_STORE_FD: descriptors that the launcher hands to its ranks. For them it also sets, unless
@@ -105,6 +107,14 @@ def master_port() -> int | None:
     """The port asked for by MASTER_PORT, or None. Raises RequestError."""
     unset = "unset MASTER_PORT and a free port is found"
     return _number("MASTER_PORT", 1, 2**16 - 1, unset) if os.environ.get("MASTER_PORT") else None
+
+
+def ask_for_same_sums() -> None:
+    """Let MKL sum in one order wherever tensors begin in memory; of use before torch is imported.
+
+    That costs nothing that could be measured. Who has set MKL_CBWR keeps it.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 def rank_environment(rank: int, count: int, *, port: int, heart_fd: int, store_fd: int | None) -> dict[str, str]:

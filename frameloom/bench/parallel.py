@@ -248,6 +248,7 @@ def _decoding(case: ParallelCase, ranks: Ranks) -> tuple[Run, dict[str, Any]]:
     facts = {
         "steps": passage.steps,
         "folded": all(module.kernel is not None for module in doubling),
+        "columns": passage.share.columns.num_parts if isinstance(passage, SharedPassage) else 1,
         "overlaps": isinstance(passage, SharedPassage) and passage.share.overlaps,
         "margin": isinstance(passage, SharedPassage) and passage.margin is not None,
     }

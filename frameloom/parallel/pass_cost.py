@@ -28,6 +28,7 @@ class VaeWork:
     """A video through the VAE. `latent_THW` in cells; `steps` latent frames at a time.
 
     `folded`: doubling the picture is part of the convolution behind it, whose rows are then half as many.
+    `columns`: parts that lie side by side; None as many as cost least.
     """
 
     spec: VaeSpec
@@ -36,6 +37,7 @@ class VaeWork:
     encodes: bool = False
     steps: int = 1
     folded: bool = False
+    columns: int | None = None
     overlaps: bool = True
     itemsize: int = 4
 
@@ -153,8 +155,8 @@ class _Picture(NamedTuple):
     columns: Axis
 
     @classmethod
-    def of(cls, work: VaeWork, parts: int, columns: int | None) -> "_Picture":
-        _, height, width = work.latent_THW
+    def of(cls, work: VaeWork, parts: int) -> "_Picture":
+        (_, height, width), columns = work.latent_THW, work.columns
         down, across = grid(height, width, parts) if columns is None else (parts // columns, columns)
         return cls(Axis(bounds=cut(height, down), index=0), Axis(bounds=cut(width, across), index=0))
 
@@ -172,11 +174,9 @@ class _Picture(NamedTuple):
         return [r for r in range(self.rows.num_parts * self.columns.num_parts) if self.place(r) is not None]
 
 
-def pass_costs(
-    work: VaeWork, num_ranks: int, *, parts: int | None = None, columns: int | None = None
-) -> list[RankCost]:
+def pass_costs(work: VaeWork, num_ranks: int, *, parts: int | None = None) -> list[RankCost]:
     """Of each rank, where the first `parts` (None: all) have some rows, or a grid, and fetch what lies around."""
-    picture = _Picture.of(work, parts or num_ranks, columns)
+    picture = _Picture.of(work, parts or num_ranks)
     layers = _middle(work) + _stages(work)
     return [_cost_of_part(work, picture, layers, rank, num_ranks) for rank in range(num_ranks)]
 
@@ -252,7 +252,7 @@ def _held(work: VaeWork, layers: Sequence[_Layer], cells: int) -> int:
 
 def margin_costs(work: VaeWork, num_ranks: int) -> list[RankCost]:
     """Of each rank, where all compute what lies around their cells, and the middle of the network as a whole."""
-    picture, (_, height, width) = _Picture.of(work, num_ranks, None), work.latent_THW
+    picture, (_, height, width) = _Picture.of(work, num_ranks), work.latent_THW
     stages, middle = _stages(work), _middle(work)
     whole = sum(layer.flops(height * width) for layer in middle) + _attention_flops(work, height * width)
     costs = []

@@ -66,7 +66,8 @@ class SharedVaePlanner:
         return self._passage(self._share(height // scale, width // scale), shape_BCTHW, encodes=True)
 
     def _share(self, height: int, width: int) -> Share:
-        return Share.of(self.team, height, width, parts=self.parts, overlaps=self.overlaps)
+        columns = 1 if self.device.type == "cpu" else None  # in columns libraries sum in another order: other bits
+        return Share.of(self.team, height, width, parts=self.parts, columns=columns, overlaps=self.overlaps)
 
     def _passage(self, share: Share, shape: Shape, *, encodes: bool) -> Iterator[Passage]:
         link = self._link
@@ -85,7 +86,7 @@ class SharedVaePlanner:
         cell = self.spec.spatial_scale if encodes else 1
         try:
             found = self._plan(self.whole, share.largest, shape, cell)
-            computes, why = self._prefers_margin(shape, found.steps, link, encodes=encodes)
+            computes, why = self._prefers_margin(share, shape, found.steps, link, encodes=encodes)
         except RequestError as error:
             computes, why = True, str(error)
         log.info("the VAE %s what lies around a part: %s", "computes" if computes else "fetches", why)
@@ -96,7 +97,7 @@ class SharedVaePlanner:
         found = self._plan(self.bands, around, shape, cell)
         return asdict(found) | {"margin": margin}
 
-    def _prefers_margin(self, shape: Shape, steps: int, link: Link, *, encodes: bool) -> tuple[bool, str]:
+    def _prefers_margin(self, share: Share, shape: Shape, steps: int, link: Link, *, encodes: bool) -> tuple[bool, str]:
         batch, _, frames, height, width = shape
         scale, time = (self.spec.spatial_scale, self.spec.temporal_scale) if encodes else (1, 1)
         work = VaeWork(
@@ -105,6 +106,7 @@ class SharedVaePlanner:
             batch=batch,
             encodes=encodes,
             steps=steps,
+            columns=share.columns.num_parts,
             overlaps=self.overlaps,
             itemsize=self.dtype.itemsize,
         )

@@ -189,7 +189,7 @@ def test_what_a_pass_sends_is_what_is_counted(count: int, columns: int | None, d
     counted = run_ranks(count, sent_by_vae, kind, dtype, columns)
     for index, cells in enumerate(CELLS):
         for way, encodes in enumerate((False, True)):
-            costs = pass_costs(vae_work(kind, cells, dtype, encodes=encodes), count, columns=columns)
+            costs = pass_costs(vae_work(kind, cells, dtype, encodes=encodes, columns=columns), count)
             assert [found[index][way] for found in counted] == [cost.sent_bytes for cost in costs], (cells, encodes)
 
 
