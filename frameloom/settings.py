@@ -4,7 +4,6 @@ FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line 
 FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
 frameloom in XDG_CACHE_HOME or ~/.cache.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
-
 MKL_CBWR: the order in which MKL sums; set by the command, to AUTO, if it is not.
 
 One of several processes knows its place from what torchrun, or the launcher of `--gpus`, sets: RANK, WORLD_SIZE,

@@ -82,7 +82,7 @@ def test_decoded_files_and_encoded_latents_are_the_same_bytes(kind, way: str, ch
             expected = hashes(engine, sizes, tmp_path / "one.mp4")
     finally:
         torch.set_num_threads(kept)
-    for count in (2, 3, 4) if way in options.values() else (3,):
+    for count in (2, 3, 4) if "," not in way else (3,):
         cache = os.environ["FRAMELOOM_CACHE"]
         for found in run_ranks(count, load_and_hash, model, cache, options, sizes, str(tmp_path)):
             assert found == expected, count
