@@ -282,11 +282,16 @@ class DuplicateUp(nn.Module):
 
 
 def _of_cells(conv: nn.Conv2d, x_BCTHW: Tensor, state: CausalState, *, prepare: nn.Module | None = None) -> Tensor:
-    """A convolution that sees one cell, of frames that are prepared for it."""
+    """A convolution that sees one cell, of frames that are prepared for it.
+
+    As a matrix product: a library's convolution adds up wide pictures in another order for another number of threads.
+    """
 
     def run(x_BCTHW: Tensor, _: RowPadding) -> Tensor:
         frames = _frames_as_batch(x_BCTHW)
-        return _batch_as_frames(conv(frames if prepare is None else prepare(frames)), x_BCTHW.shape[0])
+        frames = frames if prepare is None else prepare(frames)
+        y_NHWC = F.linear(frames.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)
+        return _batch_as_frames(y_NHWC.permute(0, 3, 1, 2), x_BCTHW.shape[0])
 
     return state.convolve(conv, x_BCTHW, run, history=0, reach=Reach(1))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_wan_vae import KINDS, make_pair, relative_error
 
 from frameloom.errors import RequestError
-from frameloom.models.vae_blocks import CausalConv3d
+from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d
 from frameloom.models.vae_fast import choose, install
 from frameloom.models.vae_state import BandState, Passage
 from frameloom.ops.registry import Policy
@@ -82,6 +82,27 @@ def test_in_tiles_of_rows_bands_of_any_height_have_the_bits_of_the_whole(kind, f
     whole = ours.decode(z, choices.passage)
     for rows in (1, 3, 6, 17) if dtype == torch.float32 else (3,):
         assert torch.equal(ours.decode(z, replace(choices.passage, rows=rows)), whole)
+
+
+@pytest.fixture
+def threads_as_before():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_change_the_bits_of_the_attention(dtype, threads_as_before) -> None:
+    """Of a library's convolution it does, from 384 channels and 104 columns on: those of 480x832."""
+    torch.manual_seed(0)
+    block = AttentionBlock(384).to(dtype)
+    x = torch.randn(1, 384, 1, 8, 104).to(dtype, memory_format=torch.channels_last_3d)
+    found = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        found.append(block(x, BandState(tile_rows=4)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 35])
