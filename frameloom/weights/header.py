@@ -15,23 +15,52 @@ from frameloom.errors import CheckpointError
 MAX_JSON_BYTES = 4 * 2**20  # the largest real one, the index of a 14B transformer, is about 0.1 MB
 MAX_HEADER_BYTES = 16 * 2**20  # real headers stay under 0.3 MB; the format itself allows 100 MB
 
-# Bytes per element of the safetensors dtypes that occur in Wan checkpoints.
+MAX_DIMS = 8  # a video convolution has 5; bounds what a product of sizes can cost
+MAX_SIZE = 2**48  # of one dimension and of a whole tensor, in numbers
+
+# Bytes per number of the safetensors dtypes that occur in Wan checkpoints and LoRAs.
 DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+# GGUF block types: numbers per block, bytes per block (ggml-common.h and gguf's GGML_QUANT_SIZES).
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q8_1": (32, 40),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q8_K": (256, 292), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `size_bytes` bytes of little-endian `dtype`, `offset` bytes into `file`."""
+    """Where one tensor lies: `size_bytes` bytes of little-endian `dtype`, `offset` bytes into `file`.
+
+    `shape` is torch's order, in numbers, also where `dtype` is a block type. `scale` is the entry of what the stored
+    numbers are multiplied by (one for all, or one per row), None where they mean themselves.
+    """
 
     name: str
-    dtype: str
+    dtype: str  # a key of DTYPE_BYTES or of BLOCKS
     shape: tuple[int, ...]
     file: Path
     offset: int
     size_bytes: int
+    scale: "TensorEntry | None" = None
+
+
+def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of `shape` takes as `dtype`, a key of DTYPE_BYTES or of BLOCKS. Raises CheckpointError."""
+    if dtype not in DTYPE_BYTES and dtype not in BLOCKS:
+        raise CheckpointError(f"the dtype {dtype!r} is unknown; readable are {', '.join((*DTYPE_BYTES, *BLOCKS))}")
+    if len(shape) > MAX_DIMS or not all(0 <= size <= MAX_SIZE for size in shape) or math.prod(shape) > MAX_SIZE:
+        raise CheckpointError(f"a tensor of {len(shape)} dimensions and this size is no weight; download it again")
+    numbers, size_bytes = BLOCKS[dtype] if dtype in BLOCKS else (1, DTYPE_BYTES[dtype])
+    if math.prod(shape) % numbers:
+        raise CheckpointError(f"a shape of {shape} is not whole {dtype} blocks of {numbers} numbers; download it again")
+    return math.prod(shape) // numbers * size_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +153,7 @@ def _entry(path: Path, name: str, info: Any, *, start: int) -> TensorEntry:
         raise damaged
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{path} stores '{name}' as {dtype!r}; readable are {', '.join(DTYPE_BYTES)}")
-    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if len(shape) > MAX_DIMS or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise damaged
     return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, size_bytes=end - begin)
 
