@@ -36,8 +36,9 @@ from frameloom.platform.device import (
 )
 from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME, launched
+from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.fingerprint import fingerprint
-from frameloom.weights.source import Checkpoint, Component, open_checkpoint
+from frameloom.weights.source import open_checkpoint
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -77,7 +78,7 @@ def build_engine(
     names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
     specs = [_transformer_spec(checkpoint.components[name]) for name in names]
     vae = checkpoint.components["vae"]
-    vae_spec = VaeSpec.from_config(vae.config, where=str(vae.folder / "config.json"))
+    vae_spec = VaeSpec.from_config(vae.config, where=str(vae.described_by))
     _check_fit(checkpoint, dict(zip(names, specs, strict=True)), vae_spec)
     defaults = defaults_for(
         specs[0],
@@ -166,7 +167,7 @@ def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], v
 
 
 def _transformer_spec(component: Component) -> TransformerSpec:
-    return TransformerSpec.from_config(component.config, where=str(component.folder / "config.json"))
+    return TransformerSpec.from_config(component.config, where=str(component.described_by))
 
 
 def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
@@ -184,7 +185,7 @@ def _load_text_encoder(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, cut: Callable[[Umt5Encoder], Take] | None
 ) -> TextEncoder:
     component = checkpoint.components["text_encoder"]
-    model = build_text_encoder(component.config, where=str(component.folder / "config.json"))
+    model = build_text_encoder(component.config, where=str(component.described_by))
     take = None if cut is None else cut(model)
     fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True, take=take)
     return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))

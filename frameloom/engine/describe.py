@@ -7,7 +7,8 @@ from typing import Any
 
 from frameloom.models.defaults import defaults_for
 from frameloom.models.spec import TransformerSpec
-from frameloom.weights.source import Component, open_checkpoint
+from frameloom.weights.checkpoint import Component
+from frameloom.weights.source import open_checkpoint
 
 
 def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
     facts["bytes"] = sum(part["bytes"] for part in facts["components"])
     facts["parameters"] = sum(part["parameters"] for part in facts["components"])
     transformer = parts["transformer"]
-    spec = TransformerSpec.from_config(transformer.config, where=str(transformer.folder / "config.json"))
+    spec = TransformerSpec.from_config(transformer.config, where=str(transformer.described_by))
     defaults = defaults_for(
         spec,
         two_experts="transformer_2" in parts,

@@ -21,7 +21,7 @@ from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
 from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import platform_of
 from frameloom.platform.tuning import Tuner
-from frameloom.weights.source import Component
+from frameloom.weights.checkpoint import Component
 
 _MEASURED_TOKENS, _MEASURED_HEADS = 512, 4
 

@@ -10,8 +10,8 @@ from frameloom.attention.core import choose, cuda_capability
 from frameloom.errors import InternalError
 from frameloom.models.encoders import TIED
 from frameloom.settings import LOGGER_NAME
+from frameloom.weights.checkpoint import Component
 from frameloom.weights.load import load_module
-from frameloom.weights.source import Component
 
 log = logging.getLogger(LOGGER_NAME)
 

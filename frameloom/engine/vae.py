@@ -15,7 +15,7 @@ from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import free_memory_bytes
 from frameloom.platform.tuning import Tuner
-from frameloom.weights.source import Component
+from frameloom.weights.checkpoint import Component
 
 _WINOGRAD_SHARE = 4  # weights at the points take five times their memory: this part of what is free, in each half
 

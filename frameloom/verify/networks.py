@@ -17,7 +17,7 @@ from frameloom.ops.registry import ROUNDING_FP32, Policy
 from frameloom.pipeline.stages import PLAINLY, MakePredictor, Predictor
 from frameloom.platform.device import free_memory_bytes, timed
 from frameloom.verify.finding import Errors, Finding
-from frameloom.weights.source import Component
+from frameloom.weights.checkpoint import Component
 
 _LATENTS = (4, 9, 8)  # frames, rows and columns that a checkpoint's VAE is tried on
 _WAYS = (  # latent frames at a time, and rows per band
@@ -42,7 +42,7 @@ def verify_networks(parts: Mapping[str, Component], name: str, device: torch.dev
             yield from _verify_transformer(parts[part], f"{part} of {name}", device)
     if "vae" in parts:
         component = parts["vae"]
-        spec = VaeSpec.from_config(component.config, where=str(component.folder / "config.json"))
+        spec = VaeSpec.from_config(component.config, where=str(component.described_by))
         plain = load_plain_vae(component, spec, torch.float32, device)
         fast = load_fast_vae(component, spec, torch.float32, device, policy=Policy())
         yield from verify_vae(plain, fast, f"VAE of {name}")
@@ -51,7 +51,7 @@ def verify_networks(parts: Mapping[str, Component], name: str, device: torch.dev
 @torch.inference_mode()
 def _verify_transformer(component: Component, name: str, device: torch.device) -> Iterator[Finding]:
     """Its prediction, plain and then fast: one copy of the weights is there at a time."""
-    spec = TransformerSpec.from_config(component.config, where=str(component.folder / "config.json"))
+    spec = TransformerSpec.from_config(component.config, where=str(component.described_by))
     if note := lack_of_memory(component, free_memory_bytes(device)):
         yield Finding(name=name, what="one prompt", promise=PROMISE_FP32, note=note)
         return

@@ -37,8 +37,8 @@ from frameloom.settings import Launched
 from frameloom.types import ParallelPlan
 from frameloom.verify.finding import Errors, Finding
 from frameloom.verify.networks import PROMISE_FP32, Compute, Trial, lack_of_memory, latents_and_frames
+from frameloom.weights.checkpoint import Component
 from frameloom.weights.fingerprint import fingerprint_of_parts
-from frameloom.weights.source import Component
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _FRAMES, _ROWS, _COLUMNS = 3, 9, 10  # of latents
@@ -188,7 +188,7 @@ def _strays(team: Team, x: Tensor) -> list[int]:
 @torch.inference_mode()
 def _verify_transformer(component: Component, name: str, ranks: Ranks, plans: list[ParallelPlan]) -> Iterator[Finding]:
     """Every plan in both dtypes; a network is loaded, divided, compared and let go, as it was where it is alone."""
-    spec = TransformerSpec.from_config(component.config, where=str(component.folder / "config.json"))
+    spec = TransformerSpec.from_config(component.config, where=str(component.described_by))
     free = ranks.world.everyone.least(free_memory_bytes(ranks.device) // ranks.sharing_memory)
     if note := lack_of_memory(component, free):
         yield Finding(name=name, what=_ASKED, promise=PROMISE_FP32, note=f"{note} for each rank")
@@ -245,7 +245,7 @@ def _named(plan: ParallelPlan) -> str:
 @torch.inference_mode()
 def _verify_vae(component: Component, name: str, ranks: Ranks) -> Iterator[Finding]:
     """Both directions in both dtypes, of a picture whose rows divide by few numbers, and of one that has too few."""
-    spec = VaeSpec.from_config(component.config, where=str(component.folder / "config.json"))
+    spec = VaeSpec.from_config(component.config, where=str(component.described_by))
     vaes = {
         dtype: load_fast_vae(component, spec, dtype, ranks.device, policy=Policy(), ranks=ranks) for dtype in _DTYPES
     }

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from frameloom.weights.source import Checkpoint, Component
+from frameloom.weights.checkpoint import Checkpoint, Component
 
 _SAMPLE_BYTES = 1 << 16
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import CheckpointError, InternalError
+from frameloom.weights.checkpoint import Component
 from frameloom.weights.header import TensorEntry, read_tensors
-from frameloom.weights.source import Component
 
 # Bytes read per step where a tensor is converted or goes to an accelerator; larger gains nothing measurable.
 STAGING_BYTES = 16 * 2**20

@@ -5,19 +5,15 @@ weights. Everything in a checkpoint is untrusted: nothing is unpickled, no name 
 """
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frameloom.errors import CheckpointError
-from frameloom.weights.header import TensorEntry, read_header, read_json, read_tensors
+from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
+from frameloom.weights.header import read_header, read_json, read_tensors
 from frameloom.weights.hub import RemoteFiles, download
-
-JsonObject = Mapping[str, Any]
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 # Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
@@ -45,43 +41,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Component:
-    """One folder of a checkpoint. A tokenizer or image processor has no weight files and an empty config."""
-
-    name: str
-    folder: Path
-    class_name: str
-    config: JsonObject
-    files: tuple[Path, ...]
-    tensors: Mapping[str, TensorEntry]
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers in all tensors."""
-        return sum(math.prod(entry.shape) for entry in self.tensors.values())
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(entry.size_bytes for entry in self.tensors.values())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """A checked checkpoint: what its JSON files say, where its tensors lie. `name` is as the user gave it."""
-
-    path: Path
-    name: str
-    index: JsonObject
-    pipeline: str
-    boundary_ratio: float | None  # part of the noise schedule done by `transformer`, the rest by `transformer_2`
-    expand_timesteps: bool  # one timestep per token (Wan 2.2 TI2V-5B)
-    scheduler: JsonObject
-    defaults: JsonObject  # frameloom.json, unchecked (see models/defaults.py); empty when there is none
-    components: Mapping[str, Component]
 
 
 def open_checkpoint(model: str | os.PathLike[str], *, fetch_weights: bool = True) -> Checkpoint:
@@ -293,6 +252,7 @@ def _component(folder: Path, name: str, *, class_name: str, remote: RemoteFiles 
     return Component(
         name=name,
         folder=folder,
+        described_by=folder / "config.json",
         class_name=class_name,
         config=_config(folder / "config.json", class_name) if is_model else {},
         files=files,

@@ -13,9 +13,9 @@ from torch import nn
 import frameloom
 from frameloom.errors import CheckpointError, InternalError
 from frameloom.weights import load
+from frameloom.weights.checkpoint import Component
 from frameloom.weights.header import read_tensors
 from frameloom.weights.load import load_module
-from frameloom.weights.source import Component
 
 
 class Net(nn.Module):
@@ -95,7 +95,13 @@ def test_takes_a_component_and_several_files(tmp_path, state):
     save_file({name: state[name] for name in names[1::2]}, tmp_path / "b.safetensors")
     files = (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     component = Component(
-        name="net", folder=tmp_path, class_name="Net", config={}, files=files, tensors=read_tensors(files)
+        name="net",
+        folder=tmp_path,
+        described_by=tmp_path,
+        class_name="Net",
+        config={},
+        files=files,
+        tensors=read_tensors(files),
     )
     for source in (component, files, [str(file) for file in files]):
         module = on_meta(Net)
@@ -201,7 +207,9 @@ def test_names_a_file_that_is_gone(tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_names_a_file_that_shrank_after_it_was_opened(file, dtype):
     tensors = read_tensors([file])
-    component = Component(name="net", folder=file.parent, class_name="Net", config={}, files=(file,), tensors=tensors)
+    component = Component(
+        name="net", folder=file.parent, described_by=file, class_name="Net", config={}, files=(file,), tensors=tensors
+    )
     with file.open("r+b") as handle:
         handle.truncate(file.stat().st_size - 1)
     with pytest.raises(CheckpointError, match=r"model.safetensors ends inside '.*'; download it again"):
