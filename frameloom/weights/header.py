@@ -17,6 +17,7 @@ MAX_HEADER_BYTES = 16 * 2**20  # real headers stay under 0.3 MB; the format itse
 
 MAX_DIMS = 8  # a video convolution has 5; bounds what a product of sizes can cost
 MAX_SIZE = 2**48  # of one dimension and of a whole tensor, in numbers
+MAX_NAME = 512  # characters of a tensor's name; real ones stay under 200
 
 # Bytes per number of the safetensors dtypes that occur in Wan checkpoints and LoRAs.
 DTYPE_BYTES: Mapping[str, int] = {
@@ -74,7 +75,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """List the tensors of one safetensors file without reading their data. Raises CheckpointError.
+    """List the tensors of one safetensors file without reading their data. Raises CheckpointError."""
+    return read_safetensors(path)[0]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of one safetensors file, their data unread, and what its `__metadata__` says. Raises CheckpointError.
 
     Format: 8 bytes header length (little endian), a JSON header, then the tensors without gaps
     (https://huggingface.co/docs/safetensors, "Format"). Every promise of the header is held against the file.
@@ -93,7 +99,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = _parse_object(file.read(length), where=path)
     entries = tensor_entries(path, header, start=8 + length)
     _check_extent(path, entries.values(), start=8 + length, size=size)
-    return entries
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} has metadata that are no texts; download it again")
+    return entries, metadata
 
 
 def tensor_entries(path: Path, header: Mapping[str, Any], *, start: int) -> dict[str, TensorEntry]:
@@ -112,6 +121,13 @@ def read_tensors(
                 raise CheckpointError(f"'{key}' is in both {found[key].file} and {file}; remove the older download")
             found[key] = entry
     return found
+
+
+def checked_name(path: Path, name: str) -> str:
+    """`name`, if it can be one of a tensor: short, and without control characters. Raises CheckpointError."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():  # lone surrogates are not printable either
+        raise CheckpointError(f"{path} has a tensor with the impossible name {name[:40]!r}; download it again")
+    return name
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,6 +160,7 @@ def _what_instead(path: Path, head: bytes) -> str:
 
 
 def _entry(path: Path, name: str, info: Any, *, start: int) -> TensorEntry:
+    checked_name(path, name)
     damaged = CheckpointError(f"{path} has a damaged entry for '{name}'; download it again")
     try:
         dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
