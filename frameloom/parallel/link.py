@@ -10,7 +10,8 @@ from frameloom.parallel.team import Team
 from frameloom.platform.device import timed
 
 _SMALL, _LARGE = 64, 1 << 20  # bytes of a message
-_ROUNDS = 2
+_ROUNDS = 8  # of messages, which others on the machine delay
+_PRODUCTS = 2
 _SIDE = 1024  # of the matrices that are multiplied
 
 
@@ -18,13 +19,14 @@ def measure_link(team: Team) -> Link:
     """The slowest of the links from each rank to the next, all in use at once. Every rank must call this."""
     latency_s = _slowest_s(team, _SMALL)
     seconds = _slowest_s(team, _LARGE)
-    return Link(bytes_per_s=_LARGE / max(seconds - latency_s, 1e-9), latency_s=latency_s)
+    sending_s = seconds - latency_s if seconds > 2 * latency_s else seconds  # a delayed small one says nothing
+    return Link(bytes_per_s=_LARGE / sending_s, latency_s=latency_s)
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second of a matrix product."""
     x = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
-    return 2 * _SIDE**3 / min(timed(lambda: x @ x, device) for _ in range(_ROUNDS))
+    return 2 * _SIDE**3 / min(timed(lambda: x @ x, device) for _ in range(_PRODUCTS))
 
 
 def _slowest_s(team: Team, count: int) -> float:
