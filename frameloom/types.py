@@ -94,6 +94,18 @@ class ParallelPlan:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
+Expert = Literal["high", "low"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """A file, or folder, of adapters, and how strongly it applies; `expert`: of two, by noise; None: as it says itself."""
+
+    path: str
+    strength: float = 1.0
+    expert: Expert | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """`step` of `total` steps of a stage are done; the first news of a stage has step 0."""
