@@ -99,7 +99,10 @@ Expert = Literal["high", "low"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lora:
-    """A file, or folder, of adapters, and how strongly it applies; `expert`: of two, by noise; None: as it says itself."""
+    """A file or folder of adapters, how strongly it applies, and to which of two experts.
+
+    `expert` None: as the file says itself, else both.
+    """
 
     path: str
     strength: float = 1.0
