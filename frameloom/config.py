@@ -10,11 +10,12 @@ from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import RequestError
-from frameloom.types import GenerateRequest, ParallelPlan, ResolvedRequest, SizeRules
+from frameloom.types import GenerateRequest, Lora, ParallelPlan, ResolvedRequest, SizeRules
 
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
+MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
 
 # Per number of a request: its kind, the lowest and the highest value that any checkpoint could compute.
 _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
@@ -90,6 +91,31 @@ def memory_bytes(value: int | str) -> int | None:
     if isinstance(value, bool) or not 1 <= count < 2**63:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
     return round(count)
+
+
+def lora(text: str) -> Lora:
+    """The LoRA of "file.safetensors", "file.safetensors:0.8", "high:file.safetensors:0.8". Raises RequestError.
+
+    What is before the path says which of two experts, what is after it how strongly.
+    """
+    match = re.fullmatch(r"(?:(high|low):)?(.+?)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip())
+    if match is None:
+        raise RequestError(f"LoRA {text!r} names no file; write FILE, FILE:0.8 or high:FILE:0.8")
+    expert, path, strength = match.groups()
+    return checked_lora(Lora(path=path, strength=1.0 if strength is None else float(strength), expert=expert))
+
+
+def checked_lora(lora: Lora) -> Lora:
+    """The same, if its values are possible. Raises RequestError."""
+    strength = lora.strength
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not abs(strength) <= MAX_LORA_STRENGTH:
+        raise RequestError(
+            f"strength {strength!r} of LoRA '{lora.path}' is not possible; use a number from -{MAX_LORA_STRENGTH} to "
+            f"{MAX_LORA_STRENGTH}, such as 0.8"
+        )
+    if lora.expert not in (None, "high", "low"):
+        raise RequestError(f"expert {lora.expert!r} of LoRA '{lora.path}' is unknown; use 'high' or 'low', or none")
+    return lora
 
 
 def video_size(text: str) -> tuple[int, int, int]:
