@@ -52,15 +52,18 @@ class TensorEntry:
     scale: "TensorEntry | None" = None
 
 
-def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor of `shape` takes as `dtype`, a key of DTYPE_BYTES or of BLOCKS. Raises CheckpointError."""
+def stored_bytes(dtype: str, shape: tuple[int, ...], *, where: str = "a tensor") -> int:
+    """Bytes that a tensor of `shape` takes as `dtype`, a key of DTYPE_BYTES or of BLOCKS.
+
+    Raises CheckpointError, which speaks of `where`.
+    """
     if dtype not in DTYPE_BYTES and dtype not in BLOCKS:
-        raise CheckpointError(f"the dtype {dtype!r} is unknown; readable are {', '.join((*DTYPE_BYTES, *BLOCKS))}")
+        raise CheckpointError(f"{where} is stored as {dtype!r}; readable are {', '.join((*DTYPE_BYTES, *BLOCKS))}")
     if len(shape) > MAX_DIMS or not all(0 <= size <= MAX_SIZE for size in shape) or math.prod(shape) > MAX_SIZE:
-        raise CheckpointError(f"a tensor of {len(shape)} dimensions and this size is no weight; download it again")
+        raise CheckpointError(f"{where} has {len(shape)} dimensions of a size that no weight has; download it again")
     numbers, size_bytes = BLOCKS[dtype] if dtype in BLOCKS else (1, DTYPE_BYTES[dtype])
     if math.prod(shape) % numbers:
-        raise CheckpointError(f"a shape of {shape} is not whole {dtype} blocks of {numbers} numbers; download it again")
+        raise CheckpointError(f"{where}, of shape {shape}, is not whole {dtype} blocks of {numbers}; download it again")
     return math.prod(shape) // numbers * size_bytes
 
 
