@@ -201,6 +201,7 @@ class WanDiT(nn.Module):
         self.share_tokens: ShareTokens = all_tokens
         self.collapses_padding = False
         self.ops = Ops()
+        self.undo_adapters: tuple[Callable[[], None], ...] = ()  # models/adapters.py
         self._rope_tables: dict[tuple[Grid, torch.device], RotaryTable] = {}
 
     def forward(
