@@ -1,0 +1,127 @@
+"""Which stored numbers are to be multiplied by which: fp8 and int8 weights as ComfyUI, Kijai and LightX2V write them.
+
+Old: `X.scale_weight` beside `X.weight`. New: `X.weight_scale`, and the kind of numbers in `X.comfy_quant` or in the
+metadata (`_quantization_metadata`). Scales of the inputs serve fp8 arithmetic: weights that are multiplied out do
+without. Torch-free.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from frameloom.errors import CheckpointError
+from frameloom.weights.header import TensorEntry
+
+# The formats that are a stored number times its scale, and the dtype they are stored in.
+FORMATS: Mapping[str, str] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
+
+_SCALES = (".weight_scale", ".scale_weight")
+_MARK = ".comfy_quant"
+_MAX_MARK_BYTES = 4096  # real ones have under 200
+_MAX_METADATA = 4 * 2**20  # characters: 20 times the largest real one
+# Only of use to fp8 arithmetic, or a sign that there are scales.
+_UNNEEDED = re.compile(r"(?:.*\.)?(?:scaled_fp8|comfy_quant|scale_input|input_scale)")
+# Numbers packed in other ways: more than a scale is needed to read them.
+_PACKED = re.compile(
+    r".*\.(?:weight_scale_2|weight_scale_inv|weight_s_rel|weight_zero_point|weight_packed|qweight|qzeros"
+    r"|weight\.(?:absmax|quant_map|quant_state\..*)|proj_down|smooth_factor)"
+)
+
+
+def with_scales(entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """The tensors with their scales attached, and without what only said so.
+
+    Raises CheckpointError for weights that are packed in a way that a scale does not undo.
+    """
+    _refuse_packed(entries)
+    for module, told in _descriptions(entries, metadata):
+        _check_format(module, told, entries.get(f"{module}.weight"))
+    scale_of = dict(_pairs(entries))
+    used = set(scale_of.values())
+    kept = {name: entry for name, entry in entries.items() if name not in used and not _UNNEEDED.fullmatch(name)}
+    for name, scale in scale_of.items():
+        kept[name] = replace(kept[name], scale=_checked(entries[scale], kept[name]))
+    return kept
+
+
+def _pairs(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str]]:
+    """The name of each weight that has a scale, and that of the scale. One without a weight is left where it is."""
+    for name in entries:
+        for suffix in _SCALES:
+            weight = f"{name.removesuffix(suffix)}.weight"
+            if name.endswith(suffix) and weight in entries:
+                yield weight, name
+
+
+def _checked(scale: TensorEntry, weight: TensorEntry) -> TensorEntry:
+    rows = weight.shape[0] if weight.shape else 1
+    shape = tuple(size for size in scale.shape if size != 1)
+    if scale.dtype not in ("F32", "BF16", "F16", "F64"):
+        raise CheckpointError(f"{scale.file} stores the scale '{scale.name}' as {scale.dtype}; take it as F32")
+    if shape not in ((), (rows,)) or (shape and scale.shape[0] != rows):
+        raise CheckpointError(
+            f"{scale.file} has '{scale.name}' of shape {list(scale.shape)} for {list(weight.shape)}; readable is one "
+            "scale for a weight or one per row, so take a file quantized in that way"
+        )
+    return scale
+
+
+def _refuse_packed(entries: Mapping[str, TensorEntry]) -> None:
+    for name, entry in entries.items():
+        if _PACKED.fullmatch(name):
+            raise CheckpointError(
+                f"{entry.file} holds '{name}', so its weights are packed in a way that is not readable; "
+                f"take a GGUF file, or one in {', '.join(FORMATS)}"
+            )
+
+
+def _descriptions(
+    entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Modules and what the file says of the numbers of their weights."""
+    for name, entry in entries.items():
+        if name.endswith(_MARK):
+            yield name.removesuffix(_MARK), _read_mark(entry)
+    text = metadata.get("_quantization_metadata")
+    if text is not None:
+        layers = _parsed(text, what="_quantization_metadata").get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(told, dict) for told in layers.values()):
+            raise CheckpointError("the metadata '_quantization_metadata' lists no layers; download the file again")
+        yield from layers.items()
+
+
+def _read_mark(entry: TensorEntry) -> Mapping[str, Any]:
+    if entry.dtype not in ("U8", "I8") or entry.size_bytes > _MAX_MARK_BYTES:
+        raise CheckpointError(f"{entry.file} has a damaged '{entry.name}'; download it again")
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        return _parsed(file.read(entry.size_bytes), what=entry.name)
+
+
+def _parsed(text: Any, *, what: str) -> Mapping[str, Any]:
+    damaged = CheckpointError(f"'{what}' holds no readable JSON object; download the file again")
+    if not isinstance(text, str | bytes) or len(text) > _MAX_METADATA:
+        raise damaged
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(found, dict):
+        raise damaged
+    return found
+
+
+def _check_format(module: str, told: Mapping[str, Any], weight: TensorEntry | None) -> None:
+    name = told.get("format")
+    if told.get("convrot"):
+        raise CheckpointError(f"'{module}' is stored rotated (convrot, {name}); take a file that is not: {_readable()}")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise CheckpointError(f"'{module}' is stored as {name!r}, which is not readable; take a file in {_readable()}")
+    if weight is not None and weight.dtype != FORMATS[name]:
+        raise CheckpointError(f"'{weight.name}' is said to be {name}, but stored as {weight.dtype}; download it again")
+
+
+def _readable() -> str:
+    return " or ".join(FORMATS)
