@@ -27,11 +27,13 @@ from frameloom.ops.dit_ops import Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED, MLP_ROWS
 from frameloom.ops.linear import PackedLinear, PackedMlp, refuses_packed
 from frameloom.ops.mlp import mlp
+from frameloom.ops.quantized import is_quantized
 from frameloom.ops.registry import Decision, Policy, Rewrite
 from frameloom.platform.tuning import Tuner
 
 _MEASURED_TOKENS = 256
 _PLAIN = "plain"
+_AS_STORED = "the weights are quantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,8 @@ def choose(
     packed = _choose_packed(dit, policy, tuner)
     packs_linear, packs_mlp = (uses(rewrite, refusal) for rewrite, refusal in packed.items())
     on_cpu = platform_name == "cpu" and not packs_linear and not policy.insists(QKV_FUSED)
-    fuses_qkv = uses(QKV_FUSED, f"no faster on a CPU without {LINEAR_PACKED.name}" if on_cpu else None)
+    slower = f"no faster on a CPU without {LINEAR_PACKED.name}" if on_cpu else None
+    fuses_qkv = uses(QKV_FUSED, _AS_STORED if is_quantized(dit) else slower)
     ops, told_of_ops = ops_for(platform_name, policy=policy, compiler=compiler, dtype=dit.dtype)
     told += [
         _instead(decision) if packs_mlp and decision.name == MLP_ROWS.name else decision for decision in told_of_ops
@@ -142,7 +145,7 @@ def _choose_packed(dit: WanDiT, policy: Policy, tuner: Tuner) -> Mapping[Rewrite
     }
     refusals: dict[Rewrite, str | None] = {}
     for rewrite, makers in ways.items():
-        refusal = policy.refuses(rewrite) or refuses_packed(linear.weight)
+        refusal = policy.refuses(rewrite) or (_AS_STORED if is_quantized(dit) else refuses_packed(linear.weight))
         if refusal is None and not policy.insists(rewrite):
             first = linear.weight if rewrite is LINEAR_PACKED else feed.weights[0]
             key = f"{rewrite.name} {tuple(feed.weights[0].shape)} {linear.weight.dtype}"
@@ -177,7 +180,18 @@ def _set_feed_forward(feed: FeedForward, choices: DitChoices) -> None:
         for layer in feed.layers:
             layer.register_parameter("weight", None)
     elif choices.ops.mlp is not mlp:
-        feed.kernel = functools.partial(_called_with, choices.ops.mlp, feed.weights)
+        held = any(layer.stored is not None for layer in feed.layers)
+        feed.kernel = (
+            functools.partial(_called_with_plain, choices.ops.mlp, feed)
+            if held
+            else functools.partial(_called_with, choices.ops.mlp, feed.weights)
+        )
+
+
+def _called_with_plain(run: Callable[..., Tensor], feed: FeedForward, x: Tensor) -> Tensor:
+    """With both weights made plain for this call."""
+    first, second = feed.layers
+    return run(x, first.plain_weight(), first.bias, second.plain_weight(), second.bias)
 
 
 def _called_with(run: Callable[..., Tensor], weights: tuple[Tensor, ...], x: Tensor) -> Tensor:

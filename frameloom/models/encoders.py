@@ -41,7 +41,7 @@ class TextEncoder:
     tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
-        rows = self.model.shared.weight.shape[0]
+        rows = self.model.shared.num_embeddings
         if len(self.tokenizer) > rows:
             raise CheckpointError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, the text encoder only {rows}; "
@@ -58,9 +58,8 @@ class TextEncoder:
         if not prompts:
             raise RequestError("no prompt was given; give at least one, it may be empty")
         ids_BL, mask_BL = self.tokenizer.encode([clean_prompt(text) for text in prompts], length=max_sequence_length)
-        table = self.model.shared.weight
-        ids_BL, mask_BL = ids_BL.to(table.device), mask_BL.to(table.device)
-        x_BLD: Tensor = self.model(ids_BL, mask_BL).to(table.dtype)
+        ids_BL, mask_BL = ids_BL.to(self.model.device), mask_BL.to(self.model.device)
+        x_BLD: Tensor = self.model(ids_BL, mask_BL).to(self.model.dtype)
         return x_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 

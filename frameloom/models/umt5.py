@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frameloom.errors import CheckpointError
+from frameloom.ops.quantized import Embedding, Linear
 
 ACTIVATION = "gated-gelu"
 
@@ -61,13 +62,24 @@ class Umt5Encoder(nn.Module):
 
     def __init__(self, spec: Umt5Spec) -> None:
         super().__init__()
-        self.shared = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.shared = Embedding(spec.vocab_size, spec.d_model)
         self.encoder = _Stack(spec)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make both tables one again, after one of them was replaced."""
         self.encoder.embed_tokens.weight = self.shared.weight
+        self.encoder.embed_tokens.kernel = self.shared.kernel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return self.encoder.final_layer_norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.encoder.final_layer_norm.weight.device
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """ids (B, L), mask (B, L) with zeros where a text has ended -> x_BLD; masked keys weigh nothing."""
@@ -78,7 +90,7 @@ class Umt5Encoder(nn.Module):
 class _Stack(nn.Module):
     def __init__(self, spec: Umt5Spec) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.embed_tokens = Embedding(spec.vocab_size, spec.d_model)
         self.block = nn.ModuleList(_Block(spec) for _ in range(spec.num_layers))
         self.final_layer_norm = _Norm(spec)
         self.buckets, self.distance = spec.relative_attention_num_buckets, spec.relative_attention_max_distance
@@ -122,10 +134,10 @@ class _SelfAttention(nn.Module):
         super().__init__()
         inner = spec.num_heads * spec.d_kv
         self.d_kv = spec.d_kv
-        self.q = nn.Linear(spec.d_model, inner, bias=False)
-        self.k = nn.Linear(spec.d_model, inner, bias=False)
-        self.v = nn.Linear(spec.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, spec.d_model, bias=False)
+        self.q = Linear(spec.d_model, inner, bias=False)
+        self.k = Linear(spec.d_model, inner, bias=False)
+        self.v = Linear(spec.d_model, inner, bias=False)
+        self.o = Linear(inner, spec.d_model, bias=False)
         self.relative_attention_bias = nn.Embedding(spec.relative_attention_num_buckets, spec.num_heads)
 
     def forward(self, x_BLD: Tensor, buckets_LL: Tensor, mask_B11L: Tensor) -> Tensor:
@@ -151,15 +163,15 @@ class _FeedForwardLayer(nn.Module):
 class _GatedFeedForward(nn.Module):
     def __init__(self, spec: Umt5Spec) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(spec.d_model, spec.d_ff, bias=False)
-        self.wi_1 = nn.Linear(spec.d_model, spec.d_ff, bias=False)
-        self.wo = nn.Linear(spec.d_ff, spec.d_model, bias=False)
+        self.wi_0 = Linear(spec.d_model, spec.d_ff, bias=False)
+        self.wi_1 = Linear(spec.d_model, spec.d_ff, bias=False)
+        self.wo = Linear(spec.d_ff, spec.d_model, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         gate = self.wi_0(x_BLD)
         # GELU in its tanh form, written out as the reference does it: torch's own rounds otherwise.
         gate = 0.5 * gate * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (gate + 0.044715 * torch.pow(gate, 3.0))))
-        hidden = (gate * self.wi_1(x_BLD)).to(self.wo.weight.dtype)
+        hidden = (gate * self.wi_1(x_BLD)).to(self.wo.dtype)
         out_BLD: Tensor = self.wo(hidden)
         return out_BLD
 

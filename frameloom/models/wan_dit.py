@@ -25,10 +25,10 @@ from frameloom.models.spec import TransformerSpec
 from frameloom.ops.dit_ops import Ops
 from frameloom.ops.norm import at_least_fp32, layer_norm, rms_norm
 from frameloom.ops.patch import Grid, unpatchify
+from frameloom.ops.quantized import Kernel, Linear
 from frameloom.ops.rope import RotaryTable, rotary_table
 
 ROPE_TABLES_KEPT = 4  # per network; one for each (token grid, device) in use
-Kernel = Callable[[Tensor], Tensor]
 _FEW_TIMESTEPS = 8  # per sample: so many have the modulation of all blocks made at once
 CLIP_NORM_EPS = 1e-5  # fixed in the reference, whatever the checkpoint's eps
 
@@ -467,7 +467,7 @@ class Attention(nn.Module):
         self.attend: Attend = sdpa
 
     @property
-    def out(self) -> "Linear":
+    def out(self) -> Linear:
         """The projection of the attended values."""
         layer = self.to_out[0]
         assert isinstance(layer, Linear)
@@ -547,16 +547,6 @@ class CrossAttention(Attention):
         return KeysValues(text=text, bias_BS=bias_BS, image=image)
 
 
-class Linear(nn.Linear):
-    """A linear layer; `kernel`, where there is one, computes it in another way (models/dit_fast.py)."""
-
-    kernel: Kernel | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return super().forward(x) if self.kernel is None else self.kernel(x)
-
-
 class TwoLayers(nn.Module):
     """linear, activation, linear, under the names that the embedders of the checkpoints use."""
 
@@ -588,7 +578,7 @@ class FeedForward(nn.Module):
         return y
 
     @property
-    def layers(self) -> tuple["Linear", "Linear"]:
+    def layers(self) -> tuple[Linear, Linear]:
         """The two linear layers."""
         first, second = self.net[0].get_submodule("proj"), self.net[2]
         assert isinstance(first, Linear)

@@ -1,28 +1,33 @@
-"""Fills a module that was built on the meta device from safetensors files, strictly and one tensor at a time.
+"""Fills a module that was built on the meta device from weight files, strictly and one tensor at a time.
 
-Host memory: the weights plus one staging buffer. Files are read with plain `readinto`, not mapped: a mapped
-page stays in the resident set until it is unmapped, and if a mapped file shrinks the process is killed
-(SIGBUS), where a short read is an error with a sentence.
+Host memory: the weights, plain or as they are stored, plus one staging buffer. Files are read with plain `readinto`,
+not mapped: a mapped page stays in the resident set until it is unmapped, and if a mapped file shrinks the process is
+killed (SIGBUS), where a short read is an error with a sentence.
 """
 
-import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from frameloom.errors import CheckpointError, InternalError
+from frameloom.errors import CheckpointError, InternalError, RequestError
+from frameloom.ops.dequant import BLOCK_TYPES, check_readable, dequantise
+from frameloom.ops.quantized import Embedding, Linear, QuantizedWeight, hold
 from frameloom.weights.checkpoint import Component
 from frameloom.weights.header import TensorEntry, read_tensors
 
 # Bytes read per step where a tensor is converted or goes to an accelerator; larger gains nothing measurable.
 STAGING_BYTES = 16 * 2**20
 _LISTED = 10  # names per kind in an error message
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+Quantized = Literal["keep", "expand"]
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,11 +36,16 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -58,6 +68,7 @@ def load_module(
     rename: Callable[[str], str | None] | None = None,
     tied: Mapping[str, str] | None = None,
     take: Callable[[str, Tensor], Tensor] | None = None,
+    quantized: Quantized = "expand",
 ) -> LoadReport:
     """Replace every parameter and persistent buffer of `module` by the stored tensor of the same name.
 
@@ -66,7 +77,10 @@ def load_module(
     name it shares memory with: one of the two may be absent; if both are stored they must be equal.
     `take` gets each tensor as it is read, under its name in the module, and returns what is kept of it, in memory of
     its own: never more than the parts and one whole tensor exist. Parameters come back without gradient.
-    Raises CheckpointError before anything is loaded, naming what is missing, unexpected or does not fit.
+    `quantized`: GGUF's blocks, float8 and what has a scale become plain numbers ("expand"), or stay as they are stored
+    where a layer can compute with that ("keep": `Linear` and `Embedding` of ops/quantized.py).
+    Raises CheckpointError before anything is loaded, naming what is missing, unexpected or does not fit; RequestError
+    if something is to be taken of weights that stay as stored.
     """
     try:
         where, entries = _stored(source)
@@ -76,11 +90,21 @@ def load_module(
         aliases = dict(tied or {})
         stored = _untie(renamed, aliases, where=where)
         _check_fit(stored, {name: slots[name] for name in slots if name not in aliases}, where=where)
-        size_bytes = 0
-        read = _read_all(stored, dtype=dtype, device=torch.device(device), keep=keep, take=take or _all_of_it)
-        for name, tensor in read:
-            _assign(module, name, tensor)
-            size_bytes += tensor.nbytes
+        as_stored = _holdable(module, stored) if quantized == "keep" else frozenset()
+        if as_stored and take is not None:
+            raise RequestError(
+                f"the weights of {where} stay quantized and can neither be divided over ranks nor have a LoRA merged "
+                "into them; expand them (quantized=expand), or leave out tp, fsdp and merging"
+            )
+        reader = _Reader(
+            dtype=dtype,
+            device=torch.device(device),
+            keep=keep or _none,
+            take=take or _all_of_it,
+            as_stored=as_stored,
+            staging_U8=torch.empty(STAGING_BYTES, dtype=torch.uint8),
+        )
+        size_bytes = _fill(module, reader, stored)
     except OSError as error:
         raise CheckpointError(f"the weights cannot be read ({error}); check the files and their disk") from None
     for alias, name in aliases.items():
@@ -142,6 +166,9 @@ def _check_buildable(module: nn.Module, slots: Mapping[str, Tensor]) -> None:
 
 
 def _check_fit(stored: Mapping[str, TensorEntry], slots: Mapping[str, Tensor], *, where: str) -> None:
+    for entry in stored.values():
+        if entry.dtype not in _DTYPES:
+            check_readable(entry.dtype)
     missing = [name for name in slots if name not in stored]
     unexpected = [name for name in stored if name not in slots]
     unfit = [
@@ -159,12 +186,33 @@ def _check_fit(stored: Mapping[str, TensorEntry], slots: Mapping[str, Tensor], *
 
 
 def _fits(entry: TensorEntry, slot: Tensor) -> bool:
-    return entry.shape == tuple(slot.shape) and _DTYPES[entry.dtype].is_floating_point == slot.is_floating_point()
+    if entry.scale is not None and math.prod(entry.scale.shape) not in (1, *entry.shape[:1]):
+        return False
+    floats = entry.dtype in BLOCK_TYPES or entry.scale is not None or _DTYPES[entry.dtype].is_floating_point
+    return entry.shape == tuple(slot.shape) and floats == slot.is_floating_point()
 
 
 def _misfit(name: str, entry: TensorEntry, slot: Tensor) -> str:
     kind = str(slot.dtype).removeprefix("torch.")
-    return f"{name} (stored {entry.dtype} {list(entry.shape)}, needed {kind} {list(slot.shape)})"
+    scaled = "" if entry.scale is None else f" with a scale {list(entry.scale.shape)}"
+    return f"{name} (stored {entry.dtype} {list(entry.shape)}{scaled}, needed {kind} {list(slot.shape)})"
+
+
+def _holdable(module: nn.Module, stored: Mapping[str, TensorEntry]) -> frozenset[str]:
+    """The weights whose layers can compute with them as they are stored."""
+    return frozenset(name for name, entry in stored.items() if _is_quantized(entry) and _can_hold(module, name, entry))
+
+
+def _is_quantized(entry: TensorEntry) -> bool:
+    return entry.dtype in BLOCK_TYPES or entry.scale is not None or entry.dtype in _FLOAT8
+
+
+def _can_hold(module: nn.Module, name: str, entry: TensorEntry) -> bool:
+    """Rows of an embedding are read one by one: each must be whole blocks."""
+    owner, attribute = _owner(module, name)
+    if attribute != "weight" or not isinstance(owner, Linear | Embedding):
+        return False
+    return entry.dtype not in BLOCK_TYPES or entry.shape[-1] % BLOCK_TYPES[entry.dtype].numbers == 0
 
 
 def _names(names: list[str]) -> str:
@@ -175,33 +223,103 @@ def _names(names: list[str]) -> str:
 # --- bytes ---
 
 
-def _read_all(
-    stored: Mapping[str, TensorEntry],
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    keep: Callable[[str], bool] | None,
-    take: Callable[[str, Tensor], Tensor],
-) -> Iterable[tuple[str, Tensor]]:
-    """Yield the tensors in the order in which they lie on disk, each file opened once."""
-    staging_U8 = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-    ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
-    for path, group in itertools.groupby(ordered, key=lambda item: item[1].file):
-        with path.open("rb", buffering=0) as file:
-            for name, entry in group:
-                wanted = _wanted_dtype(_DTYPES[entry.dtype], dtype, keep=keep is not None and keep(name))
-                empty = functools.partial(torch.empty, entry.shape, dtype=wanted, device=device)
-                yield name, take(name, _read(file, entry, empty(), staging_U8))  # no name holds what is not kept
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reader:
+    """How tensors are read: in which dtype, onto which device, what is kept of each, which stay as they are stored."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    keep: Callable[[str], bool]
+    take: Callable[[str, Tensor], Tensor]
+    as_stored: frozenset[str]
+    staging_U8: Tensor
+
+    def read_all(self, stored: Mapping[str, TensorEntry]) -> Iterable[tuple[str, Tensor | QuantizedWeight]]:
+        """Yield the tensors in the order in which they lie on disk, each file opened once."""
+        ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
+        for path, group in itertools.groupby(ordered, key=lambda item: item[1].file):
+            with path.open("rb", buffering=0) as file:
+                for name, entry in group:
+                    if name in self.as_stored:
+                        yield name, self._as_stored(file, entry)
+                    else:
+                        yield name, self.take(name, self._plain(file, name, entry))  # no name holds what is not kept
+
+    def wanted_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What numbers of the dtype `stored` become."""
+        if not stored.is_floating_point:
+            return stored
+        return torch.float32 if self.keep(name) else self.dtype or stored
+
+    def _plain(self, file: FileIO, name: str, entry: TensorEntry) -> Tensor:
+        expands = entry.dtype in BLOCK_TYPES or entry.scale is not None
+        wanted = self.wanted_dtype(name, torch.float32 if expands else _DTYPES[entry.dtype])
+        out = torch.empty(entry.shape, dtype=wanted, device=self.device)
+        if expands:
+            return _expand(file, entry, out, self.staging_U8, scale=self._scale(entry))
+        return _read(file, entry, out, self.staging_U8)
+
+    def _as_stored(self, file: FileIO, entry: TensorEntry) -> QuantizedWeight:
+        raw_U8 = torch.empty(entry.size_bytes, dtype=torch.uint8, device=self.device)
+        _read(file, replace(entry, dtype="U8", shape=(entry.size_bytes,)), raw_U8, self.staging_U8)
+        return QuantizedWeight(raw_U8=raw_U8, dtype_name=entry.dtype, shape=entry.shape, scale=self._scale(entry))
+
+    def _scale(self, entry: TensorEntry) -> Tensor | None:
+        """What the numbers of a tensor are multiplied by, (1,) or (rows,) float32."""
+        if entry.scale is None:
+            return None
+        out = torch.empty(math.prod(entry.scale.shape), dtype=torch.float32, device=self.device)
+        with entry.scale.file.open("rb", buffering=0) as file:
+            return _read(file, entry.scale, out, self.staging_U8)
+
+
+def _fill(module: nn.Module, reader: _Reader, stored: Mapping[str, TensorEntry]) -> int:
+    """Read everything into the module; returns the bytes that it now holds."""
+    held: dict[str, QuantizedWeight] = {}
+    size_bytes = 0
+    for name, weight in reader.read_all(stored):
+        size_bytes += weight.nbytes
+        if isinstance(weight, QuantizedWeight):
+            held[name] = weight
+        else:
+            _assign(module, name, weight)
+    for name, weight in held.items():  # their layers have their biases now
+        hold(_layer(module, name), weight, reader.wanted_dtype(name, torch.float32))
+    return size_bytes
 
 
 def _all_of_it(_: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _wanted_dtype(stored: torch.dtype, dtype: torch.dtype | None, *, keep: bool) -> torch.dtype:
-    if not stored.is_floating_point:
-        return stored
-    return torch.float32 if keep else dtype or stored
+def _none(_: str) -> bool:
+    return False
+
+
+def _expand(file: FileIO, entry: TensorEntry, out: Tensor, staging_U8: Tensor, *, scale: Tensor | None) -> Tensor:
+    """Fill `out` with plain numbers: some blocks, or rows that each have a scale, at a time."""
+    numbers, size_bytes = _unit(entry)
+    file.seek(entry.offset)
+    step = max(1, STAGING_BYTES // max(size_bytes, numbers * out.itemsize))
+    units = out.view(-1, numbers)
+    if size_bytes > len(staging_U8):
+        staging_U8 = torch.empty(size_bytes, dtype=torch.uint8)
+    for start in range(0, len(units), step):
+        part = units[start : start + step]
+        piece_U8 = staging_U8[: len(part) * size_bytes]
+        _read_into(file, piece_U8, entry)
+        factor = scale if scale is None or scale.numel() == 1 else scale[start : start + step]
+        shape = len(part), numbers
+        part.copy_(dequantise(piece_U8.to(out.device), entry.dtype, shape=shape, dtype=out.dtype, scale=factor))
+    return out
+
+
+def _unit(entry: TensorEntry) -> tuple[int, int]:
+    """Numbers and bytes of the least that can be read: a block, else a row."""
+    if entry.dtype in BLOCK_TYPES:
+        return BLOCK_TYPES[entry.dtype].numbers, BLOCK_TYPES[entry.dtype].size_bytes
+    numbers = max(1, math.prod(entry.shape[1:]))
+    return numbers, numbers * _DTYPES[entry.dtype].itemsize
 
 
 def _read(file: FileIO, entry: TensorEntry, out: Tensor, staging_U8: Tensor) -> Tensor:
@@ -232,7 +350,9 @@ def _read_into(file: FileIO, flat: Tensor, entry: TensorEntry) -> None:
 
 
 def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    if (a.dtype, a.shape, a.scale is None) != (b.dtype, b.shape, b.scale is None):
+        return False
+    if a.scale is not None and b.scale is not None and not _same_bytes(a.scale, b.scale):
         return False
     with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
         file_a.seek(a.offset)
@@ -249,6 +369,12 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), attribute
 
 
+def _layer(module: nn.Module, name: str) -> Linear | Embedding:
+    layer, _ = _owner(module, name)
+    assert isinstance(layer, Linear | Embedding)
+    return layer
+
+
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, attribute = _owner(module, name)
     is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
@@ -259,6 +385,8 @@ def _share(module: nn.Module, alias: str, name: str) -> None:
     owner, attribute = _owner(module, name)
     alias_owner, alias_attribute = _owner(module, alias)
     setattr(alias_owner, alias_attribute, getattr(owner, attribute))
+    if isinstance(owner, Embedding) and isinstance(alias_owner, Embedding):
+        alias_owner.kernel = owner.kernel
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
