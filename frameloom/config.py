@@ -98,7 +98,7 @@ def lora(text: str) -> Lora:
 
     What is before the path says which of two experts, what is after it how strongly.
     """
-    match = re.fullmatch(r"(?:(high|low):)?(.+?)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip())
+    match = re.fullmatch(r"(?:(high|low):)?(.*?[^:])(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip())
     if match is None:
         raise RequestError(f"LoRA {text!r} names no file; write FILE, FILE:0.8 or high:FILE:0.8")
     expert, path, strength = match.groups()
