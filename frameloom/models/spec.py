@@ -5,13 +5,14 @@ Sources: the config.json files of the Diffusers repositories of Wan 2.1 and 2.2 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, NewType, Self, get_args, get_origin, get_type_hints
 
 from frameloom.errors import CheckpointError
 
 JsonObject = Mapping[str, Any]
+Index = NewType("Index", int)  # of a layer: from 0
 
 MAX_LAYERS = 1000
 LARGEST = 1_000_000  # of any number in a config: ten times the widest Wan layer, and nothing overflows
@@ -48,8 +49,8 @@ def _fits(value: object, kind: Any) -> bool:
         if kinds[-1] is Ellipsis:
             return all(_fits(item, kinds[0]) for item in value)
         return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if kind is int:
-        return type(value) is int and 1 <= value <= LARGEST
+    if kind in (int, Index):
+        return type(value) is int and (kind is int) <= value <= LARGEST
     if kind is float:
         return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
     return type(value) is kind
@@ -61,7 +62,7 @@ def _wanted(kind: Any) -> str:
         return " or ".join(_wanted(one) for one in get_args(kind))
     if get_origin(kind) is tuple:
         first, *rest = get_args(kind)
-        items = {int: "whole numbers above 0", float: "numbers", bool: "true and false"}[first]
+        items = {int: "whole numbers above 0", Index: "whole numbers", float: "numbers", bool: "true and false"}[first]
         return f"a list of {items}" if rest == [Ellipsis] else f"a list of {len(rest) + 1} {items}"
     return {
         int: f"a whole number from 1 to {LARGEST}",
@@ -101,12 +102,24 @@ class TransformerSpec:
         """Latent cells per token."""
         return math.prod(self.patch_size)
 
-    @classmethod
-    def from_config(cls, config: JsonObject, *, where: str = "transformer/config.json") -> Self:
-        """Read a Diffusers transformer config. Raises CheckpointError on a key or value we cannot compute."""
+    def first_layers(self, count: int) -> "TransformerSpec":
+        """The same network with so many layers at most."""
+        return replace(self, num_layers=min(count, self.num_layers))
+
+    @staticmethod
+    def from_config(config: JsonObject, *, where: str = "transformer/config.json") -> "TransformerSpec":
+        """Read a Diffusers transformer config, a `VaceSpec` where it has VACE layers.
+
+        Raises CheckpointError on a key or value we cannot compute.
+        """
         if config.get("out_channels", 0) is None:  # the reference lets null mean "as many as go in"
             config = {**config, "out_channels": config.get("in_channels", 16)}
-        spec = cls(**_known_fields(cls, config, where=where, fixed={"qk_norm": "rms_norm_across_heads"}))
+        fixed: JsonObject = {"qk_norm": "rms_norm_across_heads"}
+        if config.get("vace_layers") is None:
+            plain = {**fixed, "vace_layers": None, "vace_in_channels": None}
+            spec = TransformerSpec(**_known_fields(TransformerSpec, config, where=where, fixed=plain))
+        else:
+            spec = VaceSpec(**_known_fields(VaceSpec, config, where=where, fixed=fixed))
         if spec.num_layers > MAX_LAYERS:
             raise CheckpointError(
                 f"{where} has num_layers {spec.num_layers}; Wan has 40, more than {MAX_LAYERS} is a slip"
@@ -114,6 +127,19 @@ class TransformerSpec:
         if not spec.eps > 0:
             raise CheckpointError(f"{where} has eps {spec.eps}; it must be above 0, as 1e-06")
         return spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaceSpec(TransformerSpec):
+    """A Wan DiT with VACE blocks beside (reference: WanVACETransformer3DModel), which give hints after some layers."""
+
+    vace_layers: tuple[Index, ...]
+    vace_in_channels: int = 96
+
+    def first_layers(self, count: int) -> "VaceSpec":
+        """The same network with so many layers at most, and the hints after those."""
+        kept = tuple(layer for layer in self.vace_layers if layer < count)
+        return replace(self, num_layers=min(count, self.num_layers), vace_layers=kept)
 
 
 # Statistics of the Wan 2.1 latents, the defaults of the reference's config (16 channels).

@@ -96,17 +96,29 @@ def all_tokens(compute: ComputeCells, tokens: Tokens, prompts: Sequence["Prompt"
 
 
 class KeysValues(NamedTuple):
-    """What the cross-attention of one block sees of a prompt. `bias_BS` is added to the logits of the text's keys."""
+    """What the cross-attention of one block sees of a prompt. `bias_BS` is added to the logits of the text's keys.
+
+    `hint`: what is added to the tokens after the block, x_BLD, where the network has hints (models/vace.py).
+    """
 
     text: tuple[Tensor, Tensor]
     bias_BS: Tensor | None
     image: tuple[Tensor, Tensor] | None
+    hint: Callable[[], Tensor] | None = None
+
+
+class Control(NamedTuple):
+    """A latent beside the video's, of its size, with as many samples or one for all; and how much each hint counts."""
+
+    x_BCTHW: Tensor
+    strengths: tuple[float, ...]
 
 
 class Prompt(NamedTuple):
-    """Keys and values of every block, first to last."""
+    """Keys and values of every block, first to last. `control`: what blocks beside are shown (models/vace.py)."""
 
     of_blocks: tuple[KeysValues, ...]
+    control: Control | None = None
 
     @property
     def batch_size(self) -> int:
@@ -241,19 +253,27 @@ class WanDiT(nn.Module):
         yields k·B velocities: the latents repeated. Raises RequestError on a misfit.
         """
         grid = self._check_latents(x_BCTHW, timestep)
-        tokens = Tokens(self._embed(x_BCTHW), timestep, self._rope_table(grid, x_BCTHW.device), grid)
+        x_BLD = self._embed(x_BCTHW, prompts)
+        tokens = Tokens(x_BLD, timestep, self._rope_table(grid, x_BCTHW.device), grid)
         cells = self.share_tokens(self._cells, tokens, prompts)
         return [unpatchify(cells_BLP, grid, patch_size=self.spec.patch_size) for cells_BLP in cells]
 
     def _cells(self, tokens: Tokens, prompts: Sequence["Prompt"]) -> list[Tensor]:
         """cells_BLP for each prompt: the velocities of the patches that the tokens stand for."""
         step = self._step(tokens.timestep, tokens.rope)
-        results = self.run_blocks(self.block_list, tokens.x_BLD, step, prompts)
+        results = self._pass_blocks(tokens.x_BLD, step, prompts)
         return [self._project_out(x, step.repeated(x.shape[0] // tokens.x_BLD.shape[0])) for x in results]
 
-    def _embed(self, x_BCTHW: Tensor) -> Tensor:
-        patches = self.patch_embedding
+    def _embed(self, x_BCTHW: Tensor, prompts: Sequence["Prompt"]) -> Tensor:
+        """The tokens of the latents; a network with blocks beside puts more into each, of what the prompts hold."""
+        return self._patches(x_BCTHW, self.patch_embedding)
+
+    def _patches(self, x_BCTHW: Tensor, patches: nn.Conv3d) -> Tensor:
         return self.ops.patch_embed(x_BCTHW.to(self.dtype), patches.weight, patches.bias, self.spec.patch_size)
+
+    def _pass_blocks(self, x_BLD: Tensor, step: "Step", prompts: Sequence["Prompt"]) -> list[Tensor]:
+        """What `_embed` made, after the last block, for each prompt."""
+        return self.run_blocks(self.block_list, x_BLD, step, prompts)
 
     def _step(self, timestep: Tensor | FrameTimes, rope: RotaryTable) -> "Step":
         values, index_F = timestep if isinstance(timestep, FrameTimes) else (timestep, None)
