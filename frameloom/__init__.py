@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
-    from frameloom.types import Progress
+    from frameloom.types import ImageInput, Pictures, Progress
     from frameloom.verify.finding import Finding
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "describe",
     "diagnose",
     "load",
+    "read_image",
     "shapes",
     "verify_model",
 ]
@@ -57,6 +58,7 @@ _LAZY = {
     "build_engine": "frameloom.engine.build",
     "describe_checkpoint": "frameloom.engine.describe",
     "examine": "frameloom.doctor",
+    "image_of": "frameloom.pipeline.images",
     "verify": "frameloom.verify",
     "run_dit": "frameloom.bench.dit",
     "DitCase": "frameloom.bench.dit",
@@ -102,6 +104,15 @@ def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """What is in a checkpoint, without loading its weights: components, parameters, dtypes, bytes, defaults."""
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model))
     return facts
+
+
+def read_image(source: "ImageInput") -> "Pictures":
+    """An image as requests take it, read and checked once: from a path, a Pillow image, or uint8 RGB (H, W, 3).
+
+    Raises InputError, one sentence.
+    """
+    pictures: Pictures = _lazy("image_of")(source)
+    return pictures
 
 
 def verify_model(

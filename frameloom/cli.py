@@ -42,6 +42,7 @@ _INTERRUPTED = 130
 _INTERRUPTION = Ending(code=_INTERRUPTED, message="interrupted; nothing was written")
 _STAGE_NAMES = {
     "text": "reading the prompt",
+    "image": "reading pictures",
     "denoise": "denoising",
     "decode": "decoding",
     "encode": "encoding",
@@ -105,7 +106,13 @@ def generate(
             help="video.mp4, .gif or .webm (replaced if it exists), a new folder of PNG files, or a %04d.png pattern.",
         ),
     ] = "frameloom.mp4",
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    image: Annotated[str | None, typer.Option(help="The first frame: a PNG, JPEG, WebP, GIF, BMP or TIFF.")] = None,
+    last_image: Annotated[str | None, typer.Option(help="The last frame.")] = None,
+    video: Annotated[str | None, typer.Option(help="A video to start from, see --strength.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --video is made anew: 0 (nothing) to 1; 0.8 by default.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -143,6 +150,10 @@ def generate(
         "negative_prompt": negative_prompt,
         "seed": seed,
         "fps": fps,
+        "image": frameloom.read_image(image) if image is not None else None,
+        "last_image": frameloom.read_image(last_image) if last_image is not None else None,
+        "video": video,
+        "strength": strength,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None

@@ -9,9 +9,10 @@ from dataclasses import asdict, fields
 from numbers import Integral, Real
 from typing import Any, Protocol
 
-from frameloom.errors import RequestError
-from frameloom.types import GenerateRequest, Lora, ParallelPlan, ResolvedRequest, SizeRules
+from frameloom.errors import InternalError, RequestError
+from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, ResolvedRequest, SizeRules
 
+DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
@@ -28,6 +29,7 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "flow_shift": (float, 1e-3, 1000),
     "fps": (float, 0.1, 240),
     "seed": (int, 0, 2**63 - 1),
+    "strength": (float, 0, 1),
 }
 
 _UNITS: Mapping[str, int] = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -213,25 +215,94 @@ def check_request(request: GenerateRequest) -> None:
     _prompts(request.prompt)
     for name in _LIMITS:
         _limited(name, getattr(request, name))
+    if request.last_image is not None and request.image is None:
+        raise RequestError("a last image was given, and no image; give the first frame, too")
+    if request.strength is not None and request.video is None:
+        raise RequestError("a strength was given, and no video; give the video to start from, or leave it out")
 
 
 def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeRules) -> ResolvedRequest:
-    """Fill in and check a request. Raises RequestError: one sentence with the value, what is possible, what to do."""
+    """Fill in and check a request whose pictures are read: each is None or `Pictures`.
+
+    Raises RequestError: one sentence with the value, what is possible, what to do.
+    """
+    check_request(request)
     prompts = _prompts(request.prompt)
     own_scale_2 = defaults.guidance_scale_2 if request.guidance_scale is None else None
-    return ResolvedRequest(
+    image, last_image, video = map(_read, (request.image, request.last_image, request.video))
+    width, height = _size(request, image or video, defaults, rules)
+    resolved = ResolvedRequest(
         prompts=prompts,
         negative_prompts=_negatives(_or(request.negative_prompt, defaults.negative_prompt), len(prompts)),
-        width=_side("width", _or(request.width, defaults.width), rules.width_multiple, rules.reason),
-        height=_side("height", _or(request.height, defaults.height), rules.height_multiple, rules.reason),
-        num_frames=_frames(_or(request.num_frames, defaults.num_frames), rules.temporal),
+        width=_side("width", width, rules.width_multiple, rules.reason),
+        height=_side("height", height, rules.height_multiple, rules.reason),
+        num_frames=_frames(_num_frames(request, video, defaults, rules), rules.temporal),
         steps=_limited("steps", _or(request.steps, defaults.steps)),
         guidance_scale=_limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale)),
         guidance_scale_2=_limited("guidance_scale_2", _or(request.guidance_scale_2, own_scale_2)),
         flow_shift=_limited("flow_shift", _or(request.flow_shift, defaults.flow_shift)),
-        fps=_limited("fps", _or(request.fps, defaults.fps)),
+        fps=_limited("fps", _or(request.fps, _or(video and video.fps, defaults.fps))),
         seed=_limited("seed", _or(request.seed, 0)),
+        image=image,
+        last_image=last_image,
+        video=video,
+        strength=_limited("strength", _or(request.strength, DEFAULT_STRENGTH)) if video else None,
+        keeps_aspect=request.width is None or request.height is None,
     )
+    _check_pictures(resolved)
+    return resolved
+
+
+def _read(pictures: object) -> Pictures | None:
+    if pictures is not None and not isinstance(pictures, Pictures):
+        raise InternalError(f"a request came with {type(pictures).__name__} where pictures should have been read")
+    return pictures
+
+
+def _check_pictures(request: ResolvedRequest) -> None:
+    if request.last_image is not None and request.num_frames == 1:
+        raise RequestError("one frame cannot be the first and the last; ask for 5 frames or more")
+    if request.skipped_steps == request.steps:
+        raise RequestError(
+            f"strength {request.strength} leaves none of {request.steps} steps; use "
+            f"{math.ceil(1000 / request.steps) / 1000} or more"
+        )
+
+
+def _size(
+    request: GenerateRequest, shown: Pictures | None, defaults: GenerationDefaults, rules: SizeRules
+) -> tuple[Any, Any]:
+    """Width and height: as asked, or in the shape of what is shown, with the area of the defaults.
+
+    Down to whole multiples, as the original code does; where one side is asked for the other follows.
+    """
+    if shown is None or None not in (request.width, request.height):
+        return _or(request.width, defaults.width), _or(request.height, defaults.height)
+    aspect, area = shown.width / shown.height, defaults.width * defaults.height
+    if request.height is not None:
+        return _whole(_limited("height", request.height) * aspect, rules.width_multiple), request.height
+    if request.width is not None:
+        return request.width, _whole(_limited("width", request.width) / aspect, rules.height_multiple)
+    width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+    return _whole(width, rules.width_multiple), _whole(height, rules.height_multiple)
+
+
+def _whole(size: float, multiple: int) -> int:
+    return max(1, round(size) // multiple) * multiple
+
+
+def _num_frames(
+    request: GenerateRequest, video: Pictures | None, defaults: GenerationDefaults, rules: SizeRules
+) -> Any:
+    """As asked; else the checkpoint's number, or what a video to start from has for it."""
+    if video is None:
+        return _or(request.num_frames, defaults.num_frames)
+    there = len(video.frames)
+    if request.num_frames is None:
+        return 1 + (min(there, defaults.num_frames) - 1) // rules.temporal * rules.temporal
+    if _limited("num_frames", request.num_frames) > there:
+        raise RequestError(f"{video.name} has {there} frames, {request.num_frames} were asked for; ask for fewer")
+    return request.num_frames
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -1,10 +1,47 @@
 """What crosses the engine's doors: the request, its resolved form, and news of progress. Torch-free."""
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
-Stage = Literal["text", "denoise", "decode", "encode"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+Stage = Literal["text", "image", "denoise", "decode", "encode"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pictures:
+    """An image, or the frames of a video: upright, uint8 RGB (T, H, W, 3). `name`: what to call it.
+
+    `fps`: of a video whose file tells. Equal pictures have equal `repr`s.
+    """
+
+    name: str
+    frames: "NDArray[np.uint8]"
+    fps: float | None = None
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return int(self.frames.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return int(self.frames.shape[2])
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.frames.tobytes()).hexdigest()
+        return f"Pictures({self.name!r}, {self.frames.shape}, fps={self.fps}, sha256={digest})"
+
+
+ImageInput: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Pictures"
+VideoInput: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Pictures"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +49,9 @@ class GenerateRequest:
     """What a user asks for; None leaves the choice to the checkpoint.
 
     Sizes in pixels. Several prompts make one batch: they start from one draw of noise, as in the reference pipeline.
+    `image`, `last_image`: the first and the last frame, each a path, a Pillow image or uint8 (H, W, 3). `video`: a path
+    or uint8 (T, H, W, 3), redone from `strength` (0 to 1) of the noise on. The pictures decide the shape of the video
+    where the width or the height is left open.
     """
 
     prompt: str | Sequence[str]
@@ -25,6 +65,10 @@ class GenerateRequest:
     flow_shift: float | None = None
     fps: float | None = None
     seed: int | None = None
+    image: "ImageInput | None" = None
+    last_image: "ImageInput | None" = None
+    video: "VideoInput | None" = None
+    strength: float | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -40,11 +84,19 @@ class GenerateOptions(TypedDict, total=False):
     flow_shift: float | None
     fps: float | None
     seed: int | None
+    image: "ImageInput | None"
+    last_image: "ImageInput | None"
+    video: "VideoInput | None"
+    strength: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedRequest:
-    """A request with every choice made and every value checked."""
+    """A request with every choice made and every value checked.
+
+    `keeps_aspect`: pictures are cut to the size of the video, and not squeezed. `strength` None: there is no video to
+    start from.
+    """
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
@@ -57,6 +109,16 @@ class ResolvedRequest:
     flow_shift: float | None
     fps: float
     seed: int
+    image: Pictures | None = None
+    last_image: Pictures | None = None
+    video: Pictures | None = None
+    strength: float | None = None
+    keeps_aspect: bool = False
+
+    @property
+    def skipped_steps(self) -> int:
+        """The first steps, which a video to start from makes needless."""
+        return 0 if self.strength is None else self.steps - int(self.steps * self.strength)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,13 +4,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from frameloom.shapes.tokens import pieces
 
-Kind = Literal["one expert", "two experts", "per-token timesteps"]
+Kind = Literal[
+    "one expert", "two experts", "per-token timesteps", "image", "image, two experts", "first and last image"
+]
+FROM_IMAGE: tuple[Kind, ...] = ("image", "image, two experts", "first and last image")
 TEXT_DIM = 24
+CLIP: dict[str, Any] = {
+    "hidden_size": 20,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+CLIP_TOKENS = 1 + (28 // 14) ** 2
 VAE_21: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 VAE_22: dict[str, Any] = {
     "base_dim": 8,
@@ -26,23 +52,30 @@ VAE_22: dict[str, Any] = {
 }
 
 
-def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline:
-    """A random pipeline whose prompt, timestep and experts all matter to the outcome."""
+def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline | WanImageToVideoPipeline:
+    """A random pipeline whose prompt, image, timestep and experts all matter to the outcome."""
     torch.manual_seed(seed)
     per_token = kind == "per-token timesteps"
     vae_config = VAE_22 if per_token else VAE_21
     z_dim = vae_config["z_dim"]
     statistics = {"latents_mean": [0.05 * i for i in range(z_dim)], "latents_std": [1 + 0.1 * i for i in range(z_dim)]}
-    return WanPipeline(
-        tokenizer=T5Tokenizer(vocab=pieces(), extra_ids=0),
-        text_encoder=_text_encoder(),
-        vae=AutoencoderKLWan(**vae_config, **statistics).eval(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=_transformer(z_dim),
-        transformer_2=_transformer(z_dim) if kind == "two experts" else None,
-        boundary_ratio=0.875 if kind == "two experts" else None,
-        expand_timesteps=per_token,
-    )
+    is_pair = "two experts" in kind
+    transformer = _image_transformer if kind in FROM_IMAGE else _transformer
+    parts: dict[str, Any] = {
+        "tokenizer": T5Tokenizer(vocab=pieces(), extra_ids=0),
+        "text_encoder": _text_encoder(),
+        "vae": AutoencoderKLWan(**vae_config, **statistics).eval(),
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "transformer": transformer(z_dim, kind),
+        "transformer_2": transformer(z_dim, kind) if is_pair else None,
+        "boundary_ratio": 0.875 if is_pair else None,
+        "expand_timesteps": per_token,
+    }
+    if kind not in FROM_IMAGE:
+        return WanPipeline(**parts)
+    if not is_pair:
+        parts |= {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
+    return WanImageToVideoPipeline(**parts)
 
 
 def _text_encoder() -> UMT5EncoderModel:
@@ -52,21 +85,43 @@ def _text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def _transformer(channels: int) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=TEXT_DIM,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=2,
-    ).eval()
-    with torch.no_grad():  # as initialised, the text hardly moves the outcome
+def _image_encoder() -> CLIPVisionModel:
+    return CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
+
+
+def _image_processor() -> CLIPImageProcessorPil:
+    side = CLIP["image_size"]
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def _image_transformer(z_dim: int, kind: Kind) -> WanTransformer3DModel:
+    """With a mask and latents beside the noise; with CLIP's features, but for two experts."""
+    branch: dict[str, Any] = {}
+    if kind != "image, two experts":
+        branch = {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": 32}
+    if kind == "first and last image":
+        branch["pos_embed_seq_len"] = 2 * CLIP_TOKENS
+    return _transformer(z_dim, kind, in_channels=2 * z_dim + 4, **branch)
+
+
+def _transformer(channels: int, kind: Kind, **differences: Any) -> WanTransformer3DModel:
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+    }
+    model = WanTransformer3DModel(**config | differences).eval()
+    with torch.no_grad():  # as initialised, the text and the image hardly move the outcome
         for name, parameter in model.named_parameters():
-            if "text_embedder" in name or "attn2" in name:
+            if "text_embedder" in name or "attn2" in name or "image_embedder" in name:
                 parameter.mul_(3)
+            if "pos_embed" in name:
+                parameter.normal_()
     return model
 
 

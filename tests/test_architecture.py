@@ -48,6 +48,7 @@ TORCH_FREE = ("serve", "types", "config", "errors", "settings", "cli", "__init__
 TORCH_FREE_FILES = (
     "pipeline/target.py",
     "pipeline/media.py",
+    "pipeline/images.py",
     "shapes/advice.py",
     "shapes/world.py",
     "parallel/__init__.py",

@@ -16,6 +16,13 @@ from frameloom.engine.ranks import Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import load_fast_vae
 from frameloom.errors import CheckpointError
+from frameloom.models.clip import (
+    ImageEncoder,
+    build_image_encoder,
+    image_encoder_key,
+    image_tokens,
+    load_image_processor,
+)
 from frameloom.models.defaults import Defaults, defaults_for
 from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.encoders import (
@@ -26,6 +33,7 @@ from frameloom.models.encoders import (
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.tokenizer import load_tokenizer
 from frameloom.models.umt5 import Umt5Encoder
+from frameloom.pipeline.conditions import channels_beside_image
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import (
@@ -73,7 +81,6 @@ def build_engine(
     log.info("device %s: %s", where, why_device)
     check_dtype_name(dtype)
     checkpoint = open_checkpoint(model)
-    _check_text_to_video(checkpoint)
     make_sampler(checkpoint.scheduler, 1)  # so that a scheduler we cannot compute is refused before weights are read
     names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
     specs = [_transformer_spec(checkpoint.components[name]) for name in names]
@@ -108,6 +115,9 @@ def build_engine(
     _tune_allocator(where)
     with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
         text_encoder = ranks.text_encoder(functools.partial(_load_text_encoder, checkpoint, compute, where))
+        image_encoder = None
+        if specs[0].image_dim is not None:  # in the VAE's dtype, as the reference documents it
+            image_encoder = ranks.image_encoder(functools.partial(_load_image_encoder, checkpoint, vae_dtype, where))
         experts = [
             load_fast_dit(
                 checkpoint.components[name], spec, compute, where, policy=policy, attention=attention, ranks=ranks
@@ -125,6 +135,7 @@ def build_engine(
             boundary_ratio=checkpoint.boundary_ratio if len(names) > 1 else None,
             expand_timesteps=checkpoint.expand_timesteps,
             device=where,
+            image_encoder=image_encoder,
             make_predictor=ranks.make_predictor,
         )
     decisions = (*experts[0].decisions, *fast.decisions)
@@ -132,14 +143,6 @@ def build_engine(
         log.debug("%s", decision)
     team = None if ranks.alone else ranks.world.everyone
     return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions, team=team)
-
-
-def _check_text_to_video(checkpoint: Checkpoint) -> None:
-    if checkpoint.pipeline != "WanPipeline":
-        raise CheckpointError(
-            f"'{checkpoint.name}' is a {checkpoint.pipeline}, which starts from an image; this version makes videos "
-            "from text: use a text-to-video checkpoint such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
 
 
 def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], vae: VaeSpec) -> None:
@@ -152,18 +155,32 @@ def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], v
         ("vae out_channels", vae.out_channels, "the channels of a picture", picture),
     ]
     for name, spec in experts.items():
+        takes_image = spec.in_channels == channels_beside_image(vae)
         pairs += [
-            (f"{name} in_channels", spec.in_channels, "vae z_dim", vae.z_dim),
+            (f"{name} in_channels", spec.in_channels, "transformer in_channels", first.in_channels),
+            (f"{name} in_channels", spec.in_channels if not takes_image else vae.z_dim, "vae z_dim", vae.z_dim),
             (f"{name} out_channels", spec.out_channels, "vae z_dim", vae.z_dim),
             (f"{name} text_dim", spec.text_dim, "text_encoder d_model", text_width),
             (f"{name} patch_size", spec.patch_size, "transformer patch_size", first.patch_size),
         ]
+        if spec.image_dim is not None:
+            pairs += _of_images(name, spec, checkpoint.components["image_encoder"])
     for what, value, other, expected in pairs:
         if value != expected:
             raise CheckpointError(
                 f"'{checkpoint.name}' is put together from parts that do not fit: {what} is {value}, {other} "
                 f"{expected}; take all parts from one checkpoint"
             )
+
+
+def _of_images(name: str, spec: TransformerSpec, encoder: Component) -> list[tuple[str, object, str, object]]:
+    """What must agree between a transformer and its image encoder; a table of positions is for two images."""
+    tokens, width = image_tokens(encoder.config, where=str(encoder.described_by))
+    pairs: list[tuple[str, object, str, object]] = [(f"{name} image_dim", spec.image_dim, "image_encoder width", width)]
+    if spec.pos_embed_seq_len is not None:
+        both = "the tokens of two images"
+        pairs.append((f"{name} pos_embed_seq_len", spec.pos_embed_seq_len, both, 2 * tokens))
+    return pairs
 
 
 def _transformer_spec(component: Component) -> TransformerSpec:
@@ -189,6 +206,14 @@ def _load_text_encoder(
     take = None if cut is None else cut(model)
     fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True, take=take)
     return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
+
+
+def _load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
+    component = checkpoint.components["image_encoder"]
+    processor = checkpoint.components.get("image_processor")
+    model = build_image_encoder(component.config, where=str(component.described_by))
+    fill(model, component, dtype, device, rename=image_encoder_key)
+    return ImageEncoder(model=model, processor=load_image_processor(None if processor is None else processor.folder))
 
 
 def _tune_allocator(device: torch.device) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frameloom.config import resolve
+from frameloom.config import check_request, resolve
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
 from frameloom.ops.registry import Decision
 from frameloom.parallel.agreement import check_equal_latents, check_same, check_same_numbers
 from frameloom.parallel.team import Team
+from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
@@ -31,6 +32,13 @@ Prompts = list[str] | tuple[str, ...]
 
 def _whole(parts: Iterator[Frames]) -> Frames:
     return np.concatenate(list(parts), axis=1)
+
+
+def _told(request: ResolvedRequest) -> dict[str, Any]:
+    """What is said of the pictures that were given."""
+    named = {name: getattr(request, name) for name in ("image", "last_image", "video")}
+    told: dict[str, Any] = {name: pictures.name for name, pictures in named.items() if pictures is not None}
+    return told if request.strength is None else {**told, "strength": request.strength}
 
 
 def _silent(_: Progress) -> None:
@@ -79,7 +87,10 @@ class Engine:
             near = difflib.get_close_matches(unknown[0], GenerateOptions.__annotations__, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(GenerateOptions.__annotations__)}"
             raise RequestError(f"option '{unknown[0]}' is unknown; {hint}")
-        request = resolve(GenerateRequest(prompt=prompt, **options), self.defaults, self._open.size_rules)
+        asked = GenerateRequest(prompt=prompt, **options)
+        check_request(asked)
+        self._open.takes.check(asked, self.name)
+        request = resolve(self._with_pictures(asked), self.defaults, self._open.size_rules)
         if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
             raise RequestError(
                 f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
@@ -125,7 +136,8 @@ class Engine:
         """Turn a prompt into a Video; a list of prompts into a list of them, made as one batch.
 
         Options, each from the checkpoint's defaults when absent or None: negative_prompt, width and height (pixels),
-        num_frames, steps, guidance_scale, guidance_scale_2 (low-noise expert), flow_shift, fps, seed (0).
+        num_frames, steps, guidance_scale, guidance_scale_2 (low-noise expert), flow_shift, fps, seed (0). Pictures to
+        start from: image, last_image, or video with strength, as types.GenerateRequest says.
         `output="latents"` returns float32 (B, C, T', H', W'), normalised as the sampler sees them. `progress` is called
         with a types.Progress after every step. Raises RequestError before anything is computed.
         """
@@ -222,6 +234,18 @@ class Engine:
         with memory_errors(f"encoding frames {array.shape}", "encode a shorter or a smaller piece"):
             return self._open.encode(array, StageClock(device=self._open.device), progress or _silent)
 
+    def _with_pictures(self, request: GenerateRequest) -> GenerateRequest:
+        """The request, its pictures read."""
+        images: dict[str, Any] = {
+            name: image_of(given, name.replace("_", " "))
+            for name in ("image", "last_image")
+            if (given := getattr(request, name)) is not None
+        }
+        video = request.video
+        if video is not None:
+            video = video_of(video, request.num_frames or self.defaults.num_frames)
+        return dataclasses.replace(request, **images, video=video)
+
     @property
     def _writes(self) -> bool:
         """Whether this process writes files: the first rank, or the only one."""
@@ -291,6 +315,7 @@ class Engine:
             "guidance_scale_2": request.guidance_scale_2,
             "seed": request.seed,
             "fps": request.fps,
+            **_told(request),
             "seconds": dict(clock.seconds),
             "step_seconds": clock.step_seconds,
             "peak_memory_bytes": peak_memory_bytes(self._open.device),

@@ -24,14 +24,16 @@ def fill(
     *,
     keep: Callable[[str], bool] | None = None,
     tied: bool = False,
+    rename: Callable[[str], str | None] | None = None,
     take: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32).
 
-    `take`: what is kept of each tensor as it is read.
+    `rename`: the module's name of a stored tensor, None to leave it out. `take`: what is kept of each tensor as it is
+    read.
     """
     report = load_module(
-        model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None, take=take
+        model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None, rename=rename, take=take
     )
     log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
 

@@ -19,7 +19,14 @@ from frameloom.models.umt5 import Umt5Encoder
 from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.registry import Policy
 from frameloom.parallel import tensor, weights
-from frameloom.parallel.agreement import AgreedSteps, EncodedOnce, EncodesPrompts, PlansSteps
+from frameloom.parallel.agreement import (
+    AgreedSteps,
+    EncodedOnce,
+    EncodesImages,
+    EncodesPrompts,
+    ImagesEncodedOnce,
+    PlansSteps,
+)
 from frameloom.parallel.guidance import one_branch_each
 from frameloom.parallel.mesh import Mesh, auto_plan, possible_plan
 from frameloom.parallel.rendezvous import choose_local_device, join
@@ -100,6 +107,13 @@ class Ranks:
             return load(self._cut_text)
         encoder = load(None) if self.world.rank == 0 else None
         return EncodedOnce(team=self.world.everyone, encoder=encoder, device=self.device)
+
+    def image_encoder(self, load: Callable[[], EncodesImages]) -> EncodesImages:
+        """The image encoder, on the first rank."""
+        if self.alone:
+            return load()
+        encoder = load() if self.world.rank == 0 else None
+        return ImagesEncodedOnce(team=self.world.everyone, encoder=encoder, device=self.device)
 
     def step_planner(self, planner: PlansSteps, *, insisted: bool) -> PlansSteps:
         """The same way of a step on all ranks."""

@@ -1,5 +1,7 @@
 """The image encoder (CLIP) of Wan's image-to-video models, from transformers, which only this file imports.
 
+It does so where it is needed: importing transformers takes longer than many a video from text. Straight from the
+submodules: `from transformers import ...` would look at every optional library first.
 Shapes: B images, T tokens of an image (257), D channels.
 """
 
@@ -9,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
-
-# Straight from the submodules: `from transformers import ...` would look at every optional library first.
-from transformers.models.clip.configuration_clip import CLIPVisionConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.clip.modeling_clip import CLIPVisionModel
 
 from frameloom.errors import CheckpointError
 from frameloom.models.encoders import check_description
@@ -35,8 +31,11 @@ _FIELDS = (
 class ImageEncoder:
     """A filled CLIP vision tower and its image processor."""
 
-    model: nn.Module
+    model: Any
     processor: Any
+
+    def __post_init__(self) -> None:
+        _check_processor(self.processor, self.model.config.image_size)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -47,13 +46,18 @@ class ImageEncoder:
         return states
 
 
+def image_tokens(config: JsonObject, *, where: str = "image_encoder/config.json") -> tuple[int, int]:
+    """How many tokens an image has, and their width, by the config of the encoder. Raises CheckpointError."""
+    found = _build(_only(_vision(config), where=where), where=where).config
+    return 1 + (found.image_size // found.patch_size) ** 2, found.hidden_size
+
+
 def build_image_encoder(config: JsonObject, *, where: str = "image_encoder/config.json") -> nn.Module:
     """Build the CLIP vision tower on the meta device, in eval mode. Raises CheckpointError.
 
     Its files may use other names: load them with `rename=image_encoder_key`.
     """
-    vision = config.get("vision_config", config)  # a config.json of the whole CLIP nests it
-    model: nn.Module = _build(_only(vision, where=where), where=where)
+    model: nn.Module = _build(_only(_vision(config), where=where), where=where)
     # Not persistent, so no file holds it: one position per patch and one for the class token.
     positions = torch.arange(model.get_parameter("embeddings.position_embedding.weight").shape[0])
     model.get_submodule("embeddings").register_buffer("position_ids", positions[None], persistent=False)
@@ -67,12 +71,35 @@ def image_encoder_key(name: str) -> str | None:
     return name.removeprefix("vision_model.")
 
 
-def load_image_processor(folder: Path) -> Any:
-    """Read the image processor of a checkpoint (resizing by Pillow). Raises CheckpointError."""
+def load_image_processor(folder: Path | None) -> Any:
+    """Read the image processor of a checkpoint (resizing by Pillow); None: the one that all of Wan's have.
+
+    Raises CheckpointError.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    if folder is None:
+        return CLIPImageProcessorPil()
     try:
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {error}); download it again") from None
+
+
+def _vision(config: JsonObject) -> Any:
+    return config.get("vision_config", config)  # a config.json of the whole CLIP nests it
+
+
+def _check_processor(processor: Any, image_size: int) -> None:
+    """Raise CheckpointError unless the pictures that it makes, also on the way, are those that the network takes."""
+    on_the_way = dict(processor.size or {})
+    made = dict(processor.crop_size or {}) if processor.do_center_crop else on_the_way
+    bounded = all(isinstance(side, int) and side <= 4 * image_size for side in on_the_way.values())
+    if made != {"height": image_size, "width": image_size} or not bounded or not processor.do_resize:
+        raise CheckpointError(
+            f"the image processor makes pictures of {made}, resized to {on_the_way}, and the image encoder takes "
+            f"{image_size}x{image_size}; take both from the same checkpoint"
+        )
 
 
 def _only(config: Any, *, where: str) -> JsonObject:
@@ -84,6 +111,10 @@ def _only(config: Any, *, where: str) -> JsonObject:
 
 
 def _build(values: JsonObject, *, where: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.clip.configuration_clip import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPVisionModel
+
     try:
         with on_meta():
             return CLIPVisionModel(CLIPVisionConfig(**values)).eval()

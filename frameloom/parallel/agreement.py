@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from frameloom.errors import InternalError, RequestError
@@ -30,12 +31,36 @@ class EncodedOnce:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as features (B, S, E), the same bits on every rank."""
-        text_BSE = None if self.encoder is None else self.encoder.encode_prompts(prompts)
-        known = self.team.agree(None if text_BSE is None else [list(text_BSE.shape), str(text_BSE.dtype)])
-        shape, dtype = known
-        if text_BSE is None:
-            text_BSE = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
-        return self.team.broadcast(text_BSE.contiguous())
+        return _told(self.team, None if self.encoder is None else self.encoder.encode_prompts(prompts), self.device)
+
+
+class EncodesImages(Protocol):
+    """An image encoder."""
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Images as features (B, N, E)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImagesEncodedOnce:
+    """The image encoder of the first rank, likewise."""
+
+    team: Team
+    encoder: EncodesImages | None
+    device: torch.device
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Images as features (B, N, E), the same bits on every rank."""
+        return _told(self.team, None if self.encoder is None else self.encoder.encode_images(images), self.device)
+
+
+def _told(team: Team, x: Tensor | None, device: torch.device) -> Tensor:
+    """The first rank's tensor, of any shape and dtype, on every rank; None elsewhere."""
+    shape, dtype = team.agree(None if x is None else [list(x.shape), str(x.dtype)])
+    if x is None:
+        x = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    return team.broadcast(x.contiguous())
 
 
 class PlansSteps(Protocol):

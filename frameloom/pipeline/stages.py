@@ -9,25 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from frameloom.errors import InternalError
 from frameloom.models.dit_fast import LoopChoices
 from frameloom.models.vae_state import Frames, Passage
-from frameloom.models.wan_dit import Prompt, WanDiT
+from frameloom.models.wan_dit import FrameTimes, Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
+from frameloom.pipeline.conditions import Condition
 from frameloom.platform.device import is_memory_error
 from frameloom.sampling.flow import Sampler
-from frameloom.sampling.guidance import ExpertSwitch, expand_timesteps, guide
+from frameloom.sampling.guidance import ExpertSwitch, guide
 from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
 
 StepCallback = Callable[[int], None]
 PLAINLY = LoopChoices()  # as the reference pipeline
+FROM_TEXT = Condition()
 Result = TypeVar("Result")
 
 
@@ -43,24 +44,29 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
 class Predict(Protocol):
     """What predicts the steps of one video."""
 
-    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor, /) -> list[Tensor]:
+    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor | FrameTimes, /) -> list[Tensor]:
         """Return the velocity under each of the prompts' branches."""
         ...
 
 
-MakePredictor = Callable[[Sequence[Tensor], LoopChoices], Predict]
+class MakePredictor(Protocol):
+    """Who predicts under the branches of the guidance, which have a text each and the image in common."""
+
+    def __call__(self, texts: Sequence[Tensor], choices: LoopChoices, image_BNE: Tensor | None = None, /) -> Predict:
+        """Return what predicts the steps of one video."""
+        ...
 
 
 class Predictor:
     """The velocities of a step, one per branch. Keeps what the current expert read of the prompts."""
 
-    def __init__(self, texts: Sequence[Tensor], choices: LoopChoices) -> None:
-        self._texts, self._choices = texts, choices
+    def __init__(self, texts: Sequence[Tensor], choices: LoopChoices, image_BNE: Tensor | None = None, /) -> None:
+        self._texts, self._choices, self._image = texts, choices, image_BNE
         self._together = choices.guidance_batched and len(texts) > 1
         self._expert: WanDiT | None = None
         self._read: list[Prompt] = []
 
-    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor, /) -> list[Tensor]:
+    def __call__(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor | FrameTimes, /) -> list[Tensor]:
         """Where memory runs out in a batch of both branches, they are computed in turn from then on."""
         try:
             return self._predict(expert, x_BCTHW, timestep)
@@ -71,13 +77,16 @@ class Predictor:
         self._together, self._expert = False, None
         return self._predict(expert, x_BCTHW, timestep)
 
-    def _predict(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor) -> list[Tensor]:
+    def _predict(self, expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor | FrameTimes) -> list[Tensor]:
         if not self._choices.prompt_once:
-            return [expert(x_BCTHW, timestep, text) for text in self._texts]
+            return [expert(x_BCTHW, timestep, text, self._image) for text in self._texts]
         if expert is not self._expert:
             self._read = []  # those of the other expert go first
-            texts = [torch.cat(list(self._texts))] if self._together else self._texts
-            self._read = [expert.read_prompt(text) for text in texts]
+            texts, image = self._texts, self._image
+            if self._together:
+                image = None if image is None else torch.cat([image] * len(texts))
+                texts = [torch.cat(list(texts))]
+            self._read = [expert.read_prompt(text, image) for text in texts]
             self._expert = expert
         if self._together:
             (both,) = expert.velocities(x_BCTHW, timestep, self._read)
@@ -91,11 +100,13 @@ class Predictor:
 class Prompts:
     """Text features (B, S, E), and those of what the video should not show; `negative_BSE` None: no guidance.
 
-    `make_predictor`: who predicts under these branches; the seam for guidance that is divided.
+    `condition`: the pictures that are given, too. `make_predictor`: who predicts under these branches; the seam for
+    guidance that is divided.
     """
 
     text_BSE: Tensor
     negative_BSE: Tensor | None
+    condition: Condition = FROM_TEXT
     make_predictor: MakePredictor = Predictor
 
     @property
@@ -121,23 +132,22 @@ def denoise(
     `per_token`: the network takes one timestep per token (TI2V-5B). Nothing in a step waits for the device.
     """
     state = sampler.start()
-    device, batch_size = latents_BCTHW.device, latents_BCTHW.shape[0]
-    predict = prompts.make_predictor(prompts.branches, choices)
-    patch, grid = experts[0].spec.patch_size, latents_BCTHW.shape[2:]
+    device, condition = latents_BCTHW.device, prompts.condition
+    predict = prompts.make_predictor(prompts.branches, choices, condition.image_BNE)
+    patch = experts[0].spec.patch_size
     times = sampler.schedule.timesteps.to(device)  # all at once: a copy of one number would wait for the device
     for index, t in enumerate(sampler.schedule.timesteps):
         which, scale = switch.for_timestep(t)
-        timestep = times[index].expand(batch_size)
         if per_token and not choices.distinct_timesteps:
-            timestep = expand_timesteps(
-                times[index], (grid[0], grid[1], grid[2]), patch_size=patch, batch_size=batch_size
-            )
+            timestep: Tensor | FrameTimes = condition.token_times(times[index], latents_BCTHW.shape, patch)
+        else:
+            timestep = condition.frame_times(times[index], latents_BCTHW.shape, patch[0])
         with own_precision(device):
-            velocities = predict(experts[which], latents_BCTHW, timestep)
+            velocities = predict(experts[which], condition.shown(latents_BCTHW), timestep)
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
         latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
         on_step(index + 1)
-    return latents_BCTHW
+    return condition.kept(latents_BCTHW)
 
 
 @torch.inference_mode()
@@ -177,16 +187,17 @@ def decode(
 
 
 @torch.inference_mode()
-def encode(vae: WanVAE, frames: Frames, passages: Iterator[Passage]) -> Tensor:
-    """The mode of the posterior of uint8 frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W').
+def encode(vae: WanVAE, levels_THWC: Tensor, passages: Iterator[Passage]) -> Tensor:
+    """The mode of the posterior of frames (T, H, W, 3), as normalised float32 latents (1, C, T', H', W').
 
-    The float video is never whole.
+    `levels_THWC`: of 255, in any dtype. The float video is never whole.
     """
     weight = next(vae.parameters())
-    x_BCTHW = torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None]  # a copy: read-only arrays would warn
+    x_BCTHW = levels_THWC.permute(3, 0, 1, 2)[None]
 
     def as_floats(chunk: Tensor) -> Tensor:
-        return (chunk.to(weight.device).to(torch.float32) / 127.5 - 1.0).to(weight.dtype)
+        """In [-1, 1], rounded where the reference rounds."""
+        return (2.0 * (chunk.to(weight.device).to(torch.float32) / 255.0) - 1.0).to(weight.dtype)
 
     def moments(passage: Passage) -> Iterator[Tensor]:
         yield passage.join(torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2))

@@ -1,4 +1,4 @@
-"""The text-to-video pipeline of Wan: the order of work, for one expert, two experts, and per-token timesteps."""
+"""The pipeline of Wan: the order of work from text, from pictures or from a video, with one expert or two."""
 
 import itertools
 import logging
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,20 @@ from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
 from frameloom.pipeline import stages
+from frameloom.pipeline.conditions import (
+    Condition,
+    EncodesImages,
+    Takes,
+    beside,
+    clip_images,
+    fitted_image,
+    fitted_video,
+    noised,
+    pictures_taken,
+    video_of_ends,
+)
 from frameloom.platform.device import platform_of, synchronise
+from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME
@@ -103,7 +117,8 @@ class VaePlanner(Protocol):
 class WanPipeline:
     """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise.
 
-    `make_predictor`: who predicts under the branches of the guidance.
+    `image_encoder`: where the transformer reads CLIP's features. `make_predictor`: who predicts
+    under the branches of the guidance.
     """
 
     text_encoder: EncodesPrompts
@@ -115,7 +130,13 @@ class WanPipeline:
     boundary_ratio: float | None
     expand_timesteps: bool
     device: torch.device
+    image_encoder: EncodesImages | None = None
     make_predictor: stages.MakePredictor = stages.Predictor
+
+    @property
+    def takes(self) -> Takes:
+        """The pictures that this checkpoint starts from."""
+        return pictures_taken(self.experts[0].spec, self.vae.spec, expand_timesteps=self.expand_timesteps)
 
     @property
     def size_rules(self) -> SizeRules:
@@ -158,35 +179,75 @@ class WanPipeline:
         return self.vae_planner.decode(shape_BZTHW)
 
     def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
-        """Prompts to latents: float32 (B, C, T', H', W'), normalised."""
-        sampler = make_sampler(self.scheduler, request.steps, flow_shift=request.flow_shift)
+        """Prompts and pictures to latents: float32 (B, C, T', H', W'), normalised."""
+        sampler = make_sampler(
+            self.scheduler, request.steps, flow_shift=request.flow_shift, skipped=request.skipped_steps
+        )
         switch = ExpertSwitch(
             boundary_ratio=self.boundary_ratio,
             guidance_scale=request.guidance_scale,
             guidance_scale_2=request.guidance_scale_2,
             num_train_timesteps=sampler.schedule.num_train_timesteps,
         )
-        with clock.stage("text"), own_precision(self.device):
-            report(Progress(stage="text", step=0, total=1))
-            text = self.text_encoder.encode_prompts(request.prompts)
-            negative = self.text_encoder.encode_prompts(request.negative_prompts) if switch.guided else None
-            report(Progress(stage="text", step=1, total=1))
-        channels = self.experts[0].spec.in_channels
-        shape = (len(request.prompts), channels, *self._latent_size(request))
+        text, negative = self._texts(request, clock, report, guided=switch.guided)
+        condition, start = self._pictures(request, sampler.schedule, clock, report)
+        shape = (len(request.prompts), self.experts[0].spec.in_channels, *self._latent_size(request))
         loop, why = self.step_planner.loop(shape, guided=negative is not None)
         log.info("steps: %s", why)
         with clock.stage("denoise"):
             out = stages.denoise(
                 self.experts,
-                stages.initial_noise(shape, request.seed, self.device),
-                stages.Prompts(text_BSE=text, negative_BSE=negative, make_predictor=self.make_predictor),
+                start,
+                stages.Prompts(
+                    text_BSE=text, negative_BSE=negative, condition=condition, make_predictor=self.make_predictor
+                ),
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,
-                on_step=clock.each_step(_reporter(report, "denoise", request.steps)),
+                on_step=clock.each_step(_reporter(report, "denoise", sampler.schedule.num_steps)),
                 choices=loop,
             )
         return _plain(out)
+
+    def _texts(
+        self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, *, guided: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with clock.stage("text"), own_precision(self.device):
+            report(Progress(stage="text", step=0, total=1))
+            text = self.text_encoder.encode_prompts(request.prompts)
+            negative = self.text_encoder.encode_prompts(request.negative_prompts) if guided else None
+            report(Progress(stage="text", step=1, total=1))
+        return text, negative
+
+    def _pictures(
+        self, request: ResolvedRequest, schedule: FlowSchedule, clock: StageClock, report: ProgressCallback
+    ) -> tuple[Condition, Tensor]:
+        """What is given, encoded before the denoiser begins; and the latents that it begins with."""
+        shape = (len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request))
+        noise = stages.initial_noise(shape, request.seed, self.device)
+        if request.image is None and request.video is None:
+            return stages.FROM_TEXT, noise
+        with clock.stage("image"), own_precision(self.device):
+            report(Progress(stage="image", step=0, total=1))
+            condition = self._condition(request)
+            if request.video is not None:
+                noise = noised(self._encoded(torch.from_numpy(fitted_video(request))), noise, schedule)
+            report(Progress(stage="image", step=1, total=1))
+        return condition, noise
+
+    def _condition(self, request: ResolvedRequest) -> Condition:
+        if request.image is None:
+            return stages.FROM_TEXT
+        image_BNE = None
+        if self.image_encoder is not None:  # the tokens of both images follow each other
+            image_BNE = self.image_encoder.encode_images(clip_images(request)).flatten(0, 1)
+            image_BNE = image_BNE.expand(len(request.prompts), -1, -1)
+        if self.expand_timesteps:
+            first = self._encoded(torch.from_numpy(fitted_image(request, "image")))
+            return Condition(first_BCTHW=first, image_BNE=image_BNE)
+        latents = self._encoded(video_of_ends(request))
+        given = beside(latents, self.vae.spec.temporal_scale, has_last=request.last_image is not None)
+        return Condition(beside_BCTHW=given, image_BNE=image_BNE)
 
     def decode(
         self, latents_BCTHW: Tensor, passages: Iterator[Passage], clock: StageClock, report: ProgressCallback
@@ -198,14 +259,18 @@ class WanPipeline:
 
     def encode(self, frames: Frames, clock: StageClock, report: ProgressCallback) -> Tensor:
         """Frames uint8 (T, H, W, 3) to latents (1, C, T', H', W')."""
-        num_frames, height, width, channels = frames.shape
         with clock.stage("encode"):
             report(Progress(stage="encode", step=0, total=1))
-            prepare(self.vae.encoder)
-            passages = self.vae_planner.encode((1, channels, num_frames, height, width))
-            latents = stages.encode(self.vae, frames, passages)
+            latents = self._encoded(torch.from_numpy(np.array(frames)))  # a copy: read-only arrays would warn
             report(Progress(stage="encode", step=1, total=1))
         return _plain(latents)
+
+    def _encoded(self, levels_THWC: Tensor) -> Tensor:
+        """Latents (1, C, T', H', W') of frames whose levels are of 255."""
+        num_frames, height, width, channels = levels_THWC.shape
+        prepare(self.vae.encoder)
+        passages = self.vae_planner.encode((1, channels, num_frames, height, width))
+        return stages.encode(self.vae, levels_THWC, passages)
 
     def _latent_size(self, request: ResolvedRequest) -> tuple[int, int, int]:
         spec = self.vae.spec

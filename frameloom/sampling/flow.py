@@ -44,6 +44,10 @@ class FlowSchedule:
         """How often the network is evaluated (twice that with guidance)."""
         return len(self.timesteps)
 
+    def after(self, skipped: int) -> Self:
+        """The same without its first steps: the rest of a run that begins with a noisy video."""
+        return replace(self, sigmas=self.sigmas[skipped:], timesteps=self.timesteps[skipped:])
+
     @property
     def digest(self) -> str:
         """Twelve hex digits that differ when any sigma differs."""

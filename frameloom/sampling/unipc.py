@@ -226,8 +226,10 @@ _CLASSES: Mapping[str, _Options] = {
 _WHERE = "scheduler_config.json"
 
 
-def make_sampler(config: Mapping[str, Any], num_steps: int, *, flow_shift: float | None = None) -> Sampler:
-    """The sampler that a Diffusers scheduler_config.json describes, for `num_steps` steps.
+def make_sampler(
+    config: Mapping[str, Any], num_steps: int, *, flow_shift: float | None = None, skipped: int = 0
+) -> Sampler:
+    """The sampler that a Diffusers scheduler_config.json describes, for `num_steps` steps without the first `skipped`.
 
     `flow_shift` replaces the config's own shift (`flow_shift` of UniPC, `shift` of Euler). Options of the
     other class, which Diffusers leaves behind when a scheduler is swapped, are ignored as it ignores them.
@@ -244,14 +246,14 @@ def make_sampler(config: Mapping[str, Any], num_steps: int, *, flow_shift: float
     train_steps = int(_positive(options, "num_train_timesteps", kinds=(int,)))
     if name == "FlowMatchEulerDiscreteScheduler":
         shift = _positive(options, "shift") if flow_shift is None else flow_shift
-        return Euler(euler_schedule(num_steps, shift=shift, num_train_timesteps=train_steps))
+        return Euler(euler_schedule(num_steps, shift=shift, num_train_timesteps=train_steps).after(skipped))
     shift = _positive(options, "flow_shift") if flow_shift is None else flow_shift
     return UniPC(
-        unipc_schedule(num_steps, shift=shift, num_train_timesteps=train_steps),
+        unipc_schedule(num_steps, shift=shift, num_train_timesteps=train_steps).after(skipped),
         order=int(options["solver_order"]),
         # the reference reads the names of DPM-Solver's variants as bh2
         solver_type="bh1" if options["solver_type"] == "bh1" else "bh2",
-        disable_corrector=_step_numbers(options["disable_corrector"]),
+        disable_corrector=[step - skipped for step in _step_numbers(options["disable_corrector"])],
     )
 
 
