@@ -1,0 +1,244 @@
+"""Adapters beside a network's weights: as exact as merged ones, and gone without a trace when they are taken away."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from frameloom.errors import RequestError
+from frameloom.models.adapters import Adapter, Adapters, Pair, Product, attach, delta, detach, merge
+from frameloom.models.dit_fast import DitChoices, LoopChoices, install
+from frameloom.models.spec import TransformerSpec
+from frameloom.models.wan_dit import WanDiT
+from frameloom.ops.dit_ops import Ops
+from frameloom.ops.linear import refuses_packed
+from frameloom.ops.mlp import mlp_rows
+from frameloom.ops.quantized import Linear, QuantizedWeight, hold
+
+RANK, TOLERANCE = 3, 1e-5
+SMALL = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24,
+    "freq_dim": 16, "ffn_dim": 48, "num_layers": 2,
+}  # fmt: skip
+MODELS = {
+    "t2v": TransformerSpec(**SMALL),
+    "i2v": TransformerSpec(**SMALL | {"in_channels": 9, "image_dim": 20, "added_kv_proj_dim": 32}),
+}
+
+
+def make_dit(model="t2v", *, dtype=torch.float32):
+    torch.manual_seed(0)
+    dit = WanDiT(MODELS[model]).eval().requires_grad_(False)
+    for name, parameter in dit.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else dtype)
+    return dit
+
+
+@torch.inference_mode()
+def computed(dit):
+    """What the network makes of one latent, prompt and, where it takes one, image."""
+    generator = torch.Generator().manual_seed(7)
+    x, text, image = (
+        torch.randn(shape, generator=generator)
+        for shape in ((1, dit.spec.in_channels, 2, 4, 6), (1, 9, 24), (1, 5, 20))
+    )
+    return dit(x, torch.tensor([500.0]), text, image if dit.spec.image_dim else None)
+
+
+def random(*shape):
+    return torch.randn(shape) / 4
+
+
+def low_rank(weight):
+    return Product(a=random(weight.shape[0], RANK), b=random(RANK, weight[0].numel()))
+
+
+def a_lora(weight):
+    return Adapter(factors=low_rank(weight), scale=0.5)
+
+
+def a_loha(weight):
+    return Adapter(factors=Pair(left=low_rank(weight), right=low_rank(weight), join=torch.mul))
+
+
+def a_lokr(weight):
+    rows, columns = weight.shape[0] // 4, weight[0].numel() // 2
+    return Adapter(factors=Pair(left=Product(a=random(4, 2)), right=Product(a=random(rows, columns)), join=torch.kron))
+
+
+def a_difference(weight):
+    return Adapter(factors=Product(a=random(*weight.shape)))
+
+
+def a_dora(weight):
+    rows = weight.shape[0], *(1 for _ in weight.shape[1:])
+    return Adapter(factors=low_rank(weight), scale=0.5, magnitude=1 + random(*rows).abs())
+
+
+def a_dora_of_columns(weight):
+    return Adapter(factors=low_rank(weight), magnitude=1 + random(1, weight.shape[1], *(1,) * (weight.ndim - 2)).abs())
+
+
+def a_replacement(weight):
+    return Adapter(factors=Product(a=random(*weight.shape)), replaces=True)
+
+
+KINDS = (a_lora, a_loha, a_lokr, a_difference, a_dora, a_dora_of_columns, a_replacement)
+
+
+def for_all(dit, make, *, strength=0.6, parameters=lambda name: True):
+    """Adapters of one kind for every weight matrix, and differences for everything else."""
+    changes = {
+        name: make(value) if value.ndim > 1 and name.endswith("weight") else a_difference(value)
+        for name, value in dit.state_dict().items()
+        if parameters(name)
+    }
+    return Adapters(name=make.__name__, strength=strength, changes=changes, num_keys=len(changes))
+
+
+def with_merged(dit, sets):
+    """A copy whose weights have taken the adapters in."""
+    other = copy.deepcopy(dit)
+    other.load_state_dict({name: merge(sets, name, value) for name, value in dit.state_dict().items()})
+    return other
+
+
+def distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_beside_the_weights_is_as_exact_as_merged_and_leaves_no_trace(model, make):
+    dit = make_dit(model)
+    before, bits = computed(dit), {name: value.clone() for name, value in dit.state_dict().items()}
+    sets = [for_all(dit, make)]
+    wanted = computed(with_merged(dit, sets))
+    assert distance(wanted, before) > 0.01
+    attach(dit, sets)
+    assert distance(computed(dit), wanted) < TOLERANCE
+    detach(dit)
+    assert torch.equal(computed(dit), before)
+    assert all(torch.equal(value, bits[name]) for name, value in dit.state_dict().items())
+
+
+def test_several_apply_in_their_order_and_are_exchanged_at_once():
+    dit = make_dit()
+    first, second, third = for_all(dit, a_lora), for_all(dit, a_dora, strength=-0.3), for_all(dit, a_loha)
+    for sets in ([first, second, third], [second, first], [third]):
+        attach(dit, sets)
+        assert distance(computed(dit), computed(with_merged(make_dit(), sets))) < TOLERANCE
+    assert (
+        distance(computed(with_merged(make_dit(), [first, second])), computed(with_merged(make_dit(), [second, first])))
+        > 1e-3
+    )
+    attach(dit, [])
+    assert torch.equal(computed(dit), computed(make_dit()))
+
+
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_merged_weights():
+    dit, exact = make_dit(dtype=torch.bfloat16), make_dit()
+    exact.load_state_dict({name: value.float() for name, value in dit.state_dict().items()})
+    sets = [for_all(dit, a_lora)]
+    truth = computed(with_merged(exact, sets))
+    attach(dit, sets)
+    beside, merged = computed(dit), computed(with_merged(make_dit(dtype=torch.bfloat16), sets))
+    assert beside.dtype == torch.bfloat16
+    assert distance(beside, truth) < 1.5 * distance(merged, truth)
+
+
+def quantize(dit):
+    """Hold every linear layer of the blocks as int8 with a scale per row."""
+    for module in dit.blocks.modules():
+        if isinstance(module, Linear):
+            scale = module.weight.abs().amax(1, keepdim=True) / 127
+            raw = (module.weight / scale).round().to(torch.int8)
+            weight = QuantizedWeight(
+                raw_U8=raw.flatten().view(torch.uint8), dtype_name="I8", shape=tuple(raw.shape), scale=scale.flatten()
+            )
+            hold(module, weight, torch.float32)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_quantized_weights_stay_as_they_are_stored(make):
+    dit, plain = make_dit(), make_dit()
+    sets = [for_all(dit, make)]
+    quantize(dit)
+    for name, module in plain.named_modules():
+        held = dit.get_submodule(name)
+        if isinstance(module, Linear) and held.stored is not None:
+            module.weight.data = held.plain_weight()
+    before = computed(dit)
+    assert torch.equal(before, computed(plain))
+    attach(dit, sets)
+    assert distance(computed(dit), computed(with_merged(plain, sets))) < TOLERANCE
+    detach(dit)
+    assert torch.equal(computed(dit), before)
+
+
+WAYS = {
+    "fused projections": DitChoices(fuses_qkv=True),
+    "rows of the feed-forward": DitChoices(ops=Ops(mlp=mlp_rows)),
+    "packed layers": DitChoices(packs_linear=True),
+    "packed and fused": DitChoices(packs_linear=True, fuses_qkv=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [a_lora, a_lokr, a_difference])
+def test_the_fast_ways_of_a_network_keep_their_adapters(way, make):
+    dit = make_dit()
+    if WAYS[way].packs_linear and refuses_packed(dit.blocks[0].ffn.weights[0]):
+        pytest.skip("this torch packs no weights")
+    sets = [for_all(dit, make)]
+    wanted = computed(with_merged(dit, sets))
+    install(dit, WAYS[way])
+    before = computed(dit)
+    attach(dit, sets)
+    assert distance(computed(dit), wanted) < TOLERANCE
+    detach(dit)
+    assert torch.equal(computed(dit), before)
+
+
+def test_where_there_is_no_place_for_adapters_it_is_said_and_nothing_is_attached():
+    dit = make_dit()
+    if refuses_packed(dit.blocks[0].ffn.weights[0]):
+        pytest.skip("this torch packs no weights")
+    lora, dora = for_all(dit, a_lora), for_all(dit, a_dora, parameters=lambda name: "attn1.to_q" in name)
+    aside = for_all(dit, a_lora, parameters=lambda name: "ffn" not in name)
+    install(dit, DitChoices(packs_mlp=True, fuses_qkv=True))
+    before = computed(dit)
+    with pytest.raises(RequestError, match=r"dit\.mlp_packed=off"):
+        attach(dit, [lora])
+    with pytest.raises(RequestError, match=r"blocks\.0\.attn1\.to_q depends on its weight"):
+        attach(dit, [dora])
+    assert torch.equal(computed(dit), before)
+    attach(dit, [aside])
+    assert distance(computed(dit), before) > 1e-3
+
+
+def test_a_network_that_is_divided_over_ranks_is_refused():
+    dit = make_dit()
+    sets = [for_all(dit, a_lora)]
+    key = dit.blocks[0].attn2.to_k
+    key.weight = nn.Parameter(key.weight[:16].clone())
+    with pytest.raises(RequestError, match="divided over ranks"):
+        attach(dit, sets)
+
+
+def test_a_delta_is_float32_whatever_the_dtypes():
+    weight = torch.randn(8, 6, dtype=torch.bfloat16)
+    adapter = Adapter(factors=Product(a=random(8, 2).half(), b=random(2, 6).to(torch.float8_e4m3fn)), scale=2.0)
+    assert delta(adapter, weight).dtype == torch.float32
+    assert torch.equal(delta(adapter, weight), 2 * (adapter.factors.a.float() @ adapter.factors.b.float()))
+    assert delta(adapter, weight.double()).dtype == torch.float64
+
+
+def test_prompts_read_once_and_both_branches_at_once_see_the_adapters():
+    dit = make_dit()
+    sets = [for_all(dit, a_lora)]
+    wanted = computed(with_merged(dit, sets))
+    install(dit, DitChoices(loop=LoopChoices(prompt_once=True, shared_branches=True), collapses_padding=True))
+    attach(dit, sets)
+    assert distance(computed(dit), wanted) < TOLERANCE
