@@ -1,0 +1,556 @@
+"""The hub: which files of a repository are needed, and how they come, from a hub server on loopback.
+
+Fetching happens in processes of their own, with the real hub library, which reads its settings once, at import.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import Hub, hash_of, serve
+from hypothesis import given
+from hypothesis import strategies as st
+
+import frameloom
+from frameloom.errors import CheckpointError
+from frameloom.weights.hub import HubName, is_hub_name, parse_name
+from frameloom.weights.hub_choice import choose_files
+
+CHUNK = 10 * 2**20  # the hub library writes what has arrived in pieces of this size
+
+# --- which files: the repositories that people use ---
+
+
+def sharded(folder, count, stem="diffusion_pytorch_model"):
+    start = f"{folder}/" if folder else ""
+    index = f"{start}{stem}.safetensors.index.json"
+    return [index] + [f"{start}{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+TOKENIZER = [
+    f"tokenizer/{name}"
+    for name in ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+]
+TEXT_ENCODER = ["text_encoder/config.json", *sharded("text_encoder", 5, "model")]
+VAE = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+COMMON = ["model_index.json", "scheduler/scheduler_config.json", *TOKENIZER, *TEXT_ENCODER, *VAE]
+CLIP = ["image_encoder/config.json", "image_encoder/model.safetensors", "image_processor/preprocessor_config.json"]
+UNNEEDED = [".gitattributes", "README.md", "LICENSE.txt", "assets/logo.png", "examples/i2v_input.JPG"]
+DIFFUSERS = {
+    "Wan2.1-T2V-1.3B-Diffusers": [*COMMON, "transformer/config.json", *sharded("transformer", 2)],
+    "Wan2.1-I2V-14B-480P-Diffusers": [*COMMON, *CLIP, "transformer/config.json", *sharded("transformer", 14)],
+    "Wan2.2-T2V-A14B-Diffusers": [
+        *COMMON,
+        *("transformer/config.json", *sharded("transformer", 12)),
+        *("transformer_2/config.json", *sharded("transformer_2", 12)),
+    ],
+}
+VOCABULARY = [f"google/umt5-xxl/{Path(name).name}" for name in TOKENIZER]
+T5, CLIP_PTH = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+ORIGINAL = {
+    "Wan2.1-T2V-1.3B": ["config.json", "diffusion_pytorch_model.safetensors", T5, "Wan2.1_VAE.pth", *VOCABULARY],
+    "Wan2.1-I2V-14B-480P": ["config.json", *sharded("", 7), T5, CLIP_PTH, "Wan2.1_VAE.pth", *VOCABULARY],
+    "Wan2.2-TI2V-5B": ["config.json", *sharded("", 3), T5, "Wan2.2_VAE.pth", *VOCABULARY],
+    "Wan2.2-I2V-A14B": [
+        *("high_noise_model/config.json", *sharded("high_noise_model", 6)),
+        *("low_noise_model/config.json", *sharded("low_noise_model", 6)),
+        *(T5, "Wan2.1_VAE.pth", *VOCABULARY),
+    ],
+}
+UNNEEDED_ORIGINAL = [*UNNEEDED, "configuration.json", "xlm-roberta-large/sentencepiece.bpe.model", "nohup.out"]
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_takes_all_of_a_diffusers_repository_but_pictures_and_prose(name):
+    assert choose_files([*DIFFUSERS[name], *UNNEEDED]) == tuple(sorted(DIFFUSERS[name]))
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_takes_the_parts_of_an_original_repository(name):
+    assert choose_files([*ORIGINAL[name], *UNNEEDED_ORIGINAL]) == tuple(sorted(ORIGINAL[name]))
+
+
+def test_takes_only_the_listed_components():
+    found = choose_files([*COMMON, *CLIP, "safety_checker/model.safetensors"], components=["vae", "image_encoder"])
+    assert found == ("image_encoder/config.json", "image_encoder/model.safetensors", "model_index.json", *VAE)
+
+
+def test_takes_texts_and_indexes_alone_when_no_weights_are_wanted():
+    found = choose_files(DIFFUSERS["Wan2.1-T2V-1.3B-Diffusers"], weights=False)
+    assert "transformer/diffusion_pytorch_model.safetensors.index.json" in found
+    assert not [name for name in found if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "taken"),
+    [
+        ("model.safetensors model.fp16.safetensors", "", "model.safetensors"),
+        ("model.safetensors model.fp16.safetensors", "fp16", "model.fp16.safetensors"),
+        ("model.fp16.safetensors", "", "model.fp16.safetensors"),
+        ("model.safetensors pytorch_model.bin model.bin", "", "model.safetensors"),
+        ("pytorch_model.bin training_args.bin", "", "pytorch_model.bin"),
+        ("model-00001-of-00001.safetensors model.safetensors", "", "model.safetensors"),
+        (
+            "model.safetensors model.safetensors.index.json model-00001-of-00002.safetensors",
+            "",
+            "model-00001-of-00002.safetensors model.safetensors.index.json",
+        ),
+        (
+            "model-00001-of-00001.bf16.safetensors model.safetensors.index.bf16.json model.safetensors",
+            "bf16",
+            "model-00001-of-00001.bf16.safetensors model.safetensors.index.bf16.json",
+        ),
+        (
+            "model.bf16-00001-of-00001.safetensors model.bf16.safetensors.index.json model.fp16.safetensors",
+            "bf16",
+            "model.bf16-00001-of-00001.safetensors model.bf16.safetensors.index.json",
+        ),
+        ("flax_model.msgpack tf_model.h5 evil.bin other.safetensors", "", ""),
+    ],
+)
+def test_takes_one_set_of_weights(names, variant, taken):
+    paths = ["model_index.json", *(f"vae/{name}" for name in names.split())]
+    found = choose_files(paths, components=["vae"], variant=variant)
+    assert found == ("model_index.json", *(f"vae/{name}" for name in taken.split()))
+
+
+def test_a_variant_counts_where_a_component_has_it():
+    paths = ["model_index.json", "vae/model.safetensors", "transformer/model.safetensors"]
+    found = choose_files([*paths, "transformer/model.fp16.safetensors"], variant="fp16")
+    assert found == ("model_index.json", "transformer/model.fp16.safetensors", "vae/model.safetensors")
+
+
+def test_safetensors_of_an_original_part_are_preferred_to_its_pickle():
+    paths = [*ORIGINAL["Wan2.2-TI2V-5B"], "Wan2.2_VAE.safetensors"]
+    assert "Wan2.2_VAE.pth" not in choose_files(paths)
+
+
+@pytest.mark.parametrize(
+    ("paths", "variant", "match"),
+    [
+        (["model_index.json", "vae/model.fp16.safetensors", "vae/model.bf16.safetensors"], "", "variants bf16, fp16"),
+        (["model_index.json", "vae/model.safetensors"], "fp16", "has no variant 'fp16'"),
+        (
+            [f"split_files/diffusion_models/wan2.1_t2v_{size}.safetensors" for size in ("1.3B_fp16", "14B_fp16")],
+            "",
+            "is no whole checkpoint but 2 files .*name one, as 'o/n/split_files/diffusion_models/wan2.1_t2v_1.3B_fp16",
+        ),
+        (
+            [f"{part}Noise/Wan2.2-T2V-A14B-{part}Noise-{kind}.gguf" for part in ("High", "Low") for kind in "abcd"],
+            "",
+            "is no whole checkpoint but 8 files .* and 5 more",
+        ),
+        (["README.md"], "", "holds no weights of any kind"),
+    ],
+)
+def test_says_what_cannot_be_chosen(paths, variant, match):
+    with pytest.raises(CheckpointError, match=match):
+        choose_files(paths, variant=variant, where="o/n")
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B", HubName(repo="Wan-AI/Wan2.1-T2V-1.3B")),
+        ("hf://a/b", HubName(repo="a/b")),
+        ("a/b@v1.0", HubName(repo="a/b", revision="v1.0")),
+        ("a/b@" + "0" * 40, HubName(repo="a/b", revision="0" * 40)),
+        ("a/b@refs/pr/3/x.gguf", HubName(repo="a/b", revision="refs/pr/3", path="x.gguf")),
+        ("a/b@feature%2Fnew", HubName(repo="a/b", revision="feature/new")),
+        ("a/b/High/x-Q4_K_M.gguf", HubName(repo="a/b", path="High/x-Q4_K_M.gguf")),
+        ("hf://a/b@dev/x.safetensors", HubName(repo="a/b", revision="dev", path="x.safetensors")),
+    ],
+)
+def test_takes_a_name_apart(text, name):
+    assert parse_name(text) == name
+    assert is_hub_name(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "gpt2", "/a/b", "a//b", "../b", "a/..", "./a/b", "~/a/b", "a/b@", "a/b@..", "a/b@x/../y.gguf"),
+        *("a/b/../c.pth", "a/b@-x", "a/b@x%2F..%2Fy", "a/b/c\\d.gguf", "a/b/c\n.gguf", "a/b/C:x.gguf", "datasets/a/b"),
+        *("a b/c", "hf://datasets/a/b", "https://huggingface.co/a/b", "a/" + "b" * 600, "models/a/b"),
+    ],
+)  # fmt: skip
+def test_refuses_what_is_no_name(text):
+    with pytest.raises(CheckpointError, match="is no name of the hub"):
+        parse_name(text)
+    assert is_hub_name(text) == text.startswith("hf://")
+
+
+def test_a_path_that_is_no_weight_file_is_not_looked_for_on_the_hub():
+    assert not is_hub_name("models/wan/transformer")
+
+
+@given(st.text(max_size=40) | st.from_regex(r"[ab./@%:\\-]+", fullmatch=True).map("a/b".__add__))
+def test_no_name_leaves_its_folder(text):
+    try:
+        name = parse_name(text)
+    except CheckpointError:
+        return
+    assert ".." not in f"{name.repo}/{name.revision}/{name.path}".split("/")
+    assert not name.path.startswith("/")
+
+
+# --- fetching ---
+
+PRELUDE = """
+import json, logging, pathlib, sys
+from frameloom.errors import CheckpointError
+from frameloom.weights.hub import *
+from frameloom.weights.hub import download_checkpoint, download_files, list_files, parse_name
+def told(action, *arguments):
+    try: return str(action(*arguments))
+    except CheckpointError as error: return f"REFUSED {error}"
+"""
+WHOLE = PRELUDE + "print(told(lambda: download_checkpoint(list_files(parse_name(sys.argv[1])))))"
+FILE = PRELUDE + "print(told(lambda: download_files(sys.argv[1])[0]))"
+
+
+@pytest.fixture
+def hub():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+def environment(address, home, **settings):
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.lower().endswith("_proxy") and not key.startswith("HF_")
+    }
+    path = str(Path(frameloom.__file__).parents[1])
+    return {**inherited, "HF_ENDPOINT": address, "HF_HOME": str(home), "PYTHONPATH": path, **settings}
+
+
+def ask(hub: Hub | str, home, code, *arguments, **settings):
+    """What a fresh process prints."""
+    address = hub if isinstance(hub, str) else hub.address
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(address, home, **settings), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def small_checkpoint():
+    files = {name: b"{}" for name in DIFFUSERS["Wan2.1-T2V-1.3B-Diffusers"] if not name.endswith(".safetensors")}
+    files |= {name: name.encode() * 50 for name in [*VAE, *TOKENIZER] if name.endswith((".safetensors", ".model"))}
+    for folder, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        shard = f"{stem}-00001-of-00001.safetensors"
+        files[f"{folder}/{stem}.safetensors.index.json"] = json.dumps({"weight_map": {"a": shard}}).encode()
+        files[f"{folder}/{shard}"] = shard.encode() * 100
+    return files
+
+
+BALLAST = {
+    "README.md": b"much",
+    "transformer/diffusion_pytorch_model-00001-of-00009.safetensors": b"of an older save",
+    "transformer/diffusion_pytorch_model.fp16.safetensors": b"another dtype",
+    "transformer/diffusion_pytorch_model.bin": b"a pickle",
+    "vae/diffusion_pytorch_model.safetensors.bak": b"forgotten",
+    "other/model.safetensors": b"no component",
+}
+DEAD = "http://127.0.0.1:9"
+
+
+def noise(size):
+    return random.Random(size).randbytes(size)
+
+
+def test_fetches_what_is_needed_once(hub, home):
+    files = small_checkpoint()
+    hub.add("o/n", files | BALLAST)
+    folder = Path(ask(hub, home, WHOLE, "o/n"))
+    have = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert have == files
+    assert hub.fetched() <= set(files)
+    assert [path for _, path, _ in hub.asked if path.startswith("/api/models/")] == ["/api/models/o/n/revision/main"]
+    sent = hub.large_bytes()
+    assert sent == sum(len(data) for name, data in files.items() if name.endswith((".safetensors", ".model")))
+
+    hub.asked.clear()
+    assert ask(hub, home, WHOLE, "o/n") == str(folder)
+    assert [(method, path) for method, path, _ in hub.asked] == [("GET", "/api/models/o/n/revision/main")]
+
+
+def test_works_from_the_cache_without_the_hub(hub, home):
+    hub.add("o/n", small_checkpoint())
+    folder = ask(hub, home, WHOLE, "o/n")
+    hub.asked.clear()
+    assert ask(hub, home, WHOLE, "o/n", HF_HUB_OFFLINE="1") == folder
+    assert hub.asked == []
+    assert ask(DEAD, home, WHOLE, "o/n") == folder
+    hub.repositories["o/n"].refusal = (503, {})
+    assert ask(hub, home, WHOLE, "o/n") == folder
+
+
+def test_names_the_first_file_that_the_cache_lacks(hub, home):
+    hub.add("o/n", small_checkpoint())
+    folder = Path(ask(hub, home, WHOLE, "o/n"))
+    for name in VAE:
+        (folder / name).unlink()
+    said = ask(hub, home, WHOLE, "o/n", HF_HUB_OFFLINE="1")
+    assert said.startswith("REFUSED 'o/n' cannot be asked for while HF_HUB_OFFLINE is set; unset it")
+    assert said.endswith("the cache lacks vae/config.json")
+    assert "the cache lacks" in ask(DEAD, home, WHOLE, "o/n")
+    said = ask(hub, home, WHOLE, "o/other", HF_HUB_OFFLINE="1")
+    assert said.startswith("REFUSED 'o/other' cannot be asked for while HF_HUB_OFFLINE is set")
+
+
+def test_the_hub_library_and_we_share_one_cache(hub, home):
+    theirs = "from huggingface_hub import snapshot_download; print(snapshot_download('o/n', local_files_only={}))"
+    hub.add("o/n", small_checkpoint())
+    hub.add("o/m", small_checkpoint() | {"vae/diffusion_pytorch_model.safetensors": b"differs"})
+    folder = ask(hub, home, WHOLE, "o/n")
+    assert ask(hub, home, theirs.format(True), HF_HUB_OFFLINE="1") == folder
+    folder = ask(hub, home, theirs.replace("o/n", "o/m").format(False))
+    assert ask(hub, home, WHOLE, "o/m", HF_HUB_OFFLINE="1") == folder
+    hub.asked.clear()
+    assert ask(hub, home, WHOLE, "o/m") == folder
+    assert len(hub.asked) == 1
+
+
+def test_takes_the_revision_that_is_asked_for(hub, home):
+    repository = hub.add("o/n", {"x.gguf": b"new"})
+    repository.revisions["v1"] = {"x.gguf": b"old"}
+    commit = repository.commit("v1")
+    code = PRELUDE + "print(json.dumps([told(lambda: download_files(name)[0].read_bytes()) for name in sys.argv[1:]]))"
+    asked = ("o/n@v1/x.gguf", f"o/n@{commit}/x.gguf", "o/n/x.gguf", "o/n@v2/x.gguf", "o/n@v1/y.gguf", "o/n")
+    *contents, no_revision, no_file, no_path = json.loads(ask(hub, home, code, *asked))
+    assert contents == ["b'old'", "b'old'", "b'new'"]
+    assert no_revision == "REFUSED 'o/n' has no revision 'v2'; check the branch, tag or commit after the @"
+    assert no_file == "REFUSED 'o/n' holds no file 'y.gguf'; did you mean 'o/n/x.gguf'?"
+    assert no_path == "REFUSED 'o/n' is a repository, and a file of it is needed; did you mean 'o/n/x.gguf'?"
+    hub.asked.clear()
+    assert json.loads(ask(hub, home, code, f"o/n@{commit}/x.gguf")) == ["b'old'"]
+    assert hub.asked == []  # a commit never changes
+
+
+REFUSALS = {
+    "o/gated": (403, {"X-Error-Code": "GatedRepo"}, "asks for its licence to be accepted"),
+    "o/forbidden": (403, {"X-Error-Message": "no"}, "may not be read with this token (403)"),
+    "o/busy": (429, {}, "had too many requests (429); wait some minutes"),
+    "o/broken": (500, {}, "cannot be downloaded (the hub answers 500); check the network, or give a local folder"),
+    "o/vague": (404, {}, "(404), which may be no model hub; check HF_ENDPOINT"),
+}
+
+
+def test_says_what_the_hub_refused(hub, home):
+    for name, (status, headers, _) in REFUSALS.items():
+        hub.add(name, {}).refusal = (status, headers)
+    hub.add("o/private", small_checkpoint(), token="secret")
+    code = PRELUDE + "print(json.dumps([told(list_files, parse_name(name)) for name in sys.argv[1:]]))"
+    *known, unknown, private = json.loads(ask(hub, home, code, *REFUSALS, "o/unknown", "o/private"))
+    for said, (name, (_, _, match)) in zip(known, REFUSALS.items(), strict=True):
+        assert said.startswith(f"REFUSED '{name}' ")
+        assert match in said
+    assert "is no local folder and no public hub repository; check the name, or log in if private" in unknown
+    assert "check the name, or log in if private" in private
+    (wrong,) = json.loads(ask(hub, home, code, "o/private", HF_TOKEN="guessed"))
+    assert "does not know this token (401); mend HF_TOKEN" in wrong
+    assert ask(hub, home, WHOLE, "o/private", HF_TOKEN="secret").startswith(str(home))
+
+
+def test_says_what_is_no_hub(hub, home):
+    code = PRELUDE + "print(told(list_files, parse_name('o/n')))"
+    said = ask(DEAD, home, code)
+    assert said.startswith(f"REFUSED 'o/n' cannot be downloaded from {DEAD} (ConnectError); check the network")
+    assert "cannot be downloaded from nonsense (UnsupportedProtocol)" in ask("nonsense", home, code)
+    for hub.answer in (b"<html>welcome</html>", b"[]", b"{}", b'{"id": "o/n", "sha": "../../x", "siblings": []}'):
+        assert f"got an answer from {hub.address} that no model hub gives; check HF_ENDPOINT" in ask(hub, home, code)
+
+
+# --- transfers that do not go well ---
+
+
+def test_goes_on_where_a_connection_was_cut(hub, home):
+    data = noise(CHUNK + 3 * 2**20)
+    hub.add("o/n", {"x.gguf": data})
+    hub.cut_at = CHUNK + 2**20
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+    assert hub.large_ranges() == [None, f"bytes={CHUNK}-"]
+    assert hub.large_bytes() == len(data) + 2**20
+
+
+def test_goes_on_where_the_hub_fell_silent(hub, home):
+    data = noise(CHUNK + 2 * 2**20)
+    hub.add("o/n", {"x.gguf": data})
+    hub.cut_at, hub.stall_s = CHUNK, 2.5
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf", HF_HUB_DOWNLOAD_TIMEOUT="1")).read_bytes() == data
+    assert hub.large_ranges() == [None, f"bytes={CHUNK}-"]
+
+
+def test_goes_on_after_an_interruption(hub, home):
+    data = noise(3 * CHUNK)
+    hub.add("o/n", {"x.gguf": data})
+    hub.pause_s = 0.03
+    process = subprocess.Popen(
+        [sys.executable, "-c", FILE, "o/n/x.gguf"], env=environment(hub.address, home), stderr=subprocess.PIPE
+    )
+    while hub.large_bytes() < CHUNK + 2 * 2**20 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"KeyboardInterrupt" in told
+    assert not list(home.rglob("*.gguf"))
+
+    hub.asked.clear()
+    hub.served.clear()
+    hub.pause_s = 0.0
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+    (went_on,) = hub.large_ranges()
+    assert went_on in (f"bytes={CHUNK}-", f"bytes={2 * CHUNK}-")
+    assert hub.large_bytes() <= len(data) - CHUNK
+
+
+def test_a_file_that_arrives_damaged_is_removed(hub, home):
+    data = noise(1000)
+    hub.add("o/n", {"x.gguf": data})
+    hub.damaged = {hash_of(data)}
+    said = ask(hub, home, FILE, "o/n/x.gguf")
+    assert said.startswith("REFUSED 'x.gguf' of 'o/n' is damaged (its sha256 is not what the hub says) and was removed")
+    assert not list(home.rglob("*.partial"))
+    hub.damaged = set()
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+
+
+def test_a_file_damaged_in_the_cache_is_removed(hub, home):
+    data = noise(1000)
+    hub.add("o/n", {"x.gguf": data})
+    file = Path(ask(hub, home, FILE, "o/n/x.gguf"))
+    for damage, match in ((bytes(1000), "its sha256 is not what the hub says"), (data[:10], "10 of 1000 bytes")):
+        file.write_bytes(damage)
+        said = ask(hub, home, FILE, "o/n/x.gguf", HF_HUB_OFFLINE="1")
+        assert f"is damaged ({match}) and was removed" in said
+        assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+
+
+def test_a_hash_is_computed_once(hub, home):
+    hub.add("o/n", {"x.gguf": noise(1000)})
+    file = Path(ask(hub, home, FILE, "o/n/x.gguf"))
+    before = file.stat()
+    file.write_bytes(bytes(1000))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ask(hub, home, FILE, "o/n/x.gguf") == str(file)  # what looks untouched is not read again
+
+
+def test_says_before_the_start_that_there_is_too_little_space(hub, home):
+    hub.add("o/n", {"x.gguf": b"x"}, sizes={"x.gguf": 10**18})
+    said = ask(hub, home, FILE, "o/n/x.gguf")
+    assert said.startswith("REFUSED 'o/n' needs 1,000,000,000.0 GB more in ")
+    assert said.endswith("make room, or set HF_HOME to a folder on a larger disk")
+    assert hub.large_ranges() == []
+
+
+def test_says_that_the_disk_is_full_and_goes_on_later(hub, home):
+    data = noise(2 * CHUNK)
+    hub.add("o/n", {"x.gguf": data})
+    no_more = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({CHUNK + 5},) * 2)\n"
+    said = ask(hub, home, no_more + FILE, "o/n/x.gguf")
+    assert said.startswith("REFUSED 'o/n' does not fit: ")
+    hub.asked.clear()
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+    assert hub.large_ranges() == [f"bytes={CHUNK + 5}-"]
+
+
+def test_two_processes_fetch_a_file_once(hub, home):
+    data = noise(CHUNK)
+    hub.add("o/n", {"x.gguf": data})
+    hub.pause_s = 0.02
+    command = [sys.executable, "-c", FILE, "o/n/x.gguf"]
+    started = [
+        subprocess.Popen(command, env=environment(hub.address, home), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0].strip() for process in started]
+    assert said[0] == said[1]
+    assert Path(said[0]).read_bytes() == data
+    assert hub.large_bytes() == len(data)
+
+
+# --- progress ---
+
+
+def test_tells_how_far_it_is(hub, home):
+    files = small_checkpoint()
+    hub.add("o/n", files)
+    code = PRELUDE + (
+        "news = []\n"
+        "download_checkpoint(list_files(parse_name('o/n')), report=lambda new: news.append(new))\n"
+        "print(json.dumps([[new.repo, new.done_bytes, new.total_bytes] for new in news]))"
+    )
+    news = json.loads(ask(hub, home, code))
+    assert {repo for repo, _, _ in news} == {"o/n"}
+    texts = sum(len(data) for name, data in files.items() if not name.endswith(".safetensors"))
+    weights = sum(len(data) for name, data in files.items() if name.endswith(".safetensors"))
+    assert [total for _, _, total in news] == sorted((total for _, _, total in news), key=[texts, weights].index)
+    for total in (texts, weights):
+        done = [done for _, done, of in news if of == total]
+        assert done == sorted(done)
+        assert done[-1] == total
+
+
+def test_without_a_terminal_there_are_lines_and_no_bars(hub, home):
+    hub.add("o/n", small_checkpoint())
+    logged = "logging.basicConfig(stream=sys.stdout, format='%(message)s', level=logging.INFO)\n"
+    quiet = "logging.getLogger('httpx').setLevel(30); logging.getLogger('httpx2').setLevel(30)\n"
+    code = PRELUDE + logged + quiet + "download_checkpoint(list_files(parse_name('o/n'))); print(sys.stderr.fileno())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub.address, home), capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""
+    assert "fetching 3 files of o/n" in done.stdout
+    assert "o/n: 0.0 MB of 0.0 MB" in done.stdout
+
+
+# --- the whole ---
+
+
+def command(address, home, *arguments, **settings):
+    """Run the `frameloom` command in a process of its own; its exit code and what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "frameloom", *arguments],
+        env=environment(address, home, **settings), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_inspects_and_generates_from_the_hub_and_then_without_it(hub, home, checkpoint_of, tmp_path):
+    root = checkpoint_of()
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    hub.add("o/n", files | BALLAST)
+    code, out, err = command(hub.address, home, "inspect", "o/n", "--json")
+    assert code == 0, err
+    assert json.loads(out)["components"] == frameloom.describe(root)["components"]
+    assert not list(home.rglob("*.safetensors"))
+
+    request = ("generate", "a fox", "--width", "32", "--height", "32", "--frames", "5", "--steps", "1", "--json")
+    results = []
+    for name, model, address in (("a", "o/n", hub.address), ("b", "o/n@main", DEAD), ("c", str(root), DEAD)):
+        target = tmp_path / name / "%04d.png"
+        target.parent.mkdir()
+        code, out, err = command(address, home, *request, "--model", model, "-o", str(target))
+        assert code == 0, err
+        results.append([path.read_bytes() for path in sorted(target.parent.iterdir())])
+    assert results[0]
+    assert results[0] == results[1] == results[2]
+    assert hub.fetched().isdisjoint(BALLAST)
