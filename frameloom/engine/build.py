@@ -2,16 +2,14 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from frameloom.config import memory_bytes
 from frameloom.engine.dit import load_fast_dit
 from frameloom.engine.engine import Engine
-from frameloom.engine.modules import fill
+from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import load_fast_vae
@@ -31,7 +29,6 @@ from frameloom.models.encoders import (
     text_encoder_keeps_fp32,
 )
 from frameloom.models.spec import TransformerSpec, VaeSpec
-from frameloom.models.tokenizer import load_tokenizer
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.pipeline.conditions import channels_beside_image
 from frameloom.pipeline.wan import WanPipeline
@@ -46,16 +43,19 @@ from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME, launched
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.fingerprint import fingerprint
-from frameloom.weights.source import open_checkpoint
+from frameloom.weights.load import Quantized, held_bytes, is_quantized
+from frameloom.weights.source import Source, open_checkpoint
+from frameloom.weights.vocabulary import tokenizer_in
 
 log = logging.getLogger(LOGGER_NAME)
 
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "quantized": torch.bfloat16}
 
 
 def build_engine(
-    model: str | os.PathLike[str],
+    model: Source | None,
     *,
+    parts: Mapping[str, Source] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     exactness: str = "rounding",
@@ -64,23 +64,27 @@ def build_engine(
     attention: str = "auto",
     vae_memory: int | str = "auto",
     parallel: str = "auto",
+    quantized: str = "keep",
 ) -> Engine:
-    """Open a checkpoint (folder or hub id), build its networks and fill them.
+    """Open a checkpoint, build its networks and fill them; `model` and `parts` are those of `open_checkpoint`.
 
     `device`: as `choose_device` takes it. `dtype`: auto, float32, bfloat16, float16; auto takes the dtype the
     checkpoint is meant for and keeps the VAE in float32, as the reference documents it. `exactness` and `rewrites`
     ("NAME=on", "NAME=off"): what may be computed in another way, see docs/rewrites.md. `compilation`: auto, on or off,
     whether torch.compile is used. `attention`: auto, or the name of a backend. `vae_memory`: auto, or the bytes that
     the VAE may take besides its weights. `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that
-    torchrun or --gpus started. Raises CheckpointError for a path or file, RequestError for the rest.
+    torchrun or --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain
+    when they are read: the same bits, faster, in more memory. Raises CheckpointError for a path or file, RequestError
+    for the rest.
     """
     policy = policy_of(exactness, rewrites, compilation=compilation)
     vae_bytes = memory_bytes(vae_memory)
+    weights = quantized_of(quantized)
     place = launched()
     where, why_device = own_device(device, place)
     log.info("device %s: %s", where, why_device)
     check_dtype_name(dtype)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, parts=parts)
     make_sampler(checkpoint.scheduler, 1)  # so that a scheduler we cannot compute is refused before weights are read
     names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
     specs = [_transformer_spec(checkpoint.components[name]) for name in names]
@@ -98,29 +102,36 @@ def build_engine(
     vae_dtype = torch.float32 if dtype == "auto" else compute
     log.info("dtype %s (VAE %s): %s", _name(compute), _name(vae_dtype), why_dtype)
 
-    num_parameters = sum(checkpoint.components[name].num_parameters for name in names)
     ranks = gather_ranks(
         place,
         where,
         parallel,
         spec=specs[0],
         guided=defaults.guidance_scale > 1,
-        weight_bytes=num_parameters * compute.itemsize,
+        weight_bytes=sum(held_bytes(checkpoint.components[name], compute, weights) for name in names),
         facts={
             "model": fingerprint(checkpoint) if place else "",
             "dtype": str(compute),
-            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes)),
+            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes, weights)),
         },
     )
     _tune_allocator(where)
     with memory_errors(f"the weights of '{checkpoint.name}' on {where}", "choose another device, or a narrower dtype"):
-        text_encoder = ranks.text_encoder(functools.partial(_load_text_encoder, checkpoint, compute, where))
+        load_text = functools.partial(_load_text_encoder, checkpoint, compute, where, quantized=weights)
+        text_encoder = ranks.text_encoder(load_text)
         image_encoder = None
         if specs[0].image_dim is not None:  # in the VAE's dtype, as the reference documents it
             image_encoder = ranks.image_encoder(functools.partial(_load_image_encoder, checkpoint, vae_dtype, where))
         experts = [
             load_fast_dit(
-                checkpoint.components[name], spec, compute, where, policy=policy, attention=attention, ranks=ranks
+                checkpoint.components[name],
+                spec,
+                compute,
+                where,
+                policy=policy,
+                attention=attention,
+                ranks=ranks,
+                quantized=weights,
             )
             for name, spec in zip(names, specs, strict=True)
         ]
@@ -193,19 +204,26 @@ def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
         return DTYPES[defaults.dtype]
     sizes: dict[str, int] = {}
     for entry in transformer.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+        kind = "quantized" if is_quantized(entry) else entry.dtype
+        sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
     stored = max(sizes, key=sizes.__getitem__, default="F32")
     return _STORED.get(stored, torch.float32)
 
 
 def _load_text_encoder(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, cut: Callable[[Umt5Encoder], Take] | None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Callable[[Umt5Encoder], Take] | None,
+    *,
+    quantized: Quantized,
 ) -> TextEncoder:
     component = checkpoint.components["text_encoder"]
     model = build_text_encoder(component.config, where=str(component.described_by))
     take = None if cut is None else cut(model)
-    fill(model, component, dtype, device, keep=text_encoder_keeps_fp32(dtype), tied=True, take=take)
-    return TextEncoder(model=model, tokenizer=load_tokenizer(Path(checkpoint.components["tokenizer"].folder)))
+    keep = text_encoder_keeps_fp32(dtype)
+    fill(model, component, dtype, device, keep=keep, tied=True, take=take, quantized=quantized)
+    return TextEncoder(model=model, tokenizer=tokenizer_in(checkpoint.components["tokenizer"]))
 
 
 def _load_image_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ImageEncoder:

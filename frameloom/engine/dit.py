@@ -18,10 +18,12 @@ from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
+from frameloom.ops.quantized import largest_plain_bytes
 from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import platform_of
 from frameloom.platform.tuning import Tuner
 from frameloom.weights.checkpoint import Component
+from frameloom.weights.load import Quantized
 
 _MEASURED_TOKENS, _MEASURED_HEADS = 512, 4
 
@@ -37,13 +39,22 @@ class FastDit:
 
 
 def load_plain_dit(
-    component: Component, spec: TransformerSpec, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+    component: Component,
+    spec: TransformerSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    *,
+    quantized: Quantized = "expand",
 ) -> WanDiT:
-    """The transformer as the reference computes it, with torch's own attention; this rank's part of its weights."""
+    """The transformer as the reference computes it, with torch's own attention; this rank's part of its weights.
+
+    `quantized`: whether quantized weights become plain, or stay as they are stored: then they cannot be divided.
+    """
     with on_meta():
         dit = WanDiT(spec).eval()
     ranks = ranks or single(device)
-    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32, take=ranks.cut_dit(dit))
+    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32, take=ranks.cut_dit(dit), quantized=quantized)
     ranks.divide_dit(dit)
     return dit
 
@@ -57,12 +68,14 @@ def load_fast_dit(
     policy: Policy,
     attention: str = "auto",
     ranks: Ranks | None = None,
+    quantized: Quantized = "expand",
 ) -> FastDit:
     """The transformer with the rewrites that `policy` allows and that are fastest here, and an attention backend.
 
-    Raises RequestError for a rewrite or a backend that was asked for by name and cannot be used.
+    Raises RequestError for a rewrite or a backend that was asked for by name and cannot be used, and for quantized
+    weights that would have to be divided over ranks as they are stored.
     """
-    dit = load_plain_dit(component, spec, dtype, device, ranks)
+    dit = load_plain_dit(component, spec, dtype, device, ranks, quantized=quantized)
     return make_fast_dit(dit, policy=policy, attention=attention, ranks=ranks)
 
 
@@ -95,6 +108,7 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks
         choices=choices,
         device=weight.device,
         insisted=policy.insists(TOGETHER),
+        plain_bytes=2 * largest_plain_bytes(dit),  # a feed-forward has two
     )
     backend, _, reason = chosen.partition(": ")
     told = Decision(name=f"attention.{backend.partition(' ')[0]}", used=True, reason=reason)

@@ -7,13 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.attention.core import choose, cuda_capability
-from frameloom.errors import InternalError
+from frameloom.errors import InternalError, RequestError
 from frameloom.models.encoders import TIED
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component
-from frameloom.weights.load import load_module
+from frameloom.weights.load import Quantized, load_module
 
 log = logging.getLogger(LOGGER_NAME)
+
+
+def quantized_of(name: str) -> Quantized:
+    """What becomes of quantized weights: they stay as they are stored, or become plain. Raises RequestError."""
+    if name == "keep":
+        return "keep"
+    if name == "expand":
+        return "expand"
+    raise RequestError(
+        f"quantized {name!r} is unknown; use keep (weights stay as they are stored) or expand (they become plain once)"
+    )
 
 
 def fill(
@@ -26,6 +37,7 @@ def fill(
     tied: bool = False,
     rename: Callable[[str], str | None] | None = None,
     take: Callable[[str, Tensor], Tensor] | None = None,
+    quantized: Quantized = "expand",
 ) -> None:
     """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32).
 
@@ -33,7 +45,15 @@ def fill(
     read.
     """
     report = load_module(
-        model, component, dtype=dtype, device=device, keep=keep, tied=TIED if tied else None, rename=rename, take=take
+        model,
+        component,
+        dtype=dtype,
+        device=device,
+        keep=keep,
+        tied=TIED if tied else None,
+        rename=rename,
+        take=take,
+        quantized=quantized,
     )
     log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
 

@@ -21,7 +21,8 @@ _FEW_TOKENS = 1024  # on a CPU: so many are over before the next operation has b
 class StepPlanner:
     """Says how the steps of a video are computed: what is allowed, and of that what the memory has room for.
 
-    `insisted`: the batch of both branches was asked for by name.
+    `insisted`: the batch of both branches was asked for by name. `plain_bytes`: of the quantized weights that are plain
+    at a time.
     """
 
     spec: TransformerSpec
@@ -29,6 +30,7 @@ class StepPlanner:
     choices: DitChoices
     device: torch.device
     insisted: bool = False
+    plain_bytes: int = 0
 
     def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
         """The way, and why: with guidance, both branches in one batch or one after the other."""
@@ -65,7 +67,7 @@ class StepPlanner:
             twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
 
         with torch.inference_mode():
-            return round(_OVERHEAD * peak_bytes(run))
+            return round(_OVERHEAD * peak_bytes(run)) + self.plain_bytes
 
     @functools.cached_property
     def _twin(self) -> WanDiT:

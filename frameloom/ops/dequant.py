@@ -19,7 +19,8 @@ from torch import Tensor
 from frameloom.errors import CheckpointError
 from frameloom.ops.grids import even_signs, grid
 
-_AT_ONCE = 1 << 21  # numbers: bounds what exists in float32 besides the result
+# Numbers made at a time: on a CPU they stay near the caches, elsewhere each operation takes a launch.
+_ON_CPU, _ELSEWHERE = 1 << 18, 1 << 24
 _NUMBERS: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -58,7 +59,7 @@ def dequantise(
     kind = BLOCK_TYPES[dtype_name]
     blocks_NS = raw_U8.view(-1, kind.size_bytes)
     out = torch.empty(len(blocks_NS), kind.numbers, dtype=dtype, device=raw_U8.device)
-    step = _AT_ONCE // kind.numbers
+    step = _at_once(out) // kind.numbers
     for part, piece in zip(torch.split(out, step), torch.split(blocks_NS, step), strict=True):
         part.copy_(kind.read(piece))
     return out.view(shape)
@@ -79,11 +80,15 @@ def _scaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows = stored.reshape(num_rows, math.prod(stored.shape[1:]))
     scale_R1 = scale.float().reshape(-1, 1).expand(num_rows, 1)
     out = torch.empty(rows.shape, dtype=dtype, device=stored.device)
-    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    step = max(1, _at_once(out) // max(1, rows.shape[1]))
     split = functools.partial(torch.split, split_size_or_sections=step)
     for part, piece, factor in zip(split(out), split(rows), split(scale_R1), strict=True):
         part.copy_(piece.float() * factor)
     return out.view(stored.shape)
+
+
+def _at_once(out: Tensor) -> int:
+    return _ON_CPU if out.device.type == "cpu" else _ELSEWHERE
 
 
 # --- bits ---

@@ -26,10 +26,10 @@ from frameloom.weights.header import TensorEntry, read_tensors
 # Bytes read per step where a tensor is converted or goes to an accelerator; larger gains nothing measurable.
 STAGING_BYTES = 16 * 2**20
 _LISTED = 10  # names per kind in an error message
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 Quantized = Literal["keep", "expand"]
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,6 +47,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Torch's dtype of each of safetensors', under its name there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +114,37 @@ def load_module(
     return LoadReport(num_tensors=len(stored), size_bytes=size_bytes, dropped=dropped)
 
 
+def is_quantized(entry: TensorEntry) -> bool:
+    """Whether a tensor is stored as something else than the numbers that are computed with."""
+    return entry.dtype in BLOCK_TYPES or entry.scale is not None or entry.dtype in _FLOAT8
+
+
+def held_bytes(component: Component, dtype: torch.dtype, quantized: Quantized) -> int:
+    """Bytes that the weights of a component take once they are loaded, about: small ones may stay in float32."""
+    return sum(
+        entry.size_bytes if quantized == "keep" and is_quantized(entry) else math.prod(entry.shape) * dtype.itemsize
+        for entry in component.tensors.values()
+    )
+
+
+def read_tensor(entry: TensorEntry, *, dtype: torch.dtype | None = None) -> Tensor:
+    """One stored tensor on the CPU, plain; floating numbers become `dtype` (None: as stored, float32 if quantized).
+
+    Raises CheckpointError where its file ends too early, OSError where it cannot be read.
+    """
+    _check_dtype(entry)
+    reader = _Reader(
+        dtype=dtype,
+        device=torch.device("cpu"),
+        keep=_none,
+        take=_all_of_it,
+        as_stored=frozenset(),
+        staging_U8=torch.empty(STAGING_BYTES, dtype=torch.uint8),
+    )
+    with entry.file.open("rb", buffering=0) as file:
+        return reader.plain(file, entry.name, entry)
+
+
 # --- names ---
 
 
@@ -167,8 +199,7 @@ def _check_buildable(module: nn.Module, slots: Mapping[str, Tensor]) -> None:
 
 def _check_fit(stored: Mapping[str, TensorEntry], slots: Mapping[str, Tensor], *, where: str) -> None:
     for entry in stored.values():
-        if entry.dtype not in _DTYPES:
-            check_readable(entry.dtype)
+        _check_dtype(entry)
     missing = [name for name in slots if name not in stored]
     unexpected = [name for name in stored if name not in slots]
     unfit = [
@@ -185,10 +216,15 @@ def _check_fit(stored: Mapping[str, TensorEntry], slots: Mapping[str, Tensor], *
         )
 
 
+def _check_dtype(entry: TensorEntry) -> None:
+    if entry.dtype not in DTYPES:
+        check_readable(entry.dtype)
+
+
 def _fits(entry: TensorEntry, slot: Tensor) -> bool:
     if entry.scale is not None and math.prod(entry.scale.shape) not in (1, *entry.shape[:1]):
         return False
-    floats = entry.dtype in BLOCK_TYPES or entry.scale is not None or _DTYPES[entry.dtype].is_floating_point
+    floats = entry.dtype in BLOCK_TYPES or entry.scale is not None or DTYPES[entry.dtype].is_floating_point
     return entry.shape == tuple(slot.shape) and floats == slot.is_floating_point()
 
 
@@ -200,11 +236,7 @@ def _misfit(name: str, entry: TensorEntry, slot: Tensor) -> str:
 
 def _holdable(module: nn.Module, stored: Mapping[str, TensorEntry]) -> frozenset[str]:
     """The weights whose layers can compute with them as they are stored."""
-    return frozenset(name for name, entry in stored.items() if _is_quantized(entry) and _can_hold(module, name, entry))
-
-
-def _is_quantized(entry: TensorEntry) -> bool:
-    return entry.dtype in BLOCK_TYPES or entry.scale is not None or entry.dtype in _FLOAT8
+    return frozenset(name for name, entry in stored.items() if is_quantized(entry) and _can_hold(module, name, entry))
 
 
 def _can_hold(module: nn.Module, name: str, entry: TensorEntry) -> bool:
@@ -243,7 +275,7 @@ class _Reader:
                     if name in self.as_stored:
                         yield name, self._as_stored(file, entry)
                     else:
-                        yield name, self.take(name, self._plain(file, name, entry))  # no name holds what is not kept
+                        yield name, self.take(name, self.plain(file, name, entry))  # no name holds what is not kept
 
     def wanted_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What numbers of the dtype `stored` become."""
@@ -251,9 +283,10 @@ class _Reader:
             return stored
         return torch.float32 if self.keep(name) else self.dtype or stored
 
-    def _plain(self, file: FileIO, name: str, entry: TensorEntry) -> Tensor:
+    def plain(self, file: FileIO, name: str, entry: TensorEntry) -> Tensor:
+        """The numbers of a tensor, as the module or its caller wants them."""
         expands = entry.dtype in BLOCK_TYPES or entry.scale is not None
-        wanted = self.wanted_dtype(name, torch.float32 if expands else _DTYPES[entry.dtype])
+        wanted = self.wanted_dtype(name, torch.float32 if expands else DTYPES[entry.dtype])
         out = torch.empty(entry.shape, dtype=wanted, device=self.device)
         if expands:
             return _expand(file, entry, out, self.staging_U8, scale=self._scale(entry))
@@ -319,14 +352,14 @@ def _unit(entry: TensorEntry) -> tuple[int, int]:
     if entry.dtype in BLOCK_TYPES:
         return BLOCK_TYPES[entry.dtype].numbers, BLOCK_TYPES[entry.dtype].size_bytes
     numbers = max(1, math.prod(entry.shape[1:]))
-    return numbers, numbers * _DTYPES[entry.dtype].itemsize
+    return numbers, numbers * DTYPES[entry.dtype].itemsize
 
 
 def _read(file: FileIO, entry: TensorEntry, out: Tensor, staging_U8: Tensor) -> Tensor:
     """Fill `out` from the file: directly where nothing has to change, else piece by piece through staging."""
     file.seek(entry.offset)
     flat = out.view(-1)
-    stored = _DTYPES[entry.dtype]
+    stored = DTYPES[entry.dtype]
     if out.device.type == "cpu" and out.dtype == stored:
         _read_into(file, flat, entry)
         return out

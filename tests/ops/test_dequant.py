@@ -73,7 +73,7 @@ def test_numbers_are_rounded_once_and_pieces_change_nothing(monkeypatch, name, d
     data = np.random.default_rng(1).bytes(count * BLOCK_TYPES[name].size_bytes)
     shape = (count, BLOCK_TYPES[name].numbers)
     wide = by_gguf(name, data).view(shape)
-    monkeypatch.setattr(dequant, "_AT_ONCE", 512)  # two blocks at a time
+    monkeypatch.setattr(dequant, "_ON_CPU", 512)  # two blocks at a time
     found = dequantise(raw(data), name, shape=shape, dtype=dtype)
     assert found.dtype == dtype
     assert_same_bits(found.float(), wide.to(dtype).float())
@@ -83,7 +83,7 @@ def test_numbers_are_rounded_once_and_pieces_change_nothing(monkeypatch, name, d
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "I8"])
 @pytest.mark.parametrize("at_once", [7, 1 << 20])
 def test_a_scale_multiplies_in_float32_and_is_rounded_once(monkeypatch, name, by_row, at_once):
-    monkeypatch.setattr(dequant, "_AT_ONCE", at_once)
+    monkeypatch.setattr(dequant, "_ON_CPU", at_once)
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(2)) * 3
     stored = scaled(weight, name, by_row=by_row)
     scale = torch.frombuffer(bytearray(stored.scale.data), dtype=torch.float32)

@@ -111,7 +111,7 @@ def test_a_text_encoder_held_as_stored_has_the_bits_of_the_expanded_one(tmp_path
 def test_pieces_of_any_length_make_the_same_weights(tmp_path, monkeypatch, dits):
     component = write_network(tmp_path / "x", dits, "mixed")
     wanted = load_dit(component, "expand").state_dict()
-    monkeypatch.setattr(load, "STAGING_BYTES", 512)
+    monkeypatch.setattr(load, "STAGING_BYTES", 4096)
     found = load_dit(component, "expand").state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -154,7 +154,8 @@ def test_every_rewrite_of_the_network_keeps_its_promise(tmp_path, dits, latents,
 
 
 def choose_for(dit, **wishes):
-    return choose(dit, Policy(forced=wishes), Tuner(torch.device("cpu")), platform_name="cpu")
+    """As on a platform that has no kernels of ours, and where joined projections would be taken."""
+    return choose(dit, Policy(forced=wishes), Tuner(torch.device("cpu")), platform_name="npu")
 
 
 @torch.inference_mode()
@@ -229,7 +230,7 @@ def test_weights_that_stay_as_stored_are_not_divided(tmp_path, dits):
 # --- memory ---
 
 MEASURE = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from frameloom.ops.quantized import Linear
 from frameloom.weights.checkpoint import Component
@@ -256,28 +257,34 @@ def load(width, num_layers, kind, quantized):
     report = load_module(module, component, dtype=torch.bfloat16, quantized=quantized)
     return module, report.size_bytes
 
-width, num_layers, kind, quantized = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-load(256, 1, kind, quantized)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-module, size = load(width, num_layers, kind, quantized)
-print(status("VmHWM") - before, size)
+width, num_layers = int(sys.argv[2]), int(sys.argv[3])
+for case in sys.argv[4:]:
+    if os.fork():  # each in a process of its own: what one has freed another would take
+        os.wait()
+        continue
+    load(256, 1, *case.split())  # code pages and allocator arenas are no weights: have them first
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    module, size = load(width, num_layers, *case.split())
+    print(case, status("VmHWM") - before, size, flush=True)
+    os._exit(0)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak of memory")
-@pytest.mark.parametrize("quantized", ["keep", "expand"])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "F8_E4M3"])
-def test_peak_memory_is_the_weights_and_a_buffer(tmp_path, kind, quantized):
-    width, num_layers = 4096, 8
+def test_peak_memory_is_the_weights_and_buffers(tmp_path):
+    width, num_layers = 4096, 4
+    cases = [f"{kind} {quantized}" for kind in ("Q4_K", "F8_E4M3") for quantized in ("keep", "expand")]
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path / "x", str(width), str(num_layers), kind, quantized],
+        [sys.executable, "-c", MEASURE, tmp_path / "x", str(width), str(num_layers), *cases],
         env={"PYTHONPATH": str(Path(frameloom.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    growth, held = map(int, run.stdout.split())
-    print(f"{kind} {quantized}: peak growth {growth / 1e6:.1f} MB for {held / 1e6:.1f} MB held")  # noqa: T201
-    assert held <= growth <= held + 2 * width * width + 3 * load.STAGING_BYTES
+    assert len(run.stdout.splitlines()) == len(cases)
+    for line in run.stdout.splitlines():
+        kind, quantized, growth, held = line.split()
+        print(f"{kind} {quantized}: peak growth {int(growth) / 1e6:.1f} MB for {int(held) / 1e6:.1f} MB")  # noqa: T201
+        assert int(held) <= int(growth) <= int(held) + 5 * load.STAGING_BYTES
