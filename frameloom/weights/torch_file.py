@@ -156,15 +156,20 @@ class _Archive:
             raise CheckpointError(f"{self._path} is a zip without PyTorch's {name[:80]!r}; give a file of torch.save")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise CheckpointError(f"{self._path} was compressed or encrypted; save it again with torch.save")
-        self._file.seek(member.header_offset)
-        header = self._file.read(_LOCAL_HEADER.size)
-        if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        start = self._begin(member.header_offset)
+        if start is None:
             raise CheckpointError(f"{self._path} has no {name[:80]!r} where it says; download it again")
-        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-        start = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
         if start + member.file_size > self._size or member.file_size != member.compress_size:
             raise CheckpointError(f"{self._path} is cut off inside {name[:80]!r}; download it again")
         return _Place(start=start, end=start + member.file_size)
+
+    def _begin(self, header_offset: int) -> int | None:
+        """Where the bytes of a member begin, None if there is none at `header_offset`."""
+        if not 0 <= header_offset <= self._size - _LOCAL_HEADER.size:
+            return None
+        self._file.seek(header_offset)
+        signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(self._file.read(_LOCAL_HEADER.size))
+        return header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes if signature == b"PK\3\4" else None
 
 
 def _check_apart(path: Path, places: Mapping[str, _Place]) -> None:

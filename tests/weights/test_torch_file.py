@@ -284,6 +284,26 @@ def test_refuses_storages_that_overlap(tmp_path):
         read_torch(tmp_path / "x.pth")
 
 
+def test_a_storage_beyond_four_gigabytes_is_found(tmp_path):
+    path = tmp_path / "x.pth"
+    small = io.BytesIO(archive({"w": (floats(), 1, (3,), (1,))}))
+    with zipfile.ZipFile(small) as given, zipfile.ZipFile(path, "w") as large:
+        large.writestr("x/data.pkl", given.read("x/data.pkl"))
+        large.start_dir = 5 * 2**30  # where the next member goes; the hole takes no room on the disk
+        large.writestr("x/data/0", torch.arange(4.0).numpy().tobytes())
+    entries, _ = check(path, {"w": torch.arange(1.0, 4.0)})
+    assert entries["w"].offset > 5 * 2**30
+
+
+def test_refuses_a_member_outside_of_the_file(tmp_path):
+    file = archive({"w": (floats(), 0, (4,), (1,))})
+    end = file.index(b"PK\5\6")
+    for offset in (0, 2**31):  # the directory would begin elsewhere, and every member with it
+        (tmp_path / "x.pth").write_bytes(file[: end + 16] + struct.pack("<I", offset) + file[end + 20 :])
+        with pytest.raises(CheckpointError, match=r"has no 'data.pkl' where it says|a damaged zip file"):
+            read_torch(tmp_path / "x.pth")
+
+
 def test_refuses_a_directory_as_long_as_it_likes(tmp_path):
     """The end of a zip says how long the list of its members is, and that much would be read."""
     path = tmp_path / "x.pth"
