@@ -14,8 +14,6 @@ from frameloom.ops.registry import relative_error
 SMALL = {"width": 32, "height": 64, "num_frames": 5, "steps": 2, "seed": 5, "output": "latents"}
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), dtype=np.uint8)
 GIVEN = {
-    "image": {"image": PICTURES[0]},
-    "image, two experts": {"image": PICTURES[0], "last_image": PICTURES[1]},
     "first and last image": {"image": PICTURES[0], "last_image": PICTURES[1]},
     "per-token timesteps": {"image": PICTURES[0]},
     "one expert": {"video": PICTURES, "strength": 0.6},
