@@ -145,7 +145,7 @@ def merged(weight: Tensor, changes: Iterable[Change]) -> Tensor:
     """
     wide = at_least_fp32(weight.detach())
     for adapter, strength in changes:
-        wide = wide + strength * delta(adapter, wide)
+        wide = torch.add(wide, delta(adapter, wide), alpha=strength)
     return wide.to(weight.dtype)
 
 

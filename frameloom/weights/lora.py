@@ -39,20 +39,24 @@ def read_loras(loras: Sequence[Lora], shapes: Shapes, *, expert: Expert | None =
     file. Raises CheckpointError for a file that is damaged, contradicts itself, or fits nothing, and RequestError for
     an expert that there is not.
     """
-    found = []
-    for lora in loras:
-        if expert is None and lora.expert is not None:
-            raise RequestError(
-                f"LoRA '{lora.path}' is asked for the {lora.expert}-noise expert; this model has but one"
-            )
+    found = (_read(lora, shapes, expert) for lora in loras)
+    return [adapters for adapters in found if adapters is not None]
+
+
+def _read(lora: Lora, shapes: Shapes, expert: Expert | None) -> Adapters | None:
+    """What one LoRA changes; None where it is for the other expert."""
+    if expert is None and lora.expert is not None:
+        raise RequestError(f"LoRA '{lora.path}' is asked for the {lora.expert}-noise expert; this model has but one")
+    try:
         path = _file(lora, expert)
-        meant = lora.expert or expert_of(path.name)
-        if expert is None or meant in (None, expert):
-            adapters = _adapters(lora, read_file(path), shapes, expert)
-            if adapters is not None:
-                _tell(adapters)
-                found.append(adapters)
-    return found
+        if expert is not None and (lora.expert or expert_of(path.name)) not in (None, expert):
+            return None
+        adapters = _adapters(lora, read_file(path), shapes, expert)
+    except OSError as error:
+        raise CheckpointError(f"LoRA '{lora.path}' cannot be read ({error}); check the file and its disk") from None
+    if adapters is not None:
+        _tell(adapters)
+    return adapters
 
 
 # --- which file ---
@@ -81,10 +85,11 @@ def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | Non
     if file.kind == "gguf":
         raise CheckpointError(f"{file.path} is a GGUF file; give the LoRA in safetensors format")
     keys, unused = _split(file)
-    mine = [key for key in keys if _is_for(key, keys, lora, expert)]
+    mine = _own(keys, lora, expert)
+    others = {key.name for key in keys} - {key.name for key in mine}
     if expert is None or lora.expert is not None:
-        unused |= {key.name: "it is for another noise expert" for key in keys if key not in mine}
-    elif keys and not mine:
+        unused |= dict.fromkeys(others, "it is for another noise expert")
+    elif others and not mine:
         return None
     scaling = _peft_scaling(file, expert)
     changes: dict[str, Adapter] = {}
@@ -131,18 +136,17 @@ def _check_entry(entry: TensorEntry, key: Key) -> None:
         raise CheckpointError(f"{entry.file} has an empty '{entry.name}' {list(entry.shape)}; download it again")
 
 
-def _is_for(key: Key, keys: Sequence[Key], lora: Lora, expert: Expert | None) -> bool:
-    """Whether a key is for this network: Diffusers' prefixes tell experts apart where a file has both of them.
+def _own(keys: Sequence[Key], lora: Lora, expert: Expert | None) -> list[Key]:
+    """The keys for this network: Diffusers' prefixes tell experts apart where a file has both of them.
 
     `transformer.` alone is in any file of Diffusers'; `transformer_2.` alone is for the low-noise expert, unless the
     user says otherwise.
     """
     named = {key.expert for key in keys} - {None}
-    if key.expert is None or named == {"high"}:
-        return True
-    if named == {"low"}:
-        return expert == "low" or lora.expert is not None
-    return key.expert == (expert or "high")
+    wanted: Expert = expert or "high"
+    if named == {"high"} or (named == {"low"} and lora.expert is not None):
+        return list(keys)
+    return [key for key in keys if key.expert in (None, wanted)]
 
 
 def _by_module(

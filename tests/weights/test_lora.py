@@ -551,6 +551,13 @@ def test_what_is_damaged_or_contradicts_itself_is_said_in_a_sentence(damage, wei
         read(write(tensors), weights["t2v"])
 
 
+def test_a_lora_that_torch_saved_is_read_too_and_a_missing_one_is_said(weights, tmp_path):
+    torch.save(PAIR, tmp_path / "lora.pt")
+    assert read(tmp_path / "lora.pt", weights["t2v"]).unused == ()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read(tmp_path / "none.safetensors", weights["t2v"])
+
+
 def test_a_lora_of_another_model_is_said_to_be_one(weights, write):
     tensors = {}
     for block in range(30):
