@@ -94,6 +94,33 @@ def defaults_for(
     return replace(found, **_checked(own or {}))
 
 
+# What the scheduler_config.json of all Diffusers repositories of Wan says, but for flow_shift.
+_SCHEDULER: Mapping[str, Any] = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+
+
+def scheduler_of(transformer: TransformerSpec, *, expand_timesteps: bool) -> dict[str, Any]:
+    """The scheduler of a checkpoint that brings none, as a scheduler_config.json.
+
+    flow_shift is that of the Diffusers repository of the same model [C]: 16 for FLF2V, 5 for TI2V-5B, 3 for all others,
+    so that a model makes the same video from whichever files. The original code [W1] [W2] takes 5 for T2V, 5 for I2V
+    (3 at 480p), 12 for T2V-A14B and 5 for I2V-A14B where that has 3: give flow_shift to follow it.
+    """
+    flow_shift = 16.0 if transformer.pos_embed_seq_len is not None else 5.0 if expand_timesteps else 3.0
+    return {**_SCHEDULER, "flow_shift": flow_shift}
+
+
+def boundary_ratio_of(transformer: TransformerSpec) -> float:
+    """Where two experts change place: 0.875 for text, 0.9 for images, [C] and [W2] alike."""
+    return 0.875 if transformer.in_channels == transformer.out_channels else 0.9
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value <= LARGEST
 

@@ -156,7 +156,7 @@ def test_needs_no_torch():
 
 @pytest.mark.parametrize("name", ["", "no such folder", "~nobody-here", "a/b/c", "./nothing", "/nothing/here", "a\0b"])
 def test_refuses_what_is_neither_folder_nor_hub_id(name):
-    with pytest.raises(CheckpointError, match="give a checkpoint folder or a hub id 'owner/name'"):
+    with pytest.raises(CheckpointError, match="give a checkpoint's folder or file, or a hub id 'owner/name'"):
         open_checkpoint(name)
 
 
@@ -182,7 +182,7 @@ def test_names_the_child_when_the_folder_above_is_given(root):
 
 def test_refuses_a_folder_without_index(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(CheckpointError, match=r"no model_index.json; give a checkpoint in Diffusers layout"):
+    with pytest.raises(CheckpointError, match=r"no model_index.json and no weight files; give a checkpoint's folder"):
         open_checkpoint(tmp_path / "x")
 
 

@@ -1,0 +1,224 @@
+"""Writes a checkpoint in another layout: Diffusers folders, an original Wan repository, or single files.
+
+Tensor by tensor, so that memory holds one; a second run goes on where the first was ended; every file is read back and
+compared. What the engine computes from the result is what it computes from the source, bit for bit, in that dtype.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from frameloom.errors import OutputError
+from frameloom.models.wan_dit import WanDiT
+from frameloom.weights.checkpoint import Checkpoint, Component
+from frameloom.weights.descriptions import metadata_of, write_descriptions
+from frameloom.weights.fingerprint import fingerprint
+from frameloom.weights.header import BLOCKS, TensorEntry
+from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
+from frameloom.weights.load import DTYPES, read_tensor
+from frameloom.weights.write import NAMES, Planned, Target, make_folder, write_safetensors
+
+Layout = Literal["diffusers", "original", "single-file"]
+LAYOUTS: tuple[Layout, ...] = ("diffusers", "original", "single-file")
+OnBytes = Callable[[str, int, int], None]
+"""Called with the name of a file, the bytes of it that are written, and of how many."""
+
+SHARD_BYTES = 10 * 10**9
+"""Largest file of a Diffusers component; more is cut into shards with an index, as save_pretrained does."""
+
+_NETWORKS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+_SPARE_BYTES = 64 * 2**20  # left free on the disk
+_NAMES_OF: Mapping[tuple[Layout, str], str] = {
+    ("original", "text_encoder"): "models_t5_umt5-xxl-enc-bf16.pth",
+    ("original", "image_encoder"): "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    ("single-file", "transformer"): "diffusion_models/transformer.safetensors",
+    ("single-file", "text_encoder"): "text_encoders/umt5.safetensors",
+    ("single-file", "vae"): "vae/vae.safetensors",
+    ("single-file", "image_encoder"): "clip_vision/clip_vision.safetensors",
+}
+
+
+def convert(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    to: Layout,
+    dtype: torch.dtype | None = None,
+    on_bytes: OnBytes = lambda *_: None,
+) -> list[Path]:
+    """Write `checkpoint` into the folder `destination` in the layout `to`; returns the weight files.
+
+    `dtype`: of all networks but the VAE, which stays as stored, and but for what is always computed in float32; None
+    leaves every tensor as stored. Quantised tensors are expanded, to bfloat16 where nothing else is asked for. Raises
+    OutputError, and CheckpointError where the source cannot be read.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise OutputError(f"'{destination}' is a file; give a folder that is empty or new")
+    if destination.exists() and destination.samefile(checkpoint.path):
+        raise OutputError(f"'{destination}' is the checkpoint itself; give another folder")
+    targets = plan(checkpoint, destination, to=to, dtype=dtype)
+    _check_space(destination, targets)
+    for target in targets:
+        make_folder(target.path.parent)
+        write = _write_pickle if target.path.suffix == ".pth" else write_safetensors
+        write(target.path, target.tensors, metadata=target.metadata, on_bytes=_counted(target, on_bytes))
+    write_descriptions(checkpoint, destination, targets, to=to)
+    return [target.path for target in targets]
+
+
+def plan(checkpoint: Checkpoint, destination: Path, *, to: Layout, dtype: torch.dtype | None = None) -> list[Target]:
+    """The weight files that `convert` writes."""
+    source = fingerprint(checkpoint)
+    targets = []
+    for name in _NETWORKS:
+        component = checkpoint.components.get(name)
+        if component is not None:
+            planned = dict(_planned(component, to, None if name == "vae" else dtype))
+            facts = metadata_of(checkpoint, component) if to == "single-file" else {}
+            paths = _paths(checkpoint, component, destination, to=to, size=sum(p.size_bytes for p in planned.values()))
+            told = {"format": "pt", "source": source, **facts}
+            parts = _cut(planned, len(paths))
+            targets += [
+                Target(component=name, path=path, tensors=part, metadata=told)
+                for path, part in zip(paths, parts, strict=True)
+            ]
+    return targets
+
+
+# --- names and dtypes ---
+
+
+def _planned(component: Component, to: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Planned]]:
+    """The tensors of a component as the layout names them, each with how it is read."""
+    rename = _rename(component, to)
+    thirds: dict[str, list[Planned]] = {}
+    for native, entry in component.tensors.items():
+        name = rename(native)
+        if name is None:
+            raise OutputError(f"'{native}' of the {component.name} has no name in the layout '{to}'; use diffusers")
+        planned = _as_dtype(entry, _wanted(component, native, entry, dtype))
+        if not name.endswith("]"):
+            yield name, planned
+            continue
+        joined, _, index = name.removesuffix("]").partition("[")  # queries, keys and values of CLIP are one tensor
+        parts = thirds.setdefault(joined, [planned] * 3)
+        parts[int(index)] = planned
+        if len({id(part) for part in parts}) == 3:
+            yield joined, _joined(parts)
+
+
+def _rename(component: Component, to: Layout) -> Callable[[str], str | None]:
+    kind = component.name.removesuffix("_2")
+    if to == "diffusers" or (to == "single-file" and kind in ("text_encoder", "image_encoder")):
+        return lambda name: name  # repackaged encoders have the names of transformers
+    if kind == "vae":
+        blocks = int(component.config.get("num_res_blocks", 2))
+        stages = len(component.config.get("dim_mult", (1, 2, 4, 4)))
+        is_residual = component.config.get("is_residual", False)
+        table = vae_22(num_res_blocks=blocks) if is_residual else vae_21(num_res_blocks=blocks, num_stages=stages)
+    else:
+        table = {"transformer": DIT_ORIGINAL, "text_encoder": UMT5_ORIGINAL, "image_encoder": CLIP_ORIGINAL}[kind]
+    return table.from_native
+
+
+def _wanted(component: Component, name: str, entry: TensorEntry, dtype: torch.dtype | None) -> torch.dtype:
+    is_plain = entry.dtype not in BLOCKS and entry.scale is None
+    stored = DTYPES[entry.dtype] if is_plain else torch.bfloat16
+    if not stored.is_floating_point or dtype is None:
+        return stored
+    keeps = component.name.startswith("transformer") and WanDiT.keep_in_fp32(name)
+    return stored if keeps and is_plain else dtype
+
+
+def _as_dtype(entry: TensorEntry, dtype: torch.dtype) -> Planned:
+    return Planned(dtype=NAMES[dtype], shape=entry.shape, read=functools.partial(read_tensor, entry, dtype=dtype))
+
+
+def _joined(parts: Sequence[Planned]) -> Planned:
+    def read() -> Tensor:
+        return torch.cat([part.read() for part in parts])
+
+    first = parts[0]
+    return Planned(dtype=first.dtype, shape=(3 * first.shape[0], *first.shape[1:]), read=read)
+
+
+# --- files ---
+
+
+def _paths(checkpoint: Checkpoint, component: Component, root: Path, *, to: Layout, size: int) -> list[Path]:
+    """One path, or one for each shard."""
+    name, is_expert = component.name, "transformer_2" in checkpoint.components
+    if to == "diffusers":
+        stem = "model" if name.endswith("encoder") else "diffusion_pytorch_model"
+        return _sharded(root / name / f"{stem}.safetensors", size)
+    if to == "original" and name == "vae":
+        return [root / ("Wan2.2_VAE.pth" if component.config.get("is_residual") else "Wan2.1_VAE.pth")]
+    noise = {"transformer": "high_noise", "transformer_2": "low_noise"}.get(name)
+    if to == "original" and noise is not None:
+        folder = root / f"{noise}_model" if is_expert else root
+        return _sharded(folder / "diffusion_pytorch_model.safetensors", size)
+    path = root / _NAMES_OF[to, name.removesuffix("_2")]
+    return [path.with_stem(f"{path.stem}_{noise}") if noise is not None and is_expert else path]
+
+
+def _sharded(path: Path, size: int) -> list[Path]:
+    count = -(-size // SHARD_BYTES)
+    if count <= 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{index:05d}-of-{count:05d}") for index in range(1, count + 1)]
+
+
+def _cut(planned: Mapping[str, Planned], count: int) -> list[dict[str, Planned]]:
+    """The tensors in order, in so many parts of about as many bytes."""
+    total = max(1, sum(one.size_bytes for one in planned.values()))
+    parts: list[dict[str, Planned]] = [{} for _ in range(count)]
+    done = 0
+    for name, one in planned.items():
+        parts[min(done * count // total, count - 1)][name] = one
+        done += one.size_bytes
+    return parts
+
+
+def _write_pickle(
+    path: Path, planned: Mapping[str, Planned], *, metadata: Mapping[str, str], on_bytes: Callable[[int], None]
+) -> None:
+    """The same as a zip of torch.save, by way of a safetensors file that is mapped into memory."""
+    mapped = path.with_name(path.name + ".safetensors.partial")
+    write_safetensors(mapped, planned, metadata=metadata, on_bytes=on_bytes)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(load_file(mapped), partial)
+        os.replace(partial, path)
+        mapped.unlink()
+    except (OSError, RuntimeError) as error:  # torch's writer raises its own kind where the disk is full
+        raise OutputError(f"{path} cannot be written ({error}); run the same command again to go on") from None
+
+
+def _counted(target: Target, on_bytes: OnBytes) -> Callable[[int], None]:
+    """The callback of one file, which adds up."""
+    sizes: list[int] = []
+
+    def count(size: int) -> None:
+        sizes.append(size)
+        on_bytes(target.path.name, sum(sizes), target.size_bytes)
+
+    return count
+
+
+def _check_space(destination: Path, targets: Sequence[Target]) -> None:
+    existing = next(folder for folder in (destination, *destination.absolute().parents) if folder.exists())
+    needed = sum(target.size_bytes for target in targets if not target.path.exists()) + _SPARE_BYTES
+    needed -= sum(part.stat().st_size for part in destination.rglob("*.partial")) if destination.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OutputError(
+            f"'{destination}' needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "make room, or give a folder on another disk"
+        )

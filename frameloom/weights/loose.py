@@ -1,0 +1,249 @@
+"""Opens networks that lie in loose files, not in Diffusers layout: single files, and the original repositories.
+
+What a file holds is decided by its keys and shapes (identify.py), never by its name; names only tell the two noise
+experts apart.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from frameloom.errors import CheckpointError
+from frameloom.settings import LOGGER_NAME
+from frameloom.weights.checkpoint import Component, JsonObject, checkpoint_facts
+from frameloom.weights.files import read_file
+from frameloom.weights.header import read_json, read_tensors
+from frameloom.weights.identify import Part, identify, pair_of
+
+log = logging.getLogger(LOGGER_NAME)
+
+CLASSES: Mapping[str, str] = {
+    "transformer": "WanTransformer3DModel",
+    "transformer_2": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
+    "image_encoder": "CLIPVisionModel",
+}
+"""The class of Diffusers or transformers that each component is of."""
+
+FACTS = "frameloom"
+"""The key of a file's metadata under which it says what its tensors do not: a JSON object."""
+
+BESIDE = "frameloom-checkpoint.json"
+"""A file of a converted repository that says what its layout cannot: scheduler, boundary of the experts, defaults."""
+
+EXPERT_FOLDERS: Mapping[str, str] = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
+"""The folders of an original Wan 2.2 repository, and the component in each."""
+
+_REPACKAGED = ("diffusion_models", "unet", "text_encoders", "clip", "vae", "clip_vision", "checkpoints")
+_WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_TOKENIZERS = ("google/umt5-xxl", "tokenizer", ".")  # folders in which a repository keeps its tokenizer.json
+_LISTED = 8  # names in a line of the log
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loose:
+    """The components that were found, and what their files say of the checkpoint they belong to."""
+
+    components: Mapping[str, Component]
+    facts: JsonObject = field(default_factory=dict)
+
+
+def open_file(path: Path, *, want: str | None = None) -> Loose:
+    """The components of one weight file, and of the other noise expert's where the name says that there is one.
+
+    `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError.
+    """
+    file = read_file(path)
+    parts = identify(file.entries, metadata=file.metadata, where=str(path))
+    found = _components(parts, path, files=(path,))
+    facts = _facts(file.metadata, where=path)
+    if want is not None:
+        return Loose(components={want: _wanted(found, want, where=path)} | _tokenizer_of(found), facts=facts)
+    if "transformer" in found:
+        found |= _experts(found["transformer"], path)
+    return Loose(components=found, facts=facts)
+
+
+def open_folder(folder: Path) -> Loose:
+    """The components of all weight files in a folder, such as an original repository, and of its experts' folders.
+
+    Raises CheckpointError where two files hold the same component, naming both.
+    """
+    found: dict[str, Component] = {}
+    beside = folder / BESIDE
+    facts = dict(checkpoint_facts(read_json(beside), where=beside)) if beside.is_file() else {}
+    for place, files in _weight_sets(folder):
+        one = _open_set(place, files)
+        facts.update(one.facts)
+        for component in one.components.values():
+            name = _name_of(component, place, found)
+            if name in found and name != "tokenizer":
+                both = f"{found[name].files[0].name} and {component.files[0].name}"
+                option = f"--{name.replace('_', '-')}"
+                raise CheckpointError(
+                    f"'{folder}' holds two {_said(name)}s, {both}; name the one to take with {option}"
+                )
+            found[name] = replace(component, name=name)
+    return Loose(components=found | _tokenizer_in(folder, found), facts=facts)
+
+
+def holds_loose_weights(folder: Path) -> bool:
+    """Whether there are weight files in a folder, or in those of its experts."""
+    return next(_weight_sets(folder), None) is not None
+
+
+def open_tokenizer(path: Path) -> Component:
+    """A tokenizer by itself: a folder with a tokenizer.json or a spiece.model, or that file. Raises CheckpointError."""
+    folder = path.parent if path.name in _TOKENIZER_FILES else path
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"'{path}' holds no {' and no '.join(_TOKENIZER_FILES)}; give the tokenizer folder of a Wan checkpoint"
+        )
+    return _plain("tokenizer", folder)
+
+
+# --- one set of files ---
+
+
+def _weight_sets(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
+    """Files that belong together: those of an index, else each by itself; in the folder, its experts' and ComfyUI's."""
+    for place in (folder, *(folder / name for name in (*EXPERT_FOLDERS, *_REPACKAGED))):
+        if not place.is_dir():
+            continue
+        sharded: set[Path] = set()
+        for index in sorted(place.glob("*.safetensors.index.json")):
+            shards = shards_of(index)
+            sharded |= set(shards)
+            yield place, shards
+        for path in sorted(place.iterdir()):
+            if path.suffix in _WEIGHTS and path not in sharded and path.is_file():
+                yield place, (path,)
+
+
+def shards_of(index: Path) -> tuple[Path, ...]:
+    """The files that a *.safetensors.index.json lists, all of them there. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
+    for name in sorted(names):  # from outside: only a plain name in this folder will do
+        if "/" in name or "\\" in name or not name.endswith(".safetensors") or name.startswith("."):
+            raise CheckpointError(f"{index} names the weight file {name!r}; only plain *.safetensors names are opened")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent} lacks {name}, listed in {index.name}; download the rest")
+    return tuple(index.parent / name for name in sorted(names))
+
+
+def _open_set(place: Path, files: tuple[Path, ...]) -> Loose:
+    where = files[0] if len(files) == 1 else place
+    read = [read_file(file) for file in files]
+    listed = {file.path: file.entries for file in read}
+    metadata = {key: value for file in read for key, value in file.metadata.items()}
+    described = next((path for path in (files[0].with_suffix(".json"), place / "config.json") if path.is_file()), None)
+    parts = identify(
+        read_tensors(files, listed.__getitem__),
+        metadata=metadata,
+        where=str(where),
+        config=None if described is None else read_json(described),
+    )
+    return Loose(components=_components(parts, where, files=files), facts=_facts(metadata, where=where))
+
+
+def _components(parts: Iterable[Part], where: Path, *, files: tuple[Path, ...]) -> dict[str, Component]:
+    found: dict[str, Component] = {}
+    for part in parts:
+        if part.left_over:
+            more = f" and {len(part.left_over) - _LISTED} more" if len(part.left_over) > _LISTED else ""
+            log.warning(
+                "%s holds %d tensors that %s has no use for: %s",
+                where, len(part.left_over), part.model, ", ".join(part.left_over[:_LISTED]) + more,
+            )  # fmt: skip
+        found[part.kind] = Component(
+            name=part.kind,
+            folder=where,
+            described_by=where,
+            class_name=CLASSES[part.kind],
+            config=part.config,
+            files=files,
+            tensors=part.tensors,
+        )
+        if part.vocabulary is not None:
+            found["tokenizer"] = replace(_plain("tokenizer", where), vocabulary=part.vocabulary)
+    return found
+
+
+def _plain(name: str, folder: Path) -> Component:
+    return Component(
+        name=name, folder=folder, described_by=folder, class_name="T5Tokenizer", config={}, files=(), tensors={}
+    )
+
+
+def _facts(metadata: Mapping[str, Any], *, where: Path) -> JsonObject:
+    """What a file that this engine wrote says of its checkpoint; `identify` has read that it is JSON."""
+    text = metadata.get(FACTS)
+    return {} if text is None else checkpoint_facts(json.loads(text).get("checkpoint", {}), where=where)
+
+
+# --- which is which ---
+
+
+def _wanted(found: Mapping[str, Component], want: str, *, where: Path) -> Component:
+    kind = "transformer" if want == "transformer_2" else want
+    if kind not in found:
+        holds = ", ".join(map(_said, found)) or "nothing that is known"
+        raise CheckpointError(f"'{where}' holds no {_said(kind)} ({holds} instead); give another file")
+    return replace(found[kind], name=want)
+
+
+def _tokenizer_of(found: Mapping[str, Component]) -> dict[str, Component]:
+    return {"tokenizer": found["tokenizer"]} if "tokenizer" in found else {}
+
+
+def _tokenizer_in(folder: Path, found: Mapping[str, Component]) -> dict[str, Component]:
+    """The tokenizer of a folder, unless a weight file brings one."""
+    places = (folder / place for place in _TOKENIZERS)
+    place = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
+    return {} if place is None or "tokenizer" in found else {"tokenizer": _plain("tokenizer", place)}
+
+
+def _experts(component: Component, path: Path) -> dict[str, Component]:
+    """One transformer file, and the other noise expert's if there is one beside it."""
+    pair = pair_of(path)
+    if pair is None:
+        return {"transformer": component}
+    if not pair.other.is_file():
+        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", path, pair.other)
+        return {"transformer": component}
+    log.info("%s: the other noise expert is %s", path, pair.other)
+    other = open_alone(pair.other)
+    high, low = (component, other) if pair.is_high else (other, component)
+    return {"transformer": replace(high, name="transformer"), "transformer_2": replace(low, name="transformer_2")}
+
+
+def open_alone(path: Path) -> Component:
+    """The transformer of one file. Raises CheckpointError."""
+    return open_file(path, want="transformer").components["transformer"]
+
+
+def _name_of(component: Component, place: Path, found: Mapping[str, Component]) -> str:
+    """What a component is in the checkpoint: of two experts, which one its folder or its file's name says."""
+    if component.name != "transformer":
+        return component.name
+    if place.name in EXPERT_FOLDERS:
+        return EXPERT_FOLDERS[place.name]
+    return "transformer_2" if "transformer" in found and _is_low(found["transformer"], component) else "transformer"
+
+
+def _is_low(present: Component, new: Component) -> bool:
+    """Whether `new` is the low-noise expert of the pair that `present` is the high-noise one of, by their names."""
+    pair = pair_of(new.files[0])
+    return pair is not None and not pair.is_high and pair.other == present.files[0]
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ")

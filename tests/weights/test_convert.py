@@ -1,0 +1,164 @@
+"""Every layout of the same checkpoint is the same checkpoint: written, read back, and computed with."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import frameloom
+from frameloom import shapes
+from frameloom.errors import OutputError
+from frameloom.weights.convert import LAYOUTS, convert, plan
+from frameloom.weights.load import read_tensor
+from frameloom.weights.source import open_checkpoint
+
+KINDS = ["one expert", "two experts", "per-token timesteps"]
+SMALL = {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "seed": 3}
+
+
+def latents_of(model, **options):
+    with frameloom.load(model, device="cpu", **options) as engine:
+        return engine.generate("a red circle", output="latents", **SMALL)
+
+
+def same_tensors(first, second) -> None:
+    assert first.components.keys() == second.components.keys()
+    for name, component in first.components.items():
+        other = second.components[name].tensors
+        assert component.tensors.keys() == other.keys()
+        for key, entry in component.tensors.items():
+            assert torch.equal(read_tensor(entry), read_tensor(other[key])), (name, key)
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_every_layout_makes_the_same_latents(kind, to, checkpoint_of, tmp_path):
+    source = checkpoint_of(kind)
+    files = convert(open_checkpoint(source), tmp_path / "out", to=to)
+    assert files
+    assert all(file.is_file() for file in files)
+    same_tensors(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
+    assert torch.equal(latents_of(source), latents_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_the_built_in_model_in_every_layout_makes_the_same_video(to, tmp_path):
+    convert(open_checkpoint(shapes.PATH), tmp_path, to=to)
+    videos = []
+    for model in (None, tmp_path):
+        with frameloom.load(model, device="cpu") as engine:
+            videos.append(engine.generate("a red circle moving left", steps=2, num_frames=5))
+    assert np.array_equal(videos[0].frames, videos[1].frames)
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_there_and_back_again_every_file_is_the_same(to, checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("two experts"))
+    convert(source, tmp_path / "there", to=to)
+    convert(open_checkpoint(tmp_path / "there"), tmp_path / "back", to="diffusers")
+    back = open_checkpoint(tmp_path / "back")
+    same_tensors(source, back)
+    for name in ("pipeline", "boundary_ratio", "expand_timesteps", "scheduler", "defaults"):
+        assert getattr(source, name) == getattr(back, name), name
+
+
+def test_a_narrower_dtype_computes_what_the_source_computes_in_it(checkpoint_of, tmp_path):
+    source = checkpoint_of("one expert")
+    convert(open_checkpoint(source), tmp_path, to="single-file", dtype=torch.bfloat16)
+    options = {"dtype": "bfloat16"}
+    assert torch.equal(latents_of(source, **options), latents_of(tmp_path, **options))
+
+
+def test_large_components_are_cut_into_shards_with_an_index(checkpoint_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("frameloom.weights.convert.SHARD_BYTES", 20_000)
+    source = open_checkpoint(checkpoint_of("one expert"))
+    for to in ("diffusers", "original"):
+        files = convert(source, tmp_path / to, to=to)
+        assert sum("-of-" in file.name for file in files) > 2
+        same_tensors(source, open_checkpoint(tmp_path / to))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 5, 40])
+def test_a_second_run_goes_on_where_the_first_was_ended(at, checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("one expert"))
+    calls = []
+
+    def stop(name, done, total):
+        calls.append(name)
+        if len(calls) == at:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(source, tmp_path, to="diffusers", on_bytes=stop)
+    (partial,) = tmp_path.rglob("*.partial")
+    assert not partial.with_suffix("").exists()
+    kept = partial.read_bytes()
+    convert(source, tmp_path, to="diffusers")
+    assert partial.with_suffix("").read_bytes().startswith(kept)
+    assert not list(tmp_path.rglob("*.partial"))
+    same_tensors(source, open_checkpoint(tmp_path))
+
+
+def test_a_run_that_is_done_writes_nothing_again(checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("one expert"))
+    times = [[file.stat().st_mtime_ns for file in convert(source, tmp_path, to="single-file")] for _ in range(2)]
+    assert times[0] == times[1]
+
+
+def test_what_another_checkpoint_left_is_written_anew(checkpoint_of, tmp_path):
+    convert(open_checkpoint(checkpoint_of("one expert")), tmp_path, to="single-file", dtype=torch.bfloat16)
+    source = open_checkpoint(checkpoint_of("one expert"))
+    convert(source, tmp_path, to="single-file")
+    same_tensors(source, open_checkpoint(tmp_path))
+
+
+def test_a_disk_that_changes_what_was_written_is_noticed(checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("one expert"))
+    files = convert(source, tmp_path, to="single-file")
+    with files[0].open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x55" * 5)
+    with pytest.raises(OutputError, match="reads back otherwise"):
+        convert(source, tmp_path, to="single-file")
+
+
+def test_without_room_nothing_is_begun(checkpoint_of, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"needs 0\.\d\d GB and its disk has 0\.00 GB free"):
+        convert(open_checkpoint(checkpoint_of("one expert")), tmp_path / "out", to="original")
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_onto_itself_or_a_file_is_refused(checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("one expert"))
+    with pytest.raises(OutputError, match="is the checkpoint itself"):
+        convert(source, source.path, to="original")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file; give a folder"):
+        convert(source, tmp_path / "file", to="original")
+
+
+def test_the_original_layout_has_the_names_of_the_original_code(checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("two experts"))
+    files = {str(file.relative_to(tmp_path)) for file in convert(source, tmp_path, to="original")}
+    assert files == {
+        "high_noise_model/diffusion_pytorch_model.safetensors",
+        "low_noise_model/diffusion_pytorch_model.safetensors",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "Wan2.1_VAE.pth",
+    }
+    config = json.loads((tmp_path / "low_noise_model" / "config.json").read_text())
+    assert (config["model_type"], config["dim"], config["num_heads"]) == ("t2v", 32, 2)
+    state = torch.load(tmp_path / "Wan2.1_VAE.pth", weights_only=True)
+    assert "decoder.head.2.weight" in state
+    targets = {target.component: target for target in plan(source, tmp_path, to="original")}
+    assert "blocks.0.self_attn.q.weight" in targets["transformer_2"].tensors
