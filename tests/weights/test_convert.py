@@ -80,7 +80,7 @@ def test_large_components_are_cut_into_shards_with_an_index(checkpoint_of, tmp_p
         same_tensors(source, open_checkpoint(tmp_path / to))
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -92,9 +92,9 @@ def test_a_second_run_goes_on_where_the_first_was_ended(at, checkpoint_of, tmp_p
     def stop(name, done, total):
         calls.append(name)
         if len(calls) == at:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         convert(source, tmp_path, to="diffusers", on_bytes=stop)
     (partial,) = tmp_path.rglob("*.partial")
     assert not partial.with_suffix("").exists()
