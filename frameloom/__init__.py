@@ -82,6 +82,7 @@ def load(
     attention: str = "auto",
     vae_memory: int | str = "auto",
     parallel: str = "auto",
+    quantized: str = "keep",
 ) -> "Engine":
     """Load a checkpoint in Diffusers layout, a folder or a hub id; without an argument the built-in model.
 
@@ -90,12 +91,13 @@ def load(
     switches single ones: ["vae.conv_winograd=off"]. `compilation`: auto, on or off, whether torch.compile is used.
     `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights
     (6_000_000_000 or "6GB"). `parallel`: auto, or a plan such as "cfg=2,ulysses=2", for processes that torchrun
-    started: each loads the engine, and all must ask it the same. Use the engine in a `with` statement, or call its
-    `close`. Raises CheckpointError or RequestError, each one sentence.
+    started: each loads the engine, and all must ask it the same. `quantized`: keep leaves quantized weights as they are
+    stored, expand makes them plain when they are read: the same bits, faster, in more memory. Use the engine in a
+    `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
     engine: Engine = _lazy("build_engine")(
         _named(model), device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
-        attention=attention, vae_memory=vae_memory, parallel=parallel,
+        attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized,
     )  # fmt: skip
     return engine
 

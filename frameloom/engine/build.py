@@ -2,13 +2,15 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from frameloom.config import memory_bytes
-from frameloom.engine.dit import load_fast_dit
+from frameloom.engine.dit import load_plain_dit, make_fast_dit
 from frameloom.engine.engine import Engine
+from frameloom.engine.loras import adapters_for, beside, exchange, expert_at, loras_of
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
@@ -41,6 +43,7 @@ from frameloom.platform.device import (
 )
 from frameloom.sampling.unipc import make_sampler
 from frameloom.settings import LOGGER_NAME, launched
+from frameloom.types import Lora
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.fingerprint import fingerprint
 from frameloom.weights.load import Quantized, held_bytes, is_quantized
@@ -65,6 +68,7 @@ def build_engine(
     vae_memory: int | str = "auto",
     parallel: str = "auto",
     quantized: str = "keep",
+    loras: Sequence[Lora | str] = (),
 ) -> Engine:
     """Open a checkpoint, build its networks and fill them; `model` and `parts` are those of `open_checkpoint`.
 
@@ -74,12 +78,14 @@ def build_engine(
     whether torch.compile is used. `attention`: auto, or the name of a backend. `vae_memory`: auto, or the bytes that
     the VAE may take besides its weights. `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that
     torchrun or --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain
-    when they are read: the same bits, faster, in more memory. Raises CheckpointError for a path or file, RequestError
-    for the rest.
+    when they are read: the same bits, faster, in more memory. `loras`: Lora, or texts such as "high:FILE:0.8"; merged
+    into weights as they are read, computed beside those that stay quantized. Raises CheckpointError for a path or file,
+    RequestError for the rest.
     """
     policy = policy_of(exactness, rewrites, compilation=compilation)
     vae_bytes = memory_bytes(vae_memory)
     weights = quantized_of(quantized)
+    chosen = loras_of(loras)
     place = launched()
     where, why_device = own_device(device, place)
     log.info("device %s: %s", where, why_device)
@@ -112,7 +118,7 @@ def build_engine(
         facts={
             "model": fingerprint(checkpoint) if place else "",
             "dtype": str(compute),
-            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes, weights)),
+            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes, weights, chosen)),
         },
     )
     _tune_allocator(where)
@@ -122,19 +128,19 @@ def build_engine(
         image_encoder = None
         if specs[0].image_dim is not None:  # in the VAE's dtype, as the reference documents it
             image_encoder = ranks.image_encoder(functools.partial(_load_image_encoder, checkpoint, vae_dtype, where))
+        transformers = [checkpoint.components[name] for name in names]
+        sets = [adapters_for(spec, chosen, expert_at(i, len(specs))) for i, spec in enumerate(specs)]
+        loaded = [beside(part, adapters, weights) for part, adapters in zip(transformers, sets, strict=True)]
         experts = [
-            load_fast_dit(
-                checkpoint.components[name],
-                spec,
-                compute,
-                where,
+            make_fast_dit(
+                load_plain_dit(part, spec, compute, where, ranks, quantized=weights, adapters=() if live else adapters),
                 policy=policy,
                 attention=attention,
                 ranks=ranks,
-                quantized=weights,
             )
-            for name, spec in zip(names, specs, strict=True)
+            for part, spec, adapters, live in zip(transformers, specs, sets, loaded, strict=True)
         ]
+        exchange([expert.dit for expert in experts], before=loaded, after=loaded)
         fast = load_fast_vae(vae, vae_spec, vae_dtype, where, policy=policy, budget_bytes=vae_bytes, ranks=ranks)
         pipeline = WanPipeline(
             text_encoder=text_encoder,
@@ -153,7 +159,9 @@ def build_engine(
     for decision in decisions:
         log.debug("%s", decision)
     team = None if ranks.alone else ranks.world.everyone
-    return Engine(name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions, team=team)
+    return Engine(
+        name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions, team=team, adapters=loaded
+    )
 
 
 def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], vae: VaeSpec) -> None:
@@ -205,7 +213,7 @@ def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
     sizes: dict[str, int] = {}
     for entry in transformer.tensors.values():
         kind = "quantized" if is_quantized(entry) else entry.dtype
-        sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
+        sizes[kind] = sizes.get(kind, 0) + math.prod(entry.shape)
     stored = max(sizes, key=sizes.__getitem__, default="F32")
     return _STORED.get(stored, torch.float32)
 

@@ -1,13 +1,18 @@
 """Networks filled from quantized files: held as stored or expanded, the same bits; what does not fit, and memory."""
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from quantized_files import Stored, cast, in_blocks, plain, scaled, write
+from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom.errors import CheckpointError, RequestError
@@ -21,8 +26,10 @@ from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED, MLP_ROWS
 from frameloom.ops.quantized import Linear, is_quantized
 from frameloom.ops.registry import Policy, relative_error
+from frameloom.platform.device import choose_dtype
 from frameloom.platform.tuning import Tuner
 from frameloom.weights import load
+from frameloom.weights.files import read_file
 from frameloom.weights.load import load_module
 
 SPEC = TransformerSpec(
@@ -135,6 +142,70 @@ def test_rows_that_are_no_whole_blocks_are_expanded(tmp_path):
     tensors["shared.weight"] = Stored(dtype="Q4_K", shape=(64, 48), data=table.data)
     load_module(encoder, write(tmp_path / "x", tensors), dtype=torch.float32, tied=TIED, quantized="keep")
     assert encoder.shared.weight.shape == (64, 48)
+
+
+def test_a_gguf_file_fills_a_transformer(tmp_path, dits):
+    kinds = ("Q4_K", "Q6_K", "Q8_0", "Q5_1", "IQ4_XS")
+    writer, state = gguf.GGUFWriter(tmp_path / "x.gguf", "wan"), {}
+    for seed, (name, value) in enumerate(dits.state_dict().items()):
+        if value.dim() == 2 and name.startswith("blocks"):
+            state[name] = in_blocks(value, kinds[seed % len(kinds)], seed=seed)
+            rows = np.frombuffer(state[name].data, dtype=np.uint8).reshape(len(value), -1)
+            writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[state[name].dtype])
+        elif value.dim() <= 4:
+            state[name] = plain(value)
+            writer.add_tensor(name, value.numpy())
+        else:  # GGUF has four dimensions at most
+            state[name] = plain(value)
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
+            writer.add_tensor(name, value.flatten(0, 1).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    entries = read_file(tmp_path / "x.gguf").entries
+    found = load_dit(replace(write(tmp_path / "y", state), tensors=entries), "expand").state_dict()
+    wanted = load_dit(write(tmp_path / "y", state), "expand").state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert is_quantized(load_dit(replace(write(tmp_path / "y", state), tensors=entries), "keep"))
+
+
+# --- the engine ---
+
+
+@pytest.fixture(scope="module")
+def float8_checkpoint(checkpoint_of, tmp_path_factory):
+    """A checkpoint whose matrices are float8, as those that are shared to save space."""
+    folder = tmp_path_factory.mktemp("float8") / "model"
+    shutil.copytree(checkpoint_of(), folder)
+    for part in ("transformer", "text_encoder"):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        narrow = {name for name, value in state.items() if value.dim() == 2 and ("block" in name or "shared" in name)}
+        save_file({name: x.to(torch.float8_e4m3fn) if name in narrow else x for name, x in state.items()}, path)
+    return folder
+
+
+def test_an_engine_makes_the_same_video_of_weights_held_as_stored(float8_checkpoint):
+    frames = []
+    for quantized in ("keep", "expand"):
+        options = {"exactness": "bitwise", "dtype": "float32", "quantized": quantized}
+        with frameloom.load(float8_checkpoint, **options) as engine:
+            assert is_quantized(engine._open.experts[0]) == (quantized == "keep")
+            frames.append(engine.generate("a cat", width=64, height=32, num_frames=5, steps=2).frames)
+    assert frames[0].std() > 0
+    assert np.array_equal(*frames)
+
+
+def test_quantized_checkpoints_compute_in_bfloat16_where_the_device_does(float8_checkpoint):
+    with frameloom.load(float8_checkpoint, compilation="off", exactness="bitwise") as engine:
+        expected, _ = choose_dtype("auto", torch.device("cpu"), preferred=torch.bfloat16)
+        assert engine._open.experts[0].dtype == expected
+
+
+def test_an_unknown_word_for_quantized_weights_is_told_the_known_ones():
+    with pytest.raises(RequestError, match=r"quantized 'kepe' is unknown; use keep .* or expand"):
+        frameloom.load(quantized="kepe")
 
 
 # --- rewrites ---
