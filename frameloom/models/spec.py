@@ -102,6 +102,11 @@ class TransformerSpec:
         """Latent cells per token."""
         return math.prod(self.patch_size)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks altogether: one for each layer."""
+        return self.num_layers
+
     def first_layers(self, count: int) -> "TransformerSpec":
         """The same network with so many layers at most."""
         return replace(self, num_layers=min(count, self.num_layers))
@@ -135,6 +140,11 @@ class VaceSpec(TransformerSpec):
 
     vace_layers: tuple[Index, ...]
     vace_in_channels: int = 96
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks altogether: those of the layers, and those beside."""
+        return self.num_layers + len(self.vace_layers)
 
     def first_layers(self, count: int) -> "VaceSpec":
         """The same network with so many layers at most, and the hints after those."""

@@ -277,6 +277,7 @@ def test_a_spec_with_vace_layers_makes_the_network_that_has_them():
     assert (spec.vace_layers, spec.vace_in_channels) == ((0, 2, 3), 20)
     assert spec.first_layers(3).vace_layers == (0, 2)
     assert spec.first_layers(9) == spec
+    assert (spec.num_blocks, spec.first_layers(3).num_blocks) == (8, 5)
     assert type(TransformerSpec.from_config({"num_layers": 5, "vace_layers": None})) is TransformerSpec
     with torch.device("meta"):
         assert isinstance(make_dit(spec.first_layers(1)), VaceDiT)
