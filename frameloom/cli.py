@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -50,7 +50,10 @@ _STAGE_NAMES = {
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Folder or hub id of a checkpoint in Diffusers layout. Default: the built-in model."),
+    typer.Option(
+        help="A checkpoint: a folder (Diffusers' layout or the original one), a weight file, or owner/name[@revision] "
+        "of the hub. Default: the built-in model."
+    ),
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="auto, cpu, cuda, rocm, npu, musa, xpu or mps; one of several by its number: cuda:1.")
@@ -76,6 +79,17 @@ GpusOption = Annotated[
 ParallelOption = Annotated[
     str, typer.Option(help="How to share: auto, or such as cfg=2,ulysses=2,ring=1,tp=1,vae=4: their product is --gpus.")
 ]
+TransformerOption = Annotated[
+    str | None,
+    typer.Option(help="Take the transformer from this file (safetensors, GGUF, .pth), folder, or owner/name/file."),
+]
+Transformer2Option = Annotated[
+    str | None, typer.Option("--transformer-2", help="The low-noise expert; found by its name beside --transformer.")
+]
+TextEncoderOption = Annotated[str | None, typer.Option(help="Take the text encoder from this file or folder.")]
+VaeOption = Annotated[str | None, typer.Option(help="Take the VAE from this file or folder.")]
+ImageEncoderOption = Annotated[str | None, typer.Option(help="Take the image encoder (CLIP) from this file or folder.")]
+TokenizerOption = Annotated[str | None, typer.Option(help="Folder of a tokenizer, where no other part brings one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
 
@@ -98,6 +112,15 @@ def _root(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video should show.")],
     model: ModelOption = None,
+    transformer: TransformerOption = None,
+    transformer_2: Transformer2Option = None,
+    text_encoder: TextEncoderOption = None,
+    vae: VaeOption = None,
+    image_encoder: ImageEncoderOption = None,
+    tokenizer: TokenizerOption = None,
+    quantized: Annotated[
+        str, typer.Option(help="Quantized weights: keep them as they are stored, or expand them (faster, more memory).")
+    ] = "keep",
     output: Annotated[
         str,
         typer.Option(
@@ -159,12 +182,16 @@ def generate(
     target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
     _share(gpus, parallel, tidy=target.remove_partials if target else None)
-    if model is None and (hint := advice(prompt)):
+    parts = _parts(
+        transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
+        image_encoder=image_encoder, tokenizer=tokenizer,
+    )  # fmt: skip
+    if model is None and not parts and (hint := advice(prompt)):
         console.print(hint, style="yellow")
     begun = time.perf_counter()
     with frameloom.load(
-        model, device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
-        attention=attention, vae_memory=vae_memory, parallel=parallel,
+        model, parts=parts, quantized=quantized, device=device, dtype=dtype, exactness=exactness,
+        rewrites=rewrite or (), compilation=compilation, attention=attention, vae_memory=vae_memory, parallel=parallel,
     ) as engine:  # fmt: skip
         loaded_s = time.perf_counter() - begun
         if explain:
@@ -208,6 +235,36 @@ def inspect(
     console.print(f"{facts['model']}: {facts['pipeline']}, {facts['scheduler']}", soft_wrap=True)
     console.print(table)
     console.print("defaults: " + ", ".join(f"{key} {value!r}" for key, value in facts["defaults"].items()))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, weight file or hub id of a checkpoint; - for the parts alone.")],
+    destination: Annotated[str, typer.Argument(help="A folder that is new, empty, or of an earlier run.")],
+    to: Annotated[str, typer.Option(help="diffusers, original (the layout of Wan's own code) or single-file.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 for all but the VAE. Default: as stored.")
+    ] = None,
+    transformer: TransformerOption = None,
+    transformer_2: Transformer2Option = None,
+    text_encoder: TextEncoderOption = None,
+    vae: VaeOption = None,
+    image_encoder: ImageEncoderOption = None,
+    tokenizer: TokenizerOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Write a checkpoint in another layout; the same command again goes on where it was ended."""
+    console = _console(quiet=quiet)
+    parts = _parts(
+        transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
+        image_encoder=image_encoder, tokenizer=tokenizer,
+    )  # fmt: skip
+    with _file_progress(console) as report:
+        files = frameloom.convert_model(
+            None if source == "-" else source, destination, to=to, dtype=dtype, parts=parts, on_bytes=report
+        )
+    for file in files:
+        console.print(f"{file}: {_bytes(file.stat().st_size)}, read back", soft_wrap=True)
 
 
 @app.command()
@@ -561,6 +618,29 @@ def _console(*, quiet: bool) -> Console:
     )  # a path in brackets is no markup
 
 
+def _parts(**given: str | None) -> dict[str, str]:
+    """The components that are taken from elsewhere."""
+    return {name: source for name, source in given.items() if source is not None}
+
+
+@contextmanager
+def _file_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback for bytes of files: bars on a terminal, otherwise a line at the end of each file."""
+    if not console.is_terminal or console.quiet:
+        yield lambda name, done, total: console.print(f"{name}: {_bytes(total)}") if done == total else None
+        return
+    columns = (TextColumn("{task.description:>28}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
 @contextmanager
 def _progress(console: Console) -> Iterator[Any]:
     """A progress callback: bars on a terminal, otherwise a line at the start and the end of each stage."""
@@ -588,7 +668,7 @@ def _plain_line(console: Console, news: Progress) -> None:
 def _timing_table(record: dict[str, Any]) -> Table:
     table = Table("stage", "seconds", "")
     for stage, seconds in record["seconds"].items():
-        note = f"{seconds / record['steps']:.3f} s/step" if stage == "denoise" else ""
+        note = f"{seconds / len(record['step_seconds']):.3f} s/step" if stage == "denoise" else ""
         table.add_row(stage, f"{seconds:.2f}", note)
     table.add_row(
         "together",

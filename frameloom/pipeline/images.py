@@ -52,7 +52,7 @@ def video_of(source: VideoInput, num_frames: int) -> Pictures:
     Raises InputError for a file that cannot be read, RequestError for what is no video.
     """
     if isinstance(source, str | os.PathLike):
-        frames, fps = read_frames(source)
+        frames, fps = read_frames(source, num_frames)
         source = Pictures(name=os.fspath(source), frames=frames, fps=fps)
     elif not isinstance(source, Pictures):
         _check_array(source, "video", shape="(T, H, W, 3)", ndim=4)

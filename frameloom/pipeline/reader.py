@@ -15,21 +15,22 @@ from frameloom.pipeline.sinks import SWS_EXACT, Frames
 _STILLS: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
-def read_frames(path: str | os.PathLike[str]) -> tuple[Frames, float | None]:
+def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple[Frames, float | None]:
     """Read a video, a picture or a folder of numbered PNG files: uint8 RGB (T, H, W, 3), frames per second.
 
-    The rate is None where the file holds no time (pictures, folders). A camera's rotation is applied, and
-    transparency dropped. Raises InputError when there is nothing to read, or it is damaged.
+    `limit`: only so many frames are read, the first ones, and whether the others are whole is not looked at. The rate is
+    None where the file holds no time (pictures, folders). A camera's rotation is applied, and transparency dropped.
+    Raises InputError when there is nothing to read, or it is damaged.
     """
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source} does not exist; give a video, a picture or a folder of numbered PNG files")
     try:
         if source.is_dir():
-            return _read_folder(source), None
+            return _read_folder(source, limit), None
         if source.suffix.lower() in _STILLS:
             return _read_still(source)[None], None
-        return _read_video(source)
+        return _read_video(source, limit)
     except (OSError, av.FFmpegError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{source} cannot be read as a video or a picture ({reason}); give another file") from error
@@ -44,17 +45,17 @@ def _read_still(path: Path) -> Frames:
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def _read_folder(folder: Path) -> Frames:
+def _read_folder(folder: Path, limit: int | None) -> Frames:
     numbered = [path for path in folder.iterdir() if re.fullmatch(r"\d+\.png", path.name)]
     if not numbered:
         raise InputError(f"{folder} holds no numbered frames such as 0000.png; give a video or another folder")
-    frames = [_read_still(path) for path in sorted(numbered, key=lambda path: int(path.stem))]
+    frames = [_read_still(path) for path in sorted(numbered, key=lambda path: int(path.stem))[:limit]]
     if len({frame.shape for frame in frames}) > 1:
         raise InputError(f"{folder} holds pictures of different sizes; give one size")
     return np.stack(frames)
 
 
-def _read_video(path: Path) -> tuple[Frames, float]:
+def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
     container: Any
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -69,11 +70,15 @@ def _read_video(path: Path) -> tuple[Frames, float]:
                 frames.append(np.rot90(picture, frame.rotation // 90))
                 ticks += frame.duration
                 end = (frame.pts or 0) + frame.duration
+            if limit is not None and len(frames) >= limit:
+                break
         rate = stream.average_rate
         if container.format.name == "gif":  # delays are whole 1/100 s: 16 per second is 6, 7, 6, 6, ...
             rate = len(frames) / (ticks * stream.time_base) if ticks else None
         if not frames or not rate:
             raise InputError(f"{path} holds no frames with a rate; convert it to mp4 with a fixed rate")
+        if limit is not None and len(frames) >= limit:
+            return np.stack(frames[:limit]), float(rate)
         missing += len(stream.index_entries) if "mp4" in container.format.name else 0
         if missing > 0 or _ends_early(path, container, float(end * stream.time_base + 0.75 / rate)):
             raise InputError(f"{path} is cut off after {len(frames)} frames; copy or write it again")
