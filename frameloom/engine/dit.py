@@ -1,7 +1,7 @@
 """Loads a transformer of a checkpoint: as the reference computes it, or with the rewrites that a policy allows."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,11 @@ from frameloom.attention.backend import Place
 from frameloom.attention.core import sdpa
 from frameloom.attention.native import NATIVE
 from frameloom.engine.compiled import COMPILER
+from frameloom.engine.loras import merging
 from frameloom.engine.modules import fill, set_attention
 from frameloom.engine.ranks import Ranks, single
 from frameloom.memory.dit import StepPlanner
+from frameloom.models.adapters import Adapters
 from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.meta import on_meta
@@ -46,15 +48,25 @@ def load_plain_dit(
     ranks: Ranks | None = None,
     *,
     quantized: Quantized = "expand",
+    adapters: Sequence[Adapters] = (),
 ) -> WanDiT:
     """The transformer as the reference computes it, with torch's own attention; this rank's part of its weights.
 
     `quantized`: whether quantized weights become plain, or stay as they are stored: then they cannot be divided.
+    `adapters` are merged into the weights, which then must be plain.
     """
     with on_meta():
         dit = WanDiT(spec).eval()
     ranks = ranks or single(device)
-    fill(dit, component, dtype, device, keep=WanDiT.keep_in_fp32, take=ranks.cut_dit(dit), quantized=quantized)
+    fill(
+        dit,
+        component,
+        dtype,
+        device,
+        keep=WanDiT.keep_in_fp32,
+        take=merging(adapters, ranks.cut_dit(dit)),
+        quantized=quantized,
+    )
     ranks.divide_dit(dit)
     return dit
 

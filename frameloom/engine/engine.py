@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
+from frameloom.engine.loras import adapters_for, exchange, expert_at, loras_of
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.adapters import Adapters
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
 from frameloom.ops.registry import Decision
@@ -24,7 +26,7 @@ from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
-from frameloom.types import GenerateOptions, GenerateRequest, Progress, ProgressCallback, ResolvedRequest
+from frameloom.types import GenerateOptions, GenerateRequest, Lora, Progress, ProgressCallback, ResolvedRequest
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Prompts = list[str] | tuple[str, ...]
@@ -61,8 +63,10 @@ class Engine:
         defaults: Defaults,
         decisions: Sequence[Decision] = (),
         team: Team | None = None,
+        adapters: Sequence[Sequence[Adapters]] = (),
     ) -> None:
         self._team = team
+        self._base = self._attached = adapters or [()] * len(pipeline.experts)
         self.name = name
         self.defaults = defaults
         self.decisions = tuple(decisions)
@@ -79,6 +83,20 @@ class Engine:
     def close(self) -> None:
         """Let go of the weights; further requests are refused."""
         self._pipeline = None
+
+    def set_loras(self, loras: Sequence[Lora | str]) -> None:
+        """Compute with these LoRAs from the next request on, instead of those that were set before; [] for none.
+
+        Lora, or texts such as "high:FILE:0.8". They come to those given when the model was loaded, and the weights stay
+        where they are. Raises CheckpointError for a file and RequestError for the rest; then nothing changes.
+        """
+        chosen, experts = loras_of(loras), self._open.experts
+        if self._team is not None:
+            check_same(self._team, "LoRAs", repr(chosen))
+        found = [adapters_for(dit.spec, chosen, expert_at(i, len(experts))) for i, dit in enumerate(experts)]
+        wanted = [[*base, *sets] for base, sets in zip(self._base, found, strict=True)]
+        exchange(experts, before=self._attached, after=wanted)
+        self._attached = wanted
 
     def resolve(self, prompt: str | Prompts, **options: Unpack[GenerateOptions]) -> ResolvedRequest:
         """Check a request and fill in what it leaves open, without computing anything. Raises RequestError."""

@@ -188,8 +188,10 @@ def attach(dit: WanDiT, sets: Sequence[Adapters]) -> None:
     is held in a form that has no place for them; nothing is attached then.
     """
     detach(dit)
-    _check_whole(dit)
     changes = _by_parameter(sets)
+    if not changes:
+        return
+    _check_whole(dit)
     layers = {path: layer for path, layer in dit.named_modules() if isinstance(layer, nn.Linear)}
     terms = {}
     for path, layer in layers.items():

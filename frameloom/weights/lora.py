@@ -20,12 +20,13 @@ from frameloom.types import Expert, Lora
 from frameloom.weights.files import WeightFile, read_file
 from frameloom.weights.header import TensorEntry, read_json
 from frameloom.weights.lora_keys import Key, Part, expert_of, module_names, split, stranger
-from frameloom.weights.lora_parts import COUNTS, DTYPES, Shapes, recipes
+from frameloom.weights.lora_parts import Shapes, recipes
+from frameloom.weights.scales import with_scales
 
 log = logging.getLogger(LOGGER_NAME)
 
 _TOLD = 12  # unused keys in a warning
-_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")
+_WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _WIDTHS: Mapping[int, str] = {1536: "Wan 2.1 1.3B", 3072: "Wan 2.2 TI2V 5B", 5120: "Wan 14B"}
 _MAX_ALPHA = 1e6
 _PEFT_METADATA = "lora_adapter_metadata"  # where Diffusers writes the settings of PEFT
@@ -82,9 +83,8 @@ def _file(lora: Lora, expert: Expert | None) -> Path:
 
 def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | None) -> Adapters | None:
     """What a file changes; None where all of it is for the other expert, which gets it."""
-    if file.kind == "gguf":
-        raise CheckpointError(f"{file.path} is a GGUF file; give the LoRA in safetensors format")
-    keys, unused = _split(file)
+    stored = with_scales(file.entries, file.metadata)
+    keys, unused = _split(stored)
     mine = _own(keys, lora, expert)
     others = {key.name for key in keys} - {key.name for key in mine}
     if expert is None or lora.expert is not None:
@@ -94,7 +94,7 @@ def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | Non
     scaling = _peft_scaling(file, expert)
     changes: dict[str, Adapter] = {}
     for module, parts in _by_module(mine, shapes, unused, where=file.path).items():
-        entries = {part: file.entries[key.name] for part, key in parts.items()}
+        entries = {part: stored[key.name] for part, key in parts.items()}
         named = next(iter(parts.values())).module
         for recipe in recipes(module, entries, shapes, functools.partial(scaling, named)):
             if (problem := recipe.problem) is None:
@@ -112,12 +112,10 @@ def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | Non
     )
 
 
-def _split(file: WeightFile) -> tuple[list[Key], dict[str, str]]:
+def _split(stored: Mapping[str, TensorEntry]) -> tuple[list[Key], dict[str, str]]:
     """The keys taken apart, and those that are of no adapter, with the reason."""
     keys, unused = [], {}
-    for name, entry in file.entries.items():
-        if name.endswith(_SCALES):
-            raise CheckpointError(f"{file.path} is quantized ('{name}'); give the LoRA in bfloat16 or float32")
+    for name, entry in stored.items():
         key = split(name)
         if key is None:
             unused[name] = "it is of no kind of adapter that is known"
@@ -128,7 +126,7 @@ def _split(file: WeightFile) -> tuple[list[Key], dict[str, str]]:
 
 
 def _check_entry(entry: TensorEntry, key: Key) -> None:
-    if entry.dtype not in DTYPES and not (key.part == "alpha" and entry.dtype in COUNTS):
+    if entry.dtype in _WHOLE_NUMBERS and entry.scale is None and key.part != "alpha":
         raise CheckpointError(
             f"{entry.file} stores '{entry.name}' as {entry.dtype}; give a LoRA in bfloat16 or float32"
         )

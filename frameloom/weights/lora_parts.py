@@ -15,21 +15,10 @@ from torch import Tensor
 from frameloom.errors import CheckpointError
 from frameloom.models.adapters import Adapter, Pair, Product
 from frameloom.weights.header import TensorEntry
+from frameloom.weights.load import read_tensor
 from frameloom.weights.lora_keys import Part
 
 MAX_SCALE = 1000.0  # alpha / rank of real files lies between 0.01 and 10
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""What the numbers of an adapter may be stored in."""
-COUNTS: Mapping[str, torch.dtype] = {"I64": torch.int64, "I32": torch.int32}
-"""What an alpha may be stored in as well."""
-
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Entries = Mapping[Part, TensorEntry]
@@ -89,7 +78,7 @@ class Recipe:
         return Adapter(
             factors=Pair(left=first, right=others[0], join=_JOINS[self.kind]) if others else first,
             scale=self.scale,
-            magnitude=None if magnitude is None else numbers(magnitude).reshape(_along(magnitude.shape, self.shape)),
+            magnitude=None if magnitude is None else _numbers(magnitude).reshape(_along(magnitude.shape, self.shape)),
             replaces=self.kind == "replacement",
         )
 
@@ -114,7 +103,7 @@ class Recipe:
         return shapes[0] if len(set(shapes)) == 1 else ()
 
     def _product(self, entries: Sequence[TensorEntry]) -> Product:
-        a, *others = (numbers(entry) for entry in entries)
+        a, *others = (_numbers(entry) for entry in entries)
         b, core = (*others, None, None)[:2]
         return Product(a=a.flatten(1).T if self._turned(entries) else a, b=b, core=core)
 
@@ -149,17 +138,12 @@ def recipes(module: str, entries: Entries, shapes: Shapes, scaling: Scaling) -> 
         yield Recipe(name=module, shape=None, kind=None, entries=left)
 
 
-def numbers(entry: TensorEntry) -> Tensor:
-    """A tensor of a file, as it is stored. Raises CheckpointError for values that are no finite numbers."""
-    raw = bytearray(entry.size_bytes)
-    with entry.file.open("rb") as file:
-        file.seek(entry.offset)
-        if file.readinto(raw) != entry.size_bytes:
-            raise CheckpointError(f"{entry.file} ends inside '{entry.name}'; download it again")
-    tensor = torch.frombuffer(raw, dtype=torch.uint8).view({**DTYPES, **COUNTS}[entry.dtype]).view(entry.shape)
+def _numbers(entry: TensorEntry) -> Tensor:
+    """A tensor of a file. Raises CheckpointError for values that are no finite numbers."""
+    tensor = read_tensor(entry)
     if not torch.isfinite(tensor.float()).all():
         raise CheckpointError(
-            f"{entry.file} holds values that are no finite numbers in '{entry.name}'; download it again"
+            f"{entry.file} has '{entry.name}' with values that are no finite numbers; download it again"
         )
     return tensor
 
@@ -174,7 +158,7 @@ def _scale(entries: Entries, scaling: Scaling) -> float:
         return scaling(rank)
     if math.prod(alpha.shape) != 1:
         raise CheckpointError(f"{alpha.file} has {_times(alpha.shape)} numbers as '{alpha.name}'; one is needed")
-    scale = float(numbers(alpha)) / rank
+    scale = float(_numbers(alpha)) / rank
     if not 0 < abs(scale) <= MAX_SCALE:
         raise CheckpointError(
             f"{alpha.file} has '{alpha.name}' {scale * rank:g} for a rank of {rank}, which no one can mean; "

@@ -1,0 +1,71 @@
+"""LoRAs of an engine: merged into plain weights as they are read, computed beside weights that stay quantized, and
+exchanged between requests.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from frameloom.config import checked_lora
+from frameloom.config import lora as parsed_lora
+from frameloom.models.adapters import Adapters, attach, merge
+from frameloom.models.meta import on_meta
+from frameloom.models.spec import TransformerSpec
+from frameloom.models.vace import make_dit
+from frameloom.models.wan_dit import WanDiT
+from frameloom.types import Expert, Lora
+from frameloom.weights.checkpoint import Component
+from frameloom.weights.load import Quantized, is_quantized
+from frameloom.weights.lora import read_loras
+
+Take = Callable[[str, Tensor], Tensor]
+
+
+def loras_of(given: Sequence[Lora | str]) -> tuple[Lora, ...]:
+    """LoRAs, or texts such as "high:style.safetensors:0.8". Raises RequestError."""
+    return tuple(parsed_lora(one) if isinstance(one, str) else checked_lora(one) for one in given)
+
+
+def expert_at(index: int, count: int) -> Expert | None:
+    """What the expert at a place is called: of two, the first is for high noise; None of one."""
+    return None if count == 1 else ("high", "low")[index]
+
+
+def adapters_for(spec: TransformerSpec, loras: Sequence[Lora], expert: Expert | None) -> list[Adapters]:
+    """What LoRAs change in a transformer. Raises CheckpointError or RequestError as `read_loras` does."""
+    if not loras:
+        return []
+    with on_meta():
+        shapes = {name: tuple(value.shape) for name, value in make_dit(spec).state_dict().items()}
+    return read_loras(loras, shapes, expert=expert)
+
+
+def merging(sets: Sequence[Adapters], take: Take | None) -> Take | None:
+    """What is kept of each tensor as it is read: what `take` keeps of it, once the adapters are merged into it."""
+    if not sets:
+        return take
+
+    def merged_part(name: str, whole: Tensor) -> Tensor:
+        tensor = merge(sets, name, whole)
+        return tensor if take is None else take(name, tensor)
+
+    return merged_part
+
+
+def exchange(
+    experts: Sequence[WanDiT], before: Sequence[Sequence[Adapters]], after: Sequence[Sequence[Adapters]]
+) -> None:
+    """Give each expert its adapters in place of those before. If one refuses, all have those before again."""
+    try:
+        for dit, sets in zip(experts, after, strict=True):
+            attach(dit, sets)
+    except Exception:
+        for dit, sets in zip(experts, before, strict=True):
+            attach(dit, sets)
+        raise
+
+
+def beside(component: Component, adapters: Sequence[Adapters], quantized: Quantized) -> Sequence[Adapters]:
+    """Those of the adapters that are computed beside the weights: all where these stay quantized, else none."""
+    stays = quantized == "keep" and any(is_quantized(entry) for entry in component.tensors.values())
+    return adapters if stays else ()
