@@ -18,7 +18,7 @@ _STILLS: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple[Frames, float | None]:
     """Read a video, a picture or a folder of numbered PNG files: uint8 RGB (T, H, W, 3), frames per second.
 
-    `limit`: only so many frames are read, the first ones, and whether the others are whole is not looked at. The rate is
+    `limit`: only so many frames are read, the first ones; whether the others are whole is not looked at. The rate is
     None where the file holds no time (pictures, folders). A camera's rotation is applied, and transparency dropped.
     Raises InputError when there is nothing to read, or it is damaged.
     """
