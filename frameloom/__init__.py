@@ -7,8 +7,8 @@ with frameloom.load() as engine:
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from frameloom import shapes
 from frameloom.errors import (
@@ -21,6 +21,8 @@ from frameloom.errors import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
@@ -42,6 +44,7 @@ __all__ = [
     "bench_generate",
     "bench_parallel",
     "bench_vae",
+    "convert_model",
     "describe",
     "diagnose",
     "load",
@@ -56,6 +59,7 @@ _LAZY = {
     "Progress": "frameloom.types",
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
+    "convert_model": "frameloom.weights.convert",
     "describe_checkpoint": "frameloom.engine.describe",
     "examine": "frameloom.doctor",
     "image_of": "frameloom.pipeline.images",
@@ -74,6 +78,7 @@ _LAZY = {
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     exactness: str = "rounding",
@@ -84,8 +89,10 @@ def load(
     parallel: str = "auto",
     quantized: str = "keep",
 ) -> "Engine":
-    """Load a checkpoint in Diffusers layout, a folder or a hub id; without an argument the built-in model.
+    """Load a checkpoint: a folder, a weight file, or a hub id; without an argument the built-in model.
 
+    `parts`: components from elsewhere, such as {"transformer": "wan.gguf", "vae": "wan_2.1_vae.safetensors"}; names are
+    transformer, transformer_2, text_encoder, vae, image_encoder and tokenizer, and all that are needed are a model.
     `device`: auto, cpu, cuda, rocm, npu, musa, xpu or mps, one of several by its number (cuda:1). `dtype`: auto,
     float32, bfloat16 or float16. `exactness`: bitwise, rounding or lossy, what a rewrite may change; `rewrites`
     switches single ones: ["vae.conv_winograd=off"]. `compilation`: auto, on or off, whether torch.compile is used.
@@ -96,14 +103,36 @@ def load(
     `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
     engine: Engine = _lazy("build_engine")(
-        _named(model), device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
+        _named(model, parts), parts=parts, device=device, dtype=dtype, exactness=exactness, rewrites=rewrites,
+        compilation=compilation,
         attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized,
     )  # fmt: skip
     return engine
 
 
+def convert_model(
+    model: str | os.PathLike[str] | None,
+    destination: str | os.PathLike[str],
+    *,
+    to: str,
+    dtype: str | None = None,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    on_bytes: Callable[[str, int, int], None] = lambda *_: None,
+) -> "list[Path]":
+    """Write a checkpoint, as `load` takes it, into a folder: to="diffusers", "original" or "single-file".
+
+    `dtype`: float32, bfloat16 or float16 for all but the VAE, None as stored. A second call goes on where the first was
+    ended; every file is read back. `on_bytes` is told the file, the bytes of it that are done, and of how many. Returns
+    the weight files. Raises CheckpointError, OutputError or RequestError.
+    """
+    files: list[Path] = _lazy("convert_model")(
+        _named(model, parts), destination, to=to, dtype=dtype, parts=parts, on_bytes=on_bytes
+    )
+    return files
+
+
 def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """What is in a checkpoint, without loading its weights: components, parameters, dtypes, bytes, defaults."""
+    """What is in a checkpoint or weight file, without loading it: components, parameters, dtypes, bytes, defaults."""
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model))
     return facts
 
@@ -165,10 +194,21 @@ def diagnose(device: str = "auto") -> "list[MachineFinding]":
     return findings
 
 
-def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-    """The model to open; only None means the built-in one, an empty name (an unset variable) does not."""
+@overload
+def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]: ...
+@overload
+def _named(
+    model: str | os.PathLike[str] | None, parts: Mapping[str, str | os.PathLike[str]] | None
+) -> str | os.PathLike[str] | None: ...
+def _named(
+    model: str | os.PathLike[str] | None, parts: Mapping[str, str | os.PathLike[str]] | None = None
+) -> str | os.PathLike[str] | None:
+    """The model to open; only None means the built-in one, an empty name (an unset variable) does not.
+
+    None also where parts are given: they are put together by themselves.
+    """
     if model is None:
-        return shapes.PATH
+        return None if parts else shapes.PATH
     if not isinstance(model, str | os.PathLike) or not os.fspath(model):
         raise CheckpointError(f"{model!r} names no model; give a folder, a hub id, or nothing for the built-in model")
     return model

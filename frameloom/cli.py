@@ -239,7 +239,7 @@ def inspect(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder, weight file or hub id of a checkpoint; - for the parts alone.")],
+    source: Annotated[str, typer.Argument(help="Folder, weight file or hub id; - for the parts alone.")],
     destination: Annotated[str, typer.Argument(help="A folder that is new, empty, or of an earlier run.")],
     to: Annotated[str, typer.Option(help="diffusers, original (the layout of Wan's own code) or single-file.")],
     dtype: Annotated[

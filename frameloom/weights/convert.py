@@ -9,20 +9,22 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from frameloom.errors import OutputError
+from frameloom.errors import OutputError, RequestError
 from frameloom.models.wan_dit import WanDiT
+from frameloom.platform.device import DTYPES as FLOATS
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.descriptions import metadata_of, write_descriptions
 from frameloom.weights.fingerprint import fingerprint
 from frameloom.weights.header import BLOCKS, TensorEntry
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
 from frameloom.weights.load import DTYPES, read_tensor
+from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.write import NAMES, Planned, Target, make_folder, write_safetensors
 
 Layout = Literal["diffusers", "original", "single-file"]
@@ -43,6 +45,30 @@ _NAMES_OF: Mapping[tuple[Layout, str], str] = {
     ("single-file", "vae"): "vae/vae.safetensors",
     ("single-file", "image_encoder"): "clip_vision/clip_vision.safetensors",
 }
+
+
+def convert_model(
+    model: Source | None,
+    destination: str | os.PathLike[str],
+    *,
+    to: str,
+    dtype: str | None = None,
+    parts: Mapping[str, Source] | None = None,
+    on_bytes: OnBytes = lambda *_: None,
+) -> list[Path]:
+    """Open a checkpoint as `open_checkpoint` does, and write it as `convert` does.
+
+    `dtype`: float32, bfloat16, float16, or None. Raises RequestError for another, and for a layout that is not known.
+    """
+    if to not in LAYOUTS:
+        raise RequestError(f"the layout {to!r} is unknown; use {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
+    if dtype is not None and dtype not in FLOATS:
+        raise RequestError(f"the dtype {dtype!r} is not possible; use {', '.join(FLOATS)}, or none to leave it")
+    checkpoint = open_checkpoint(model, parts=parts)
+    wanted = None if dtype is None else FLOATS[dtype]
+    return convert(
+        checkpoint, Path(os.path.expanduser(destination)), to=cast(Layout, to), dtype=wanted, on_bytes=on_bytes
+    )
 
 
 def convert(

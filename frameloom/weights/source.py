@@ -45,6 +45,8 @@ def open_checkpoint(
     try:
         instead: dict[str, Component] = {}
         for part, source in (parts or {}).items():
+            if part not in PARTS:
+                raise CheckpointError(f"there is no part '{part}'; parts are {', '.join(PARTS)}")
             instead = {**_part(part, os.fspath(source), alone="transformer_2" in (parts or {})), **instead}
         if model is None:
             return assemble(instead, facts={}, name=name, path=Path())
