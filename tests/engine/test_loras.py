@@ -1,0 +1,124 @@
+"""LoRAs of an engine: merged when it is loaded, exchanged between requests, each for its expert."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from frameloom.engine.build import build_engine
+from frameloom.errors import CheckpointError, RequestError
+from frameloom.types import Lora
+
+SIZE = {"width": 64, "height": 32, "num_frames": 5, "steps": 3}
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """Writes a LoRA of the text's keys and of a norm."""
+
+    def write(name="style.safetensors", *, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        root = "diffusion_model.blocks.1"
+        tensors = {
+            f"{root}.cross_attn.k.lora_down.weight": torch.randn(2, 32, generator=generator),
+            f"{root}.cross_attn.k.lora_up.weight": torch.randn(32, 2, generator=generator),
+            f"{root}.norm3.diff_b": torch.randn(32, generator=generator),
+        }
+        save_file(tensors, tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def latents(engine):
+    return engine.generate("a red circle", output="latents", **SIZE)
+
+
+def opened(folder, loras=()):
+    return build_engine(folder, loras=loras, exactness="bitwise")
+
+
+def loaded(folder, loras=()):
+    with opened(folder, loras) as engine:
+        return latents(engine)
+
+
+def close(a, b):
+    return float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_a_lora_is_merged_when_the_engine_is_loaded_or_exchanged_between_requests(checkpoint_of, lora):
+    one, other = lora(), lora("other.safetensors", seed=1)
+    with opened(checkpoint_of()) as engine:
+        before = latents(engine)
+        engine.set_loras([Lora(path=one, strength=0.5)])
+        first = latents(engine)
+        engine.set_loras([f"{one}:0.5", other])
+        both = latents(engine)
+        engine.set_loras([])
+        assert torch.equal(latents(engine), before)
+    assert not close(first, before)
+    assert not close(both, first)
+    assert close(first, loaded(checkpoint_of(), [f"{one}:0.5"]))
+    assert close(both, loaded(checkpoint_of(), [f"{one}:0.5", other]))
+
+
+def test_what_was_merged_stays_when_others_are_exchanged(checkpoint_of, lora):
+    one, other = lora(), lora("other.safetensors", seed=1)
+    with opened(checkpoint_of(), [one]) as engine:
+        merged = latents(engine)
+        engine.set_loras([other])
+        assert close(latents(engine), loaded(checkpoint_of(), [one, other]))
+        engine.set_loras([])
+        assert torch.equal(latents(engine), merged)
+
+
+def test_each_of_two_experts_has_its_own(checkpoint_of, lora):
+    high, low = lora("high_noise.safetensors"), lora("low_noise.safetensors", seed=1)
+    folder = checkpoint_of("two experts")
+    results = [loaded(folder, given) for given in ([], [high], [low], [high, low], [f"low:{high}"])]
+    for index, result in enumerate(results):
+        assert not any(close(result, other) for other in results[:index])
+    with opened(folder) as engine:
+        engine.set_loras([high, low])
+        assert close(latents(engine), results[3])
+
+
+def test_beside_weights_that_stay_quantized_it_is_as_exact_as_merged_into_plain_ones(checkpoint_of, lora, tmp_path):
+    folder, one, other = tmp_path / "quantized", lora(), lora("other.safetensors", seed=1)
+    shutil.copytree(checkpoint_of(), folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    kept = load_file(file)
+    for name in kept:
+        if name.endswith((".to_k.weight", ".to_q.weight", "ffn.net.2.weight")):
+            kept[name] = kept[name].to(torch.float8_e4m3fn)
+    save_file(kept, file)
+    with build_engine(folder, dtype="float32", exactness="bitwise", loras=[one]) as engine:
+        first = latents(engine)
+        engine.set_loras([other])
+        both = latents(engine)
+        engine.set_loras([])
+        assert torch.equal(latents(engine), first)
+    for result, given in ((first, [one]), (both, [one, other])):
+        with build_engine(folder, dtype="float32", exactness="bitwise", loras=given, quantized="expand") as engine:
+            assert close(result, latents(engine))
+    assert not close(first, both)
+
+
+def test_a_lora_that_is_refused_changes_nothing(checkpoint_of, lora, tmp_path):
+    one = lora()
+    save_file({"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(8, 8)}, tmp_path / "misfit.safetensors")
+    with opened(checkpoint_of()) as engine:
+        engine.set_loras([one])
+        before = latents(engine)
+        for given, error, said in (
+            ([str(tmp_path / "misfit.safetensors")], CheckpointError, "none of the 1 keys"),
+            ([f"high:{one}"], RequestError, "has but one"),
+            ([f"{one}:99"], RequestError, "strength 99"),
+        ):
+            with pytest.raises(error, match=said):
+                engine.set_loras(given)
+            assert torch.equal(latents(engine), before)
+    with pytest.raises(RequestError, match="closed"):
+        engine.set_loras([])
