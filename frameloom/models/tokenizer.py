@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, read by the tokenizers library from its tokenizer.json: data, no code of its own."""
+"""The tokenizer of a checkpoint: data for the tokenizers library, from a tokenizer.json or from a bare vocabulary."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from frameloom.errors import CheckpointError
@@ -40,6 +40,26 @@ class Tokenizer:
         return tokens
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """A sentencepiece unigram model, as far as T5 uses it. A piece's place is its token number.
+
+    `scores`: logarithms of probabilities. `types`: sentencepiece's, CONTROL and USER_DEFINED among them. `charsmap`:
+    its compiled rules of normalising characters, empty for none.
+    """
+
+    pieces: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[int, ...]
+    charsmap: bytes
+    unknown_id: int
+    end_id: int
+    pad_id: int
+
+
+CONTROL, USER_DEFINED = 3, 4  # types of pieces that a text is first searched for, before it is normalised
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint: nothing is fetched, no code is run. Raises CheckpointError."""
     path = folder / "tokenizer.json"
@@ -59,15 +79,47 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def build_tokenizer(pieces: Sequence[tuple[str, float]]) -> Tokenizer:
     """A T5 tokenizer of the given pieces and scores; the first three are padding, end and unknown."""
-    backend = tokenizers.Tokenizer(models.Unigram(list(pieces), unk_id=2, byte_fallback=False))
+    backend = _t5(pieces, unknown_id=2, end=END)
+    backend.add_special_tokens([PADDING, END, UNKNOWN])
+    return Tokenizer(backend=backend, pad_id=0)
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer that transformers makes of the same sentencepiece file for T5: what Wan's reference counts with.
+
+    Characters that no piece has are unknown, also where the vocabulary has pieces for single bytes: the reference does
+    not use them. Raises CheckpointError on a vocabulary that the library refuses.
+    """
+    pieces, scores = vocabulary.pieces, vocabulary.scores
+    try:
+        backend = _t5(
+            list(zip(pieces, scores, strict=True)), unknown_id=vocabulary.unknown_id, end=pieces[vocabulary.end_id]
+        )
+        if vocabulary.charsmap:
+            backend.normalizer = normalizers.Precompiled(vocabulary.charsmap)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the vocabulary cannot be used ({error}); download its file again") from None
+    always = {vocabulary.pad_id, vocabulary.end_id, vocabulary.unknown_id}
+    backend.add_tokens(
+        [
+            AddedToken(piece, normalized=False, special=kind == CONTROL or number in always)
+            for number, (piece, kind) in enumerate(zip(pieces, vocabulary.types, strict=True))
+            if kind in (CONTROL, USER_DEFINED) or number in always
+        ]
+    )
+    return Tokenizer(backend=backend, pad_id=vocabulary.pad_id)
+
+
+def _t5(pieces: Sequence[tuple[str, float]], *, unknown_id: int, end: str) -> tokenizers.Tokenizer:
+    """Words are cut at white space, begin with a mark, and a text ends with `end`."""
+    backend = tokenizers.Tokenizer(models.Unigram(list(pieces), unk_id=unknown_id, byte_fallback=False))
     words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    backend.add_special_tokens([PADDING, END, UNKNOWN])
     backend.post_processor = processors.TemplateProcessing(
-        single=["$A", END], pair=["$A", END, "$B", END], special_tokens=[(END, backend.token_to_id(END))]
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, backend.token_to_id(end))]
     )
-    return Tokenizer(backend=backend, pad_id=0)
+    return backend
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

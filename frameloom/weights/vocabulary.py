@@ -23,6 +23,7 @@ MAX_PIECES = 2**20  # UMT5 has 256,384
 
 _UNIGRAM = 1  # model_type of the trainer's settings
 _NORMAL, _LAST_TYPE = 1, 6
+_FLOAT = struct.Struct("<f")
 
 
 class _DamagedError(Exception):
@@ -34,14 +35,11 @@ def read_vocabulary(source: TensorEntry | Mapping[str, Any] | Path) -> Vocabular
 
     Raises CheckpointError if it is damaged, absurdly large or of another kind than T5's.
     """
-    if isinstance(source, Mapping):
-        where, read = "the GGUF file", _of_gguf
-    else:
-        where, read = str(source if isinstance(source, Path) else source.file), _of_sentencepiece
     try:
-        vocabulary = read(source)
+        vocabulary = _of_gguf(source) if isinstance(source, Mapping) else _of_sentencepiece(source)
         _check(vocabulary)
     except _DamagedError as error:
+        where = source.file if isinstance(source, TensorEntry) else "GGUF" if isinstance(source, Mapping) else source
         raise CheckpointError(f"the tokenizer in {where} cannot be used: {error}; download the file again") from None
     return vocabulary
 
@@ -136,16 +134,37 @@ def _bytes_of(source: TensorEntry | Path) -> bytes:
 
 def _piece(value: int | bytes) -> tuple[str, float, int]:
     """Text, score and type of one piece."""
+    message = _message(value)
+    if (plain := _plain_piece(message)) is not None:
+        return plain
     text, score, kind = b"", 0.0, _NORMAL
-    for field, part in _fields(_message(value)):
+    for field, part in _fields(message):
         if field == 1:
             text = _message(part)
         elif field == 2 and isinstance(part, bytes) and len(part) == 4:
-            (score,) = struct.unpack("<f", part)
+            (score,) = _FLOAT.unpack(part)
         elif field == 3:
             kind = _signed(part)
+    return _decoded(text), score, kind
+
+
+def _plain_piece(message: bytes) -> tuple[str, float, int] | None:
+    """The same of nothing but a short text and a score, which nearly all of UMT5's 256,384 are: much faster."""
+    if (
+        len(message) < 7
+        or message[0] != 0x0A
+        or message[-5] != 0x15
+        or message[1] != len(message) - 7
+        or message[1] > 127
+    ):
+        return None
+    (score,) = _FLOAT.unpack_from(message, len(message) - 4)
+    return _decoded(message[2:-5]), score, _NORMAL
+
+
+def _decoded(text: bytes) -> str:
     try:
-        return text.decode(), score, kind
+        return text.decode()
     except UnicodeDecodeError:
         raise _DamagedError("a piece is no UTF-8 text") from None
 
@@ -175,6 +194,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     """A number of seven bits a byte, lowest first, and where it ends."""
+    if position < len(data) and data[position] < 0x80:
+        return data[position], position + 1
     value = 0
     for count in range(10):
         if position >= len(data):
