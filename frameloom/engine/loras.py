@@ -8,6 +8,7 @@ from torch import Tensor
 
 from frameloom.config import checked_lora
 from frameloom.config import lora as parsed_lora
+from frameloom.errors import RequestError
 from frameloom.models.adapters import Adapters, attach, merge
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
@@ -23,6 +24,10 @@ Take = Callable[[str, Tensor], Tensor]
 
 def loras_of(given: Sequence[Lora | str]) -> tuple[Lora, ...]:
     """LoRAs, or texts such as "high:style.safetensors:0.8". Raises RequestError."""
+    if isinstance(given, str) or not all(isinstance(one, Lora | str) for one in given):
+        raise RequestError(
+            f"LoRAs {given!r} are no list of files; write ['FILE:0.8'], or a list of frameloom.types.Lora"
+        )
     return tuple(parsed_lora(one) if isinstance(one, str) else checked_lora(one) for one in given)
 
 

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frameloom.engine.build import build_engine
+from frameloom.engine.loras import merging
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.models.adapters import Adapter, Adapters, Product, merge
 from frameloom.types import Lora
 
 SIZE = {"width": 64, "height": 32, "num_frames": 5, "steps": 3}
@@ -116,9 +118,21 @@ def test_a_lora_that_is_refused_changes_nothing(checkpoint_of, lora, tmp_path):
             ([str(tmp_path / "misfit.safetensors")], CheckpointError, "none of the 1 keys"),
             ([f"high:{one}"], RequestError, "has but one"),
             ([f"{one}:99"], RequestError, "strength 99"),
+            (one, RequestError, "no list of files"),
+            ([None], RequestError, "no list of files"),
         ):
             with pytest.raises(error, match=said):
                 engine.set_loras(given)
             assert torch.equal(latents(engine), before)
     with pytest.raises(RequestError, match="closed"):
         engine.set_loras([])
+
+
+def test_adapters_are_merged_into_the_whole_of_a_tensor_before_a_rank_takes_its_part():
+    weight = torch.randn(6, 4)
+    difference = Adapter(factors=Product(a=torch.randn(6, 4)))
+    sets = [Adapters(name="", strength=0.5, changes={"x": difference}, num_keys=1)]
+    take = merging(sets, lambda name, whole: whole[4:].clone())
+    assert torch.equal(take("x", weight), merge(sets, "x", weight)[4:])
+    assert torch.equal(take("y", weight), weight[4:])
+    assert merging([], None) is None

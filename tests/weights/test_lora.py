@@ -13,7 +13,8 @@ from frameloom.config import lora as parsed
 from frameloom.errors import CheckpointError, RequestError
 from frameloom.models.adapters import merge
 from frameloom.models.meta import on_meta
-from frameloom.models.spec import TransformerSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec
+from frameloom.models.vace import VaceDiT
 from frameloom.models.wan_dit import WanDiT
 from frameloom.types import Lora
 from frameloom.weights.lora import read_loras
@@ -321,6 +322,23 @@ def test_a_distilled_file_of_58_keys_applies_all_of_them(weights, write, caplog)
     assert "58 of 58 keys" in caplog.text
     assert adapters.describe()["keys_used"] == 58
     assert_changed(adapters, weights["i2v"], expected)
+
+
+def test_blocks_of_vace_have_their_loras_and_are_missed_where_there_are_none(weights, write):
+    with on_meta():
+        vace = VaceDiT(VaceSpec(**SMALL, vace_layers=(0,), vace_in_channels=6))
+    shapes = {name: tuple(value.shape) for name, value in vace.state_dict().items()}
+    names = {"before_proj": "proj_in", "after_proj": "proj_out", "self_attn.q": "attn1.to_q"}
+    tensors = {f"vace_blocks.0.{name}.diff": random(WIDTH, WIDTH) for name in names}
+    path = write({f"diffusion_model.{name}": value for name, value in tensors.items()} | bias_of("diffusion_model."))
+    (adapters,) = read_loras([Lora(path=str(path))], shapes)
+    assert adapters.unused == ()
+    for name, native in names.items():
+        stored = adapters.changes[f"vace_blocks.0.{native}.weight"].factors.a
+        assert torch.equal(stored, tensors[f"vace_blocks.0.{name}.diff"])
+    told = read(path, weights["t2v"]).unused
+    assert len(told) == 3
+    assert all(line.endswith(": this model has no VACE blocks") for line in told)
 
 
 def test_what_does_not_fit_is_told_by_name_and_the_rest_applies(weights, write, caplog):
