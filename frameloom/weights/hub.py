@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, parse_hf_uri
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -99,7 +100,7 @@ def list_files(name: HubName, *, hint: str = "") -> Listing:
     the name is wrong. Raises CheckpointError.
     """
     known = _noted(name)
-    if known is not None and name.revision == known.commit:
+    if known is not None and name.revision == known.commit and not constants.HF_HUB_OFFLINE:
         return known
     try:
         with _explained(name, hint):
@@ -116,14 +117,19 @@ def list_files(name: HubName, *, hint: str = "") -> Listing:
 
 def _asked(name: HubName) -> Listing:
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT
-    info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=timeout_s)
+    try:
+        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=timeout_s)
+        files = {
+            file.rfilename: _stored(file.size, file.lfs.sha256 if file.lfs else None)
+            for file in info.siblings or ()
+            if _is_plain(file.rfilename)
+        }
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):  # how the library fails at what it cannot read
+        raise FileMetadataError from None
     if not _COMMIT.fullmatch(info.sha or ""):
-        raise ValueError("no commit")
-    files = {
-        file.rfilename: _stored(file.size, file.lfs.sha256 if file.lfs else None)
-        for file in info.siblings or ()
-        if _is_plain(file.rfilename)
-    }
+        raise FileMetadataError
     return Listing(repo=name.repo, commit=str(info.sha), files=files)
 
 
@@ -274,6 +280,7 @@ _REFUSALS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
         (RepositoryNotFoundError, HFValidationError),
         "is no local folder and no public hub repository{hint}; check the name, or log in if private",
     ),
+    ((FileMetadataError,), "got an answer from {endpoint} that no model hub gives; check HF_ENDPOINT"),
     ((EntryNotFoundError,), "changed on the hub while it was read; run this again"),
     (
         (OfflineModeIsEnabled,),
@@ -317,6 +324,4 @@ def _sentence(error: Exception) -> str:
         return _STATUSES.get(status, f"cannot be downloaded (the hub answers {status}){_OTHERWISE}")
     if isinstance(error, OSError) and error.errno in _FULL:
         return "does not fit: {cache} is full; make room, or set HF_HOME to a larger disk, and run this again to go on"
-    if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
-        return "got an answer from {endpoint} that no model hub gives; check HF_ENDPOINT"
     return f"cannot be downloaded from {{endpoint}} ({type(error).__name__}){_OTHERWISE}"

@@ -92,7 +92,7 @@ def fetch(listing: Listing, paths: Sequence[str], *, report: Report | None = Non
         raise CheckpointError(f"{listing.problem}; the cache lacks {missing[0]}{_and_more(len(missing) - 1)}")
     if missing:
         _check_space(listing, missing)
-        _fetch_all(listing, missing, report or _LogLines(listing.repo, len(missing)))
+        _fetch_all(listing, missing, report or _LogLines(listing, missing))
     for path in paths:
         _check_file(listing, path)
     return listing.snapshot
@@ -141,9 +141,10 @@ def _bytes(count: int) -> str:
 class _LogLines:
     """Tells the log how far a transfer is, every ten seconds."""
 
-    def __init__(self, repo: str, num_files: int) -> None:
+    def __init__(self, listing: Listing, paths: Sequence[str]) -> None:
         self._told_s = time.monotonic()
-        log.info("fetching %d files of %s", num_files, repo)
+        total_bytes = sum(listing.files[path].size_bytes or 0 for path in paths)
+        log.info("fetching %d files of %s (%s)", len(paths), listing.repo, _bytes(total_bytes))
 
     def __call__(self, news: Transfer) -> None:
         if time.monotonic() - self._told_s < _SECONDS_BETWEEN_LINES and news.done_bytes < news.total_bytes:

@@ -24,6 +24,7 @@ class Repository:
 
     revisions: dict[str, Mapping[str, bytes]]
     refusal: tuple[int, dict[str, str]] | None = None  # a status and headers, for whatever is asked
+    answer: bytes | None = None  # instead of its listing
     token: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # of files whose size is told wrong
 
@@ -45,8 +46,8 @@ class Hub:
     stall_s: float = 0.0  # a cut file ends so long after its last byte
     pause_s: float = 0.0  # after every piece of a file
     damaged: set[str] = field(default_factory=set)  # hashes of files that arrive changed
-    answer: bytes | None = None  # to whatever is asked
     address: str = ""
+    leaked: bool = False  # a token was told to the host that large files come from
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     served: dict[str, int] = field(default_factory=dict)  # bytes of bodies per path
 
@@ -102,8 +103,6 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path != "/api/agent-harnesses":  # which the library asks for itself, at times
             self.hub.asked.append((self.command, path, self.headers.get("Range")))
-        if self.hub.answer is not None:
-            return self._send(200, self.hub.answer)
         if path.startswith("/large/"):
             return self._send_large(path)
         match = re.fullmatch(r"(/api/models)?/([^/]+/[^/]+)/(revision|resolve|tree)/([^/]+)(?:/(.+))?", path)
@@ -131,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, name: str, revision: str) -> None:
         repository = self.hub.repositories[name]
+        if repository.answer is not None:
+            return self._send(200, repository.answer)
         siblings = []
         for path, data in repository.revisions[revision].items():
             facts = {"rfilename": path, "size": repository.sizes.get(path, len(data)), "blobId": _git_hash(data)}
@@ -138,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
                 facts["lfs"] = {"sha256": hash_of(data), "size": facts["size"], "pointerSize": 135}
             siblings.append(facts)
         told = {"id": name, "sha": repository.commit(revision), "siblings": siblings}
-        self._send(200, json.dumps(told).encode())
+        return self._send(200, json.dumps(told).encode())
 
     def _list_tree(self, files: Mapping[str, bytes]) -> None:
         """The other listing, which the hub library asks for when it fetches by itself."""
@@ -162,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(302, b"", {"Location": f"{elsewhere}/large/{hash_of(data)}", **linked, **headers})
 
     def _send_large(self, path: str) -> None:
+        self.hub.leaked |= "Authorization" in self.headers
         data = next(
             data
             for repository in self.hub.repositories.values()
