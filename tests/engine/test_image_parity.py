@@ -154,6 +154,15 @@ def test_the_first_frame_stays_what_was_given(engine_of):
     assert torch.equal(latents[:, :, :1], engine.encode(np.asarray(image)[None]))
 
 
+def test_bfloat16_stays_near_float32(engine_of, checkpoint_of):
+    kind = "first and last image"
+    options = {"output": "latents", "steps": 2, **OPTIONS, **given(kind), **sizes_of(kind)[0]}
+    exact = engine_of(kind).generate(PROMPT, **options)
+    with frameloom.load(checkpoint_of(kind), device="cpu", dtype="bfloat16") as engine:
+        assert engine._pipeline.image_encoder.encode_images([picture(0)]).dtype == torch.bfloat16
+        assert 0 < relative_error(engine.generate(PROMPT, **options), exact) < 0.1
+
+
 VIDEO = np.stack([np.asarray(picture(seed, 70, 40)) for seed in range(9)])
 
 
