@@ -244,23 +244,24 @@ def _check(vocabulary: Vocabulary) -> None:
 def _check_charsmap(data: bytes) -> None:
     """The table is a trie (its bytes in four, then 32-bit units) and the texts it leads to, each ended by a zero.
 
-    A unit either leads to 256 others or is the place of a text (highest bit); both must exist.
+    A unit leads to 256 others, by exclusive or; if its bit 8 is set, the first of them is the place of a text. Where it
+    leads must exist. Units with the highest bit, places of texts, lead nowhere: no character matches them.
     """
     damaged = _DamagedError("its table of characters is damaged")
     size = int.from_bytes(data[:4], "little")
-    texts = np.frombuffer(data[4 + size :], np.uint8)
-    if len(data) < 4 or size == 0 or size % 1024 or 4 + size > len(data):
+    if size == 0 or size % 1024 or 4 + size > len(data):
         raise damaged
-    units = np.frombuffer(data[4 : 4 + size], "<u4")
-    is_text = units >> 31 == 1
-    offsets = (units >> 10) << ((units & (1 << 9)) >> 6)
-    blocks = (np.arange(len(units), dtype=np.uint32) ^ offsets) >> 8
-    places = units[is_text] & 0x7FFFFFFF
-    if (blocks[~is_text] >= len(units) // 256).any() or (places >= len(texts)).any():
+    units = np.frombuffer(data, "<u4", count=size // 4, offset=4)
+    leads = units >> 31 == 0
+    leads[0] = True  # the root is followed without a look at it
+    first = np.arange(len(units), dtype=np.uint32) ^ (units >> 10 << ((units & (1 << 9)) >> 6))
+    if (first[leads] >= len(units)).any():
         raise damaged
+    places = units[first[leads & (units >> 8 & 1 == 1)]] & 0x7FFFFFFF
     try:
         data[4 + size :].decode()
     except UnicodeDecodeError:
         raise damaged from None
-    if (texts[places] & 0xC0 == 0x80).any():  # in the middle of a character
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    if (places >= len(texts)).any() or (texts[places] & 0xC0 == 0x80).any():  # the latter: within a character
         raise damaged
