@@ -82,7 +82,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the weights; further requests are refused."""
-        self._pipeline = None
+        self._pipeline, self._base, self._attached = None, (), ()
 
     def set_loras(self, loras: Sequence[Lora | str]) -> None:
         """Compute with these LoRAs from the next request on, instead of those that were set before; [] for none.

@@ -180,7 +180,7 @@ def _peft_scaling(file: WeightFile, expert: Expert | None) -> Callable[[str, int
         raise CheckpointError(f"{file.path} comes with settings of PEFT whose alpha is no number; download both again")
 
     def scaling(module: str, rank: int) -> float:
-        own = (value for name, value in patterns.items() if module == name or module.endswith(f".{name}"))
+        own = (value for name, value in patterns.items() if f".{module}".endswith(f".{name.removeprefix('^')}"))
         alpha = next(own, default)
         return 1.0 if alpha is None else alpha / root(rank)
 

@@ -19,6 +19,7 @@ from frameloom.weights.load import read_tensor
 from frameloom.weights.lora_keys import Part
 
 MAX_SCALE = 1000.0  # alpha / rank of real files lies between 0.01 and 10
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Entries = Mapping[Part, TensorEntry]
@@ -184,6 +185,8 @@ def _product_shape(shapes: Sequence[Shape], turned: bool) -> Shape:
 
 def _along(magnitude: Shape, weight: Shape) -> Shape:
     """The magnitude's shape with as many axes as the weight: one number per row, or per column; () if it is neither."""
+    if len(weight) < 2:
+        return ()
     ones = (1,) * (len(weight) - 2)
     count = math.prod(magnitude)
     if magnitude[:1] == weight[:1] == (count,):

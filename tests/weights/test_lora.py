@@ -256,6 +256,15 @@ def test_dora_gives_the_sum_its_lengths(kind, weights, write):
     assert_changed(adapters, weights, {f"{native}.weight": weight + STRENGTH * (wanted - weight)})
 
 
+@pytest.mark.parametrize("shape", [(WIDTH,), (WIDTH, 1), (1, WIDTH), (1, 1), ()])
+def test_a_norm_has_no_dora(shape, weights, write):
+    parts = {"lora_up.weight": random(WIDTH, 2), "lora_down.weight": random(2, 1), "dora_scale": torch.ones(shape)}
+    tensors = {f"blocks.0.norm3.{part}": value for part, value in parts.items()} | bias_of("")
+    told = read(write(tensors), weights["t2v"]).unused
+    assert len(told) == 3
+    assert all("its magnitude is" in line for line in told)
+
+
 def test_whole_weights_are_set_and_norms_of_lycoris_are_differences(weights, write):
     weights = weights["t2v"]
     value, w_norm, b_norm = random(WIDTH, WIDTH), random(WIDTH), random(WIDTH)
