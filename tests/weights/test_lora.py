@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -150,6 +151,29 @@ def test_every_dialect_of_lora_changes_every_linear_layer(dialect, model, weight
     assert adapters.unused == ()
     assert adapters.num_keys == len(tensors)
     assert_changed(adapters, weights[model], expected)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui"])
+def test_what_diffusers_makes_of_a_file_changes_the_same_weights(dialect, weights, write):
+    prefix, _, dot, down_ending, up_ending = DIALECTS[dialect]
+    convert = {
+        "kohya": lora_conversion_utils._convert_musubi_wan_lora_to_diffusers,
+        "comfyui": lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers,
+    }[dialect]
+    tensors = {}
+    for original, native in layers_of("i2v").items():
+        if original.startswith("blocks."):
+            outputs, inputs = weights["i2v"][f"{native}.weight"].shape
+            name = prefix + original.replace(".", dot)
+            tensors |= {name + down_ending: random(RANK, inputs), name + up_ending: random(outputs, RANK)}
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    ours = read(write(tensors), weights["i2v"])
+    theirs = read(write(convert(dict(tensors)), "converted.safetensors"), weights["i2v"])
+    assert ours.unused == theirs.unused == ()
+    assert ours.changes.keys() == theirs.changes.keys()
+    for name in ours.changes:
+        found, wanted = (merge([adapters], name, weights["i2v"][name]) for adapters in (ours, theirs))
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5), name
 
 
 def tucker(core, left, right):
