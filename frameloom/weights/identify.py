@@ -87,11 +87,12 @@ def identify(
 
 
 def pair_of(path: Path) -> Expert | None:
-    """Which noise expert a file is, by its name or its folder's; None where they say neither, or both.
+    """Which noise expert a file (or a folder) is, by its name, or else by its folder's; None where it is not said.
 
     The other one's path has the words exchanged: in name and folder, or in one of them, if there is such a file.
     """
-    words = {match[0].lower() for part in (path.parent.name, path.name) for match in _NOISE.finditer(part)}
+    said = [{match[0].lower() for match in _NOISE.finditer(part)} for part in (path.name, path.parent.name)]
+    words = said[0] or said[1]
     if len(words) != 1:
         return None
     folder, name = (_NOISE.sub(_exchanged, part) for part in (path.parent.name, path.name))
