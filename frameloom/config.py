@@ -103,6 +103,7 @@ def lora(text: str) -> Lora:
     match = re.fullmatch(r"(?:(high|low):)?(.*?[^:])(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip())
     if match is None:
         raise RequestError(f"LoRA {text!r} names no file; write FILE, FILE:0.8 or high:FILE:0.8")
+    expert: Any
     expert, path, strength = match.groups()
     return checked_lora(Lora(path=path, strength=1.0 if strength is None else float(strength), expert=expert))
 

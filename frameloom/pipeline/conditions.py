@@ -19,7 +19,7 @@ from frameloom.pipeline.images import fitted
 from frameloom.pipeline.sinks import Frames
 from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import expand_timesteps
-from frameloom.types import GenerateRequest, ResolvedRequest
+from frameloom.types import GenerateRequest, Pictures, ResolvedRequest
 
 GREY = 127.5  # of 255: what the frames that are not given look like to the VAE, exactly 0 in [-1, 1]
 _NAMES = {"image": "an image", "last_image": "a last image"}
@@ -97,7 +97,7 @@ class Condition:
             return latents_BCTHW
         return torch.cat((latents_BCTHW, self.beside_BCTHW.expand(latents_BCTHW.shape[0], -1, -1, -1, -1)), dim=1)
 
-    def frame_times(self, time: Tensor, shape_BCTHW: Sequence[int], patch: int) -> Tensor | FrameTimes:
+    def frame_times(self, time: Tensor, shape_BCTHW: Sequence[int], *, patch: int) -> Tensor | FrameTimes:
         """The timestep () of every frame of tokens: (B,) where all have it."""
         batch, _, frames, _, _ = shape_BCTHW
         if self.first_BCTHW is None:
@@ -105,7 +105,7 @@ class Condition:
         values = torch.stack((torch.zeros_like(time), time)).expand(batch, -1)
         return FrameTimes(values, (~self._given(frames, time.device))[::patch].long())
 
-    def token_times(self, time: Tensor, shape_BCTHW: Sequence[int], patch: tuple[int, int, int]) -> Tensor:
+    def token_times(self, time: Tensor, shape_BCTHW: Sequence[int], *, patch: tuple[int, int, int]) -> Tensor:
         """The same as one number per token, (B, L)."""
         batch, _, frames, height, width = shape_BCTHW
         given = None if self.first_BCTHW is None else self._given(frames, time.device)
@@ -121,27 +121,21 @@ def clip_images(request: ResolvedRequest) -> list[Image.Image]:
     return [Image.fromarray(shown.frames[0]) for shown in (request.image, request.last_image) if shown is not None]
 
 
-def fitted_image(request: ResolvedRequest, field: str) -> Frames:
-    """A given image as the only frame of a video: uint8 (1, H, W, 3)."""
-    return fitted(
-        getattr(request, field), width=request.width, height=request.height, keeps_aspect=request.keeps_aspect
-    )
+def fitted_to(request: ResolvedRequest, pictures: Pictures) -> Frames:
+    """Given pictures in the size of the video, no more of them than it has frames: uint8 (T, H, W, 3)."""
+    frames = fitted(pictures, width=request.width, height=request.height, keeps_aspect=request.keeps_aspect)
+    return frames[: request.num_frames]
 
 
-def fitted_video(request: ResolvedRequest) -> Frames:
-    """The frames of a given video that are asked for: uint8 (T, H, W, 3)."""
-    return fitted_image(request, "video")[: request.num_frames]
-
-
-def video_of_ends(request: ResolvedRequest) -> Tensor:
+def video_of_ends(request: ResolvedRequest, first: Pictures, last: Pictures | None) -> Tensor:
     """The given first and last frame with grey between them: levels (T, H, W, 3) of 255.
 
     float16 holds all levels and the middle of grey exactly, in half the memory of float32.
     """
     video_THWC = torch.full((request.num_frames, request.height, request.width, 3), GREY, dtype=torch.float16)
-    video_THWC[:1] = torch.from_numpy(fitted_image(request, "image"))
-    if request.last_image is not None:
-        video_THWC[-1:] = torch.from_numpy(fitted_image(request, "last_image"))
+    video_THWC[:1] = torch.from_numpy(fitted_to(request, first))
+    if last is not None:
+        video_THWC[-1:] = torch.from_numpy(fitted_to(request, last))
     return video_THWC
 
 

@@ -139,9 +139,9 @@ def denoise(
     for index, t in enumerate(sampler.schedule.timesteps):
         which, scale = switch.for_timestep(t)
         if per_token and not choices.distinct_timesteps:
-            timestep: Tensor | FrameTimes = condition.token_times(times[index], latents_BCTHW.shape, patch)
+            timestep: Tensor | FrameTimes = condition.token_times(times[index], latents_BCTHW.shape, patch=patch)
         else:
-            timestep = condition.frame_times(times[index], latents_BCTHW.shape, patch[0])
+            timestep = condition.frame_times(times[index], latents_BCTHW.shape, patch=patch[0])
         with own_precision(device):
             velocities = predict(experts[which], condition.shown(latents_BCTHW), timestep)
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)

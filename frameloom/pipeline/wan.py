@@ -26,8 +26,7 @@ from frameloom.pipeline.conditions import (
     Takes,
     beside,
     clip_images,
-    fitted_image,
-    fitted_video,
+    fitted_to,
     noised,
     pictures_taken,
     video_of_ends,
@@ -231,7 +230,7 @@ class WanPipeline:
             report(Progress(stage="image", step=0, total=1))
             condition = self._condition(request)
             if request.video is not None:
-                noise = noised(self._encoded(torch.from_numpy(fitted_video(request))), noise, schedule)
+                noise = noised(self._encoded(torch.from_numpy(fitted_to(request, request.video))), noise, schedule)
             report(Progress(stage="image", step=1, total=1))
         return condition, noise
 
@@ -243,9 +242,9 @@ class WanPipeline:
             image_BNE = self.image_encoder.encode_images(clip_images(request)).flatten(0, 1)
             image_BNE = image_BNE.expand(len(request.prompts), -1, -1)
         if self.expand_timesteps:
-            first = self._encoded(torch.from_numpy(fitted_image(request, "image")))
+            first = self._encoded(torch.from_numpy(fitted_to(request, request.image)))
             return Condition(first_BCTHW=first, image_BNE=image_BNE)
-        latents = self._encoded(video_of_ends(request))
+        latents = self._encoded(video_of_ends(request, request.image, request.last_image))
         given = beside(latents, self.vae.spec.temporal_scale, has_last=request.last_image is not None)
         return Condition(beside_BCTHW=given, image_BNE=image_BNE)
 

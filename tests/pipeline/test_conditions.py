@@ -178,11 +178,11 @@ def test_the_mask_marks_given_frames_as_the_reference_does(has_last, vae):
 def test_given_frames_have_timestep_zero_and_stay(patch):
     condition = Condition(first_BCTHW=torch.ones(1, 4, 1, 4, 4))
     latents = torch.randn(2, 4, 4, 4, 4)
-    times = condition.frame_times(torch.tensor(500), latents.shape, patch)
+    times = condition.frame_times(torch.tensor(500), latents.shape, patch=patch)
     assert isinstance(times, FrameTimes)
     of_frames = times.values_BM[:, times.index_F]
     assert of_frames.tolist() == [[0] + [500] * (4 // patch - 1)] * 2
-    of_tokens = condition.token_times(torch.tensor(500), latents.shape, (patch, 2, 2))
+    of_tokens = condition.token_times(torch.tensor(500), latents.shape, patch=(patch, 2, 2))
     assert torch.equal(of_tokens, of_frames.repeat_interleave(4, dim=1).float())
     kept = condition.kept(latents)
     assert torch.equal(kept[:, :, :1], torch.ones(2, 4, 1, 4, 4))
@@ -192,7 +192,7 @@ def test_given_frames_have_timestep_zero_and_stay(patch):
 def test_without_pictures_nothing_is_changed():
     latents = torch.randn(2, 4, 3, 4, 4)
     assert Condition().shown(latents) is latents
-    assert Condition().frame_times(torch.tensor(7), latents.shape, 1).tolist() == [7, 7]
+    assert Condition().frame_times(torch.tensor(7), latents.shape, patch=1).tolist() == [7, 7]
 
 
 @pytest.mark.parametrize("skipped", [0, 3, 8])
