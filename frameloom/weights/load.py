@@ -133,6 +133,8 @@ def read_tensor(entry: TensorEntry, *, dtype: torch.dtype | None = None) -> Tens
     Raises CheckpointError where its file ends too early, OSError where it cannot be read.
     """
     _check_dtype(entry)
+    if not _scale_fits(entry):
+        raise CheckpointError(f"{entry.file} has a scale of another shape for '{entry.name}'; download it again")
     reader = _Reader(
         dtype=dtype,
         device=torch.device("cpu"),
@@ -217,12 +219,21 @@ def _check_fit(stored: Mapping[str, TensorEntry], slots: Mapping[str, Tensor], *
 
 
 def _check_dtype(entry: TensorEntry) -> None:
-    if entry.dtype not in DTYPES:
+    if entry.dtype not in DTYPES or entry.scale is not None:
         check_readable(entry.dtype)
 
 
+def _scale_fits(entry: TensorEntry) -> bool:
+    """Whether what the numbers are multiplied by is one plain number, or one for each row."""
+    scale = entry.scale
+    if scale is None:
+        return True
+    is_plain = scale.dtype in DTYPES and DTYPES[scale.dtype].is_floating_point and scale.scale is None
+    return is_plain and math.prod(scale.shape) in (1, *entry.shape[:1])
+
+
 def _fits(entry: TensorEntry, slot: Tensor) -> bool:
-    if entry.scale is not None and math.prod(entry.scale.shape) not in (1, *entry.shape[:1]):
+    if not _scale_fits(entry):
         return False
     floats = entry.dtype in BLOCK_TYPES or entry.scale is not None or DTYPES[entry.dtype].is_floating_point
     return entry.shape == tuple(slot.shape) and floats == slot.is_floating_point()
@@ -230,7 +241,7 @@ def _fits(entry: TensorEntry, slot: Tensor) -> bool:
 
 def _misfit(name: str, entry: TensorEntry, slot: Tensor) -> str:
     kind = str(slot.dtype).removeprefix("torch.")
-    scaled = "" if entry.scale is None else f" with a scale {list(entry.scale.shape)}"
+    scaled = "" if entry.scale is None else f" with a scale {entry.scale.dtype} {list(entry.scale.shape)}"
     return f"{name} (stored {entry.dtype} {list(entry.shape)}{scaled}, needed {kind} {list(slot.shape)})"
 
 

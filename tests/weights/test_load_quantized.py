@@ -30,7 +30,7 @@ from frameloom.platform.device import choose_dtype
 from frameloom.platform.tuning import Tuner
 from frameloom.weights import load
 from frameloom.weights.files import read_file
-from frameloom.weights.load import load_module
+from frameloom.weights.load import load_module, read_tensor
 
 SPEC = TransformerSpec(
     num_attention_heads=2, attention_head_dim=128, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=512,
@@ -260,9 +260,21 @@ def test_a_scale_of_another_shape_is_named(tmp_path, dits):
     name = "blocks.0.attn1.to_q.weight"
     tensors = {key: plain(value) for key, value in dits.state_dict().items()}
     good = scaled(dits.state_dict()[name], "F8_E4M3")
-    tensors[name] = Stored(dtype=good.dtype, shape=good.shape, data=good.data, scale=plain(torch.ones(3)))
-    with pytest.raises(CheckpointError, match=r"to_q.weight \(stored F8_E4M3 \[256, 256\] with a scale \[3\], needed"):
-        load_dit(write(tmp_path / "x", tensors), "keep")
+    for scale, told in ((plain(torch.ones(3)), r"F32 \[3\]"), (in_blocks(torch.ones(1, 256), "Q8_0"), "Q8_0")):
+        tensors[name] = replace(good, scale=scale)
+        component = write(tmp_path / "x", tensors)
+        for quantized in ("keep", "expand"):
+            with pytest.raises(CheckpointError, match=rf"to_q.weight \(stored F8_E4M3 .* with a scale {told}"):
+                load_dit(component, quantized)
+        with pytest.raises(CheckpointError, match=f"a scale of another shape for '{name}'"):
+            read_tensor(component.tensors[name])
+
+
+def test_a_scale_of_what_has_none_is_refused(tmp_path, dits):
+    tensors = {key: plain(value) for key, value in dits.state_dict().items()}
+    tensors["proj_out.bias"] = Stored(dtype="I64", shape=(16,), data=bytes(128), scale=plain(torch.ones(1)))
+    with pytest.raises(CheckpointError, match="stored as I64 cannot be read"):
+        load_dit(write(tmp_path / "x", tensors), "expand")
 
 
 def test_blocks_of_another_shape_are_named(tmp_path, dits):
