@@ -19,6 +19,7 @@ from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
+from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
 from frameloom.ops.quantized import largest_plain_bytes
 from frameloom.ops.registry import Decision, Policy
@@ -56,7 +57,7 @@ def load_plain_dit(
     `adapters` are merged into the weights, which then must be plain.
     """
     with on_meta():
-        dit = WanDiT(spec).eval()
+        dit = make_dit(spec).eval()
     ranks = ranks or single(device)
     fill(
         dit,
@@ -106,7 +107,7 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks
     chosen = ""
     for kind, biased in ((SelfAttention, False), (CrossAttention, True)):
         found = set_attention(
-            dit, kind, expected=dit.spec.num_layers, name=attention, platform=platform,
+            dit, kind, expected=dit.spec.num_blocks, name=attention, platform=platform,
             head_dim=dit.spec.attention_head_dim, dtype=weight.dtype, biased=biased,
             because=because,
         )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from frameloom.memory.meter import peak_bytes
 from frameloom.models.dit_fast import DitChoices, LoopChoices, without_weights
 from frameloom.models.spec import TransformerSpec
+from frameloom.models.vace import under_empty_control
 from frameloom.models.wan_dit import WanDiT
 from frameloom.platform.device import free_memory_bytes
 
@@ -63,7 +64,7 @@ class StepPlanner:
         def run() -> None:
             x = torch.empty(batch, channels, *cells, device="meta")
             text = torch.empty(2 * batch, _TEXT_TOKENS, self.spec.text_dim, device="meta", dtype=self.dtype)
-            prompt = twin.read_prompt(text)
+            prompt = under_empty_control(twin.read_prompt(text), twin, x)
             twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
 
         with torch.inference_mode():
@@ -72,5 +73,5 @@ class StepPlanner:
     @functools.cached_property
     def _twin(self) -> WanDiT:
         """Two blocks without weights: the others use the same memory again."""
-        spec = replace(self.spec, num_layers=min(2, self.spec.num_layers), image_dim=None, added_kv_proj_dim=None)
+        spec = replace(self.spec.first_layers(2), image_dim=None, added_kv_proj_dim=None)
         return without_weights(spec, self.dtype, replace(self.choices, collapses_padding=False))

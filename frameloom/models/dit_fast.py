@@ -22,6 +22,7 @@ from frameloom.models.dit_rewrites import (
 )
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
+from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import Attention, Block, FeedForward, WanDiT
 from frameloom.ops.dit_ops import Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED, MLP_ROWS
@@ -114,7 +115,7 @@ def install(dit: WanDiT, choices: DitChoices) -> None:
 def without_weights(spec: TransformerSpec, dtype: torch.dtype, choices: DitChoices) -> WanDiT:
     """The same network, in the same ways, on the meta device: it computes shapes and nothing else."""
     with on_meta():
-        dit = WanDiT(spec).eval()
+        dit = make_dit(spec).eval()
     for name, parameter in dit.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else dtype)
     install(dit, choices)

@@ -87,8 +87,8 @@ class SequenceParallel:
             if isinstance(module, SelfAttention):
                 module.attend = functools.partial(self._attend, module.attend)
                 changed += 1
-        if changed != dit.spec.num_layers:
-            raise InternalError(f"{changed} self-attentions were divided, of {dit.spec.num_layers} layers")
+        if changed != dit.spec.num_blocks:
+            raise InternalError(f"{changed} self-attentions were divided, of {dit.spec.num_blocks} layers")
         dit.share_tokens = self._share_tokens
         if self.ring.size > 1:
             log.info(

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
+from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import Block, RMSNorm, WanDiT
 from frameloom.ops.norm import at_least_fp32, rms_norm
 from frameloom.ops.rope import RotaryTable
 from frameloom.parallel.team import Team
 
-_COLUMNS = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|add_[kv]_proj|norm_(q|k|added_k))|ffn\.net\.0\.proj)\.")
-_ROWS = re.compile(r"blocks\.\d+\.(attn[12]\.to_out\.0|ffn\.net\.2)\.weight")
+_COLUMNS = re.compile(
+    r"(vace_)?blocks\.\d+\.(attn[12]\.(to_[qkv]|add_[kv]_proj|norm_(q|k|added_k))|ffn\.net\.0\.proj)\."
+)
+_ROWS = re.compile(r"(vace_)?blocks\.\d+\.(attn[12]\.to_out\.0|ffn\.net\.2)\.weight")
 _SET_ASIDE = "bias_of_sum"  # the bias of a layer divided by rows, which is added once, to the sum
 
 
@@ -54,7 +57,7 @@ def divide(dit: WanDiT, team: Team) -> None:
     """
     check_tensor_plan(dit.spec, team.size)
     with on_meta():
-        whole = WanDiT(dit.spec)
+        whole = make_dit(dit.spec)
     for name, parameter in whole.named_parameters():
         _cut(name, dit.get_parameter(name), parameter.shape, team)
     for block in dit.block_list:
@@ -94,8 +97,8 @@ def _check_counts(dit: WanDiT) -> None:
     layers = [module for module in dit.modules() if hasattr(module, _SET_ASIDE)]
     of_image = dit.spec.added_kv_proj_dim is not None
     for found, each, what in ((layers, 3, "layers divided by rows"), (norms, 2 + of_image, "norms of one rank")):
-        if len(found) != each * dit.spec.num_layers:
-            raise InternalError(f"{len(found)} {what} where {each * dit.spec.num_layers} were expected")
+        if len(found) != each * dit.spec.num_blocks:
+            raise InternalError(f"{len(found)} {what} where {each * dit.spec.num_blocks} were expected")
 
 
 def _layers_by_rows(block: Block) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -65,10 +65,8 @@ def convert_model(
     if dtype is not None and dtype not in FLOATS:
         raise RequestError(f"the dtype {dtype!r} is not possible; use {', '.join(FLOATS)}, or none to leave it")
     checkpoint = open_checkpoint(model, parts=parts)
-    wanted = None if dtype is None else FLOATS[dtype]
-    return convert(
-        checkpoint, Path(os.path.expanduser(destination)), to=cast(Layout, to), dtype=wanted, on_bytes=on_bytes
-    )
+    folder = Path(os.path.expanduser(destination))
+    return convert(checkpoint, folder, to=to, dtype=None if dtype is None else FLOATS[dtype], on_bytes=on_bytes)
 
 
 def convert(

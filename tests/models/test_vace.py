@@ -9,7 +9,8 @@ from test_dit_fast import SWITCHES, padded_texts
 from test_wan_dit import TEXT_TOKENS, Case, random_parameter, random_timestep, relative, small_spec, with_clip
 
 from frameloom.errors import CheckpointError, InternalError, RequestError
-from frameloom.models.dit_fast import DitChoices, LoopChoices, install
+from frameloom.memory.dit import StepPlanner
+from frameloom.models.dit_fast import DitChoices, LoopChoices, install, without_weights
 from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.models.vace import VaceDiT, make_dit, strengths_for, under_empty_control
 from frameloom.models.wan_dit import Control, FrameTimes, WanDiT, run_in_order
@@ -268,6 +269,17 @@ def test_an_empty_control_lets_shapes_be_computed():
     plain = WanDiT(small_spec())
     prompt = plain.read_prompt(torch.randn(1, 4, 20))
     assert under_empty_control(prompt, plain, torch.randn(1, 4, 1, 2, 2)) is prompt
+
+
+def test_memory_is_planned_with_the_blocks_beside():
+    spec = CASES["some"].spec
+    without = TransformerSpec(**{k: v for k, v in dataclasses.asdict(spec).items() if "vace" not in k})
+    options = {"dtype": torch.float32, "choices": DitChoices(fuses_qkv=True), "device": torch.device("meta")}
+    assert isinstance(without_weights(spec, torch.float32, DitChoices(packs_mlp=True)), VaceDiT)
+    shape = (1, spec.in_channels, 5, 32, 32)
+    needed, needed_without = (StepPlanner(spec=one, **options).needed(shape) for one in (spec, without))
+    tokens = 2 * 5 * 16 * 16  # of both branches
+    assert needed > needed_without + tokens * spec.dim * 4  # the stream of the control itself
 
 
 def test_a_spec_with_vace_layers_makes_the_network_that_has_them():
