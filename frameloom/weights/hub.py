@@ -226,10 +226,12 @@ def _listed_shards(index: Path) -> set[str]:
     return {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else set()
 
 
-def download_files(name: str, paths: Sequence[str] = (), *, report: Report | None = None) -> tuple[Path, ...]:
-    """Fetch single files, those of a repository or the one that `name` ends with; where they are, in the same order.
+def download_files(
+    name: str, paths: Sequence[str] = (), *, also: Sequence[str] = (), report: Report | None = None
+) -> tuple[Path, ...]:
+    """Fetch single files of a repository, or the one that `name` ends with; where they are, in the same order.
 
-    Raises CheckpointError, also if the repository holds no such file.
+    Of `also` those are fetched with them that the repository holds. Raises CheckpointError, and if it lacks a file.
     """
     parsed = parse_name(name)
     wanted = list(paths) or [parsed.path]
@@ -238,7 +240,7 @@ def download_files(name: str, paths: Sequence[str] = (), *, report: Report | Non
         if path not in listing.files:
             what = f"holds no file {path!r}" if path else "is a repository, and a file of it is needed"
             raise CheckpointError(f"'{listing.repo}' {what}{_suggestion(path, listing)}")
-    root = download(listing, wanted, report=report)
+    root = download(listing, [*wanted, *also], report=report)
     return tuple(root / path for path in wanted)
 
 

@@ -13,6 +13,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _COMPONENTS = (
     "transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor", "scheduler",
 )  # fmt: skip
+_OWN = ("frameloom.json", "frameloom-checkpoint.json")  # what this program wrote beside them
 _TEXTS = (".json", ".model", ".txt")  # configs and vocabularies
 # A variant ("fp16") stands in one of three places, depending on which library wrote the file, and when.
 _WEIGHTS = re.compile(
@@ -24,7 +25,7 @@ _WEIGHTS = re.compile(
 # Original repositories: the DiT at the root (Wan 2.1, 5B) or one per folder (A14B), the rest as files of their own.
 _EXPERTS = ("", "high_noise_model", "low_noise_model")
 _VOCABULARY = "google/umt5-xxl"
-_PARTS = re.compile(r"(?:models_t5_umt5|models_clip_)[\w.-]+\.(?:pth|safetensors)|Wan\d\.\d_VAE\.(?:pth|safetensors)")
+_PARTS = re.compile(r"((?:models_t5_umt5|models_clip_)[\w.-]+|Wan\d\.\d_VAE)\.(?:pth|safetensors|json)", re.ASCII)
 
 
 def choose_files(
@@ -77,7 +78,7 @@ def _by_folder(paths: Iterable[str]) -> dict[str, list[str]]:
 def _of_diffusers(
     folders: Mapping[str, Sequence[str]], components: Iterable[str], variant: str, *, where: str
 ) -> list[str]:
-    chosen = [name for name in ("model_index.json", "frameloom.json") if name in folders[""]]
+    chosen = [name for name in ("model_index.json", *_OWN) if name in folders[""]]
     for part in components:
         names = folders.get(part, ())
         texts = [name for name in names if name.endswith(_TEXTS) and not _WEIGHTS.fullmatch(name)]
@@ -92,12 +93,9 @@ def _of_original(folders: Mapping[str, Sequence[str]], variant: str, *, where: s
         if _is_expert(names):
             start = f"{folder}/" if folder else ""
             chosen += [start + name for name in ("config.json", *_weights(names, variant, where=where))]
-    root = [name for name in folders.get("", ()) if _PARTS.fullmatch(name)]
-    return chosen + [name for name in root if name.endswith(".safetensors") or not _as_safetensors(name) & set(root)]
-
-
-def _as_safetensors(name: str) -> set[str]:
-    return {name.removesuffix(".pth") + ".safetensors"}
+    root = [name for name in folders.get("", ()) if name in _OWN or _PARTS.fullmatch(name)]
+    better = {name.replace(".safetensors", ".pth") for name in root if name.endswith(".safetensors")}
+    return chosen + [name for name in root if name not in better]
 
 
 def _is_expert(names: Iterable[str]) -> bool:

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import frameloom
 from frameloom.errors import CheckpointError
+from frameloom.weights.convert import convert_model
 from frameloom.weights.hub import HubName, is_hub_name, parse_name
 from frameloom.weights.hub_choice import choose_files
+from frameloom.weights.source import open_checkpoint
 
 CHUNK = 10 * 2**20  # the hub library writes what has arrived in pieces of this size
 
@@ -260,6 +262,10 @@ def small_checkpoint():
     return files
 
 
+def files_in(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 BALLAST = {
     "README.md": b"much",
     "transformer/diffusion_pytorch_model-00001-of-00009.safetensors": b"of an older save",
@@ -279,8 +285,7 @@ def test_fetches_what_is_needed_once(hub, home):
     files = small_checkpoint()
     hub.add("o/n", files | BALLAST)
     folder = Path(ask(hub, home, WHOLE, "o/n"))
-    have = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert have == files
+    assert files_in(folder) == files
     assert hub.fetched() <= set(files)
     assert [path for _, path, _ in hub.asked if path.startswith("/api/models/")] == ["/api/models/o/n/revision/main"]
     sent = hub.large_bytes()
@@ -474,9 +479,9 @@ def test_a_file_damaged_in_the_cache_is_removed(hub, home):
     code = PRELUDE + (
         "said = []\n"
         "for damage in (bytes(1000), bytes(10)):\n"
-        "    download_files('o/n/x.gguf')[0].write_bytes(damage)\n"
-        "    said.append(told(download_files, 'o/n/x.gguf'))\n"
-        "print(json.dumps([*said, str(download_files('o/n/x.gguf')[0])]))"
+        "    download_files('o/n', ['x.gguf'])[0].write_bytes(damage)\n"
+        "    said.append(told(download_files, 'o/n', ['x.gguf']))\n"
+        "print(json.dumps([*said, str(download_files('o/n', ['x.gguf'])[0])]))"
     )
     wrong_hash, cut_off, file = json.loads(ask(hub, home, code))
     assert "is damaged (its sha256 is not what the hub says) and was removed" in wrong_hash
@@ -576,8 +581,7 @@ def command(address, home, *arguments, **settings):
 
 def test_inspects_and_generates_from_the_hub_and_then_without_it(hub, home, checkpoint_of, tmp_path):
     root = checkpoint_of()
-    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    hub.add("o/n", files | BALLAST)
+    hub.add("o/n", files_in(root) | BALLAST)
     code, out, err = command(hub.address, home, "inspect", "o/n", "--json")
     assert code == 0, err
     assert json.loads(out)["components"] == frameloom.describe(root)["components"]
@@ -594,3 +598,21 @@ def test_inspects_and_generates_from_the_hub_and_then_without_it(hub, home, chec
     assert results[0]
     assert results[0] == results[1]
     assert hub.fetched().isdisjoint(BALLAST)
+
+
+def test_opens_original_repositories_and_single_files_of_the_hub(hub, home, checkpoint_of, tmp_path):
+    for layout in ("original", "single-file"):
+        convert_model(checkpoint_of("two experts"), tmp_path / layout, to=layout)
+        hub.add(f"o/{layout}", files_in(tmp_path / layout) | {"vae/other.safetensors": b"not asked for"})
+    code = (
+        "import sys; from frameloom.weights.source import open_checkpoint\n"
+        "parts = dict(text_encoder='text_encoders/umt5.safetensors', vae='vae/vae.safetensors',\n"
+        "    transformer='diffusion_models/transformer_low_noise.safetensors', tokenizer='tokenizer/tokenizer.json')\n"
+        "parts = {part: f'hf://o/single-file/{path}' for part, path in parts.items()}\n"
+        "for found in (open_checkpoint('o/original'), open_checkpoint(None, parts=parts)):\n"
+        "    print(sorted((name, len(part.tensors), part.num_parameters) for name, part in found.components.items()))"
+    )
+    expected = open_checkpoint(checkpoint_of("two experts")).components.items()
+    facts = str(sorted((name, len(part.tensors), part.num_parameters) for name, part in expected))
+    assert ask(hub, home, code).splitlines() == [facts, facts]
+    assert not list(home.rglob("other.safetensors"))
