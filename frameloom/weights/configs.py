@@ -341,13 +341,14 @@ def model_name(kind: str, config: JsonObject) -> str:
 def _transformer_name(config: JsonObject, size: str) -> str:
     """As far as shapes tell: the experts of T2V-A14B have those of T2V-14B."""
     channels, out = config["in_channels"], config["out_channels"]
+    # Behind the noise images have a mask of 4 frames a latent one, and their latents.
+    if channels not in (out, 2 * out + 4):
+        return f"Wan of {channels} channels in and {out} out {size}"
     if config.get("vace_in_channels") is not None:
         return f"Wan 2.1 VACE {size}"
     if config["image_dim"] is not None:
         return f"Wan 2.1 {'I2V' if config['pos_embed_seq_len'] is None else 'FLF2V'} {size}"
-    if channels == out:
-        also = " or Wan 2.2 T2V A14B" if size == "14B" else ""
-        return f"Wan 2.2 TI2V {size}" if out == 48 else f"Wan 2.1 T2V {size}{also}"
-    if channels == 2 * out + 4:  # behind the noise: a mask of 4 frames a latent one, and the image's latents
+    if channels != out:
         return f"Wan 2.2 I2V {'A14B' if size == '14B' else size}"
-    return f"Wan of {channels} channels in and {out} out {size}"
+    also = " or Wan 2.2 T2V A14B" if size == "14B" else ""
+    return f"Wan 2.2 TI2V {size}" if out == 48 else f"Wan 2.1 T2V {size}{also}"

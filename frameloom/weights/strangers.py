@@ -25,11 +25,11 @@ _SEEMS: Mapping[str, str] = {
 
 # Models built on Wan's transformer whose additional tensors would have to be left out.
 _RELATIVES: Mapping[str, str] = {
-    r"(casual_audio_encoder|audio_injector|audio_proj|audio_model)\.": "Wan for sound (S2V, FantasyTalking, MultiTalk)",
+    r"(casual_audio_encoder|audio_injector|(multitalk_)?audio_proj|audio_model)\.": "Wan for sound (S2V, MultiTalk)",
     r"(face_adapter|motion_encoder|pose_patch_embedding)\.": "Wan Animate",
     r"control_adapter\.": "Wan Fun with camera control",
     r"ref_conv\.": "Wan Fun Control",
-    r"blocks\.0\.(cam_encoder|projector)\.": "ReCamMaster",
+    r"blocks\.0\.(cam_encoder|projector|audio_cross_attn)\.": "a model of Wan with more in its blocks",
     r"fps_(embedding|projection)\.": "SkyReels V2 with diffusion forcing",
     r"(motion_controller|mvs_attn|ip_adapter)\.": "Wan with an adapter of its own",
 }

@@ -26,8 +26,11 @@ from safetensors.torch import save_file
 
 from frameloom.errors import CheckpointError
 from frameloom.models.clip import build_image_encoder
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec, VaeSpec
-from frameloom.models.umt5 import Umt5Spec
+from frameloom.models.umt5 import Umt5Encoder, Umt5Spec
+from frameloom.models.vace import make_dit
+from frameloom.models.wan_vae import WanVAE
 from frameloom.weights.header import read_header
 from frameloom.weights.identify import identify, pair_of
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_LLAMA_CPP, UMT5_ORIGINAL, vae_21, vae_22
@@ -57,6 +60,13 @@ def clip_original(natives):
     shapes["visual.cls_embedding"] = (1, 1, *shapes["visual.cls_embedding"])
     shapes["visual.pos_embedding"] = (1, *shapes["visual.pos_embedding"])
     return shapes
+
+
+def description(kind, config):
+    return {"frameloom": json.dumps({"kind": kind, "config": config})}
+
+
+TOLD = description("transformer", SMALL)
 
 
 # --- published models ---
@@ -132,6 +142,31 @@ def test_queries_keys_and_values_of_the_original_clip_are_thirds_of_one_tensor(t
         assert torch.equal(found, stacked[80 * index : 80 * index + 80])
 
 
+def built(make):
+    with on_meta():
+        return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+
+
+def test_what_is_found_fills_the_network_that_is_made_of_it():
+    """Every tensor of our own modules, by name and shape, and none besides."""
+    for natives in (
+        transformer(**SMALL),
+        transformer(**SMALL, in_channels=36, image_dim=24, added_kv_proj_dim=32, pos_embed_seq_len=514),
+        transformer(**SMALL, vace_layers=[0, 1], vace_in_channels=96),
+    ):
+        part = only(stored(DIT_ORIGINAL, natives), metadata=TOLD)
+        spec = TransformerSpec.from_config(part.config)
+        assert {name: entry.shape for name, entry in part.tensors.items()} == built(lambda spec=spec: make_dit(spec))
+    for config in VAES.values():
+        part = only(vae(**config))
+        spec = VaeSpec.from_config(part.config)
+        assert {name: entry.shape for name, entry in part.tensors.items()} == built(lambda spec=spec: WanVAE(spec))
+    part = only(stored(UMT5_ORIGINAL, umt5()))
+    found = built(lambda: Umt5Encoder(Umt5Spec.from_config(part.config, where=WHERE)))
+    del found["encoder.embed_tokens.weight"]
+    assert {name: entry.shape for name, entry in part.tensors.items()} == found
+
+
 # --- files of several networks, prefixes ---
 
 
@@ -176,6 +211,12 @@ def test_the_tokenizer_of_a_gguf_file_is_its_metadata():
     assert only(stored(UMT5_LLAMA_CPP, umt5()), metadata=metadata).vocabulary is metadata
 
 
+def test_a_model_of_other_channels_is_named_after_them():
+    """Such as Wan Fun Control, which has a CLIP branch, too."""
+    part = only(transformer(**SMALL, in_channels=48, image_dim=24, added_kv_proj_dim=32), metadata=TOLD)
+    assert part.model == "Wan of 48 channels in and 16 out (2 layers, 32 wide)"
+
+
 def test_the_table_of_tokens_may_have_its_second_name_alone():
     natives = umt5(num_layers=2)
     shapes = {name.replace("shared.", "encoder.embed_tokens."): shape for name, shape in natives.items()}
@@ -195,10 +236,6 @@ def test_dimensions_that_writers_of_gguf_fold_or_drop_are_unfolded():
 
 
 # --- what shapes do not say ---
-
-
-def description(kind, config):
-    return {"frameloom": json.dumps({"kind": kind, "config": config})}
 
 
 def test_a_width_that_is_no_multiple_of_128_needs_a_description():
@@ -387,6 +424,8 @@ def test_scales_that_mean_something_else_are_refused(tmp_path, extra, said):
         (["model.layers.0.self_attn.q_proj.weight"], "language model"),
         (["blocks.0.self_attn.q.weight", "casual_audio_encoder.x.weight"], "S2V"),
         (["blocks.0.self_attn.q.weight", "face_adapter.x.weight"], "Wan Animate"),
+        (["multitalk_audio_proj.x.weight"], "MultiTalk"),
+        (["m.blocks.0.cam_encoder.weight"], "more in its blocks"),
         (["blocks.0.self_attn.q.weight", "model.control_adapter.conv.weight"], "camera control"),
         (
             [
@@ -451,7 +490,7 @@ def test_any_tensors_at_all_are_a_network_or_one_sentence(data):
     sizes = st.lists(st.sampled_from([0, 1, 2, 3, 16, 128, 2**40]), max_size=5)
     for name in data.draw(st.lists(names, max_size=5)):
         shapes[name] = tuple(data.draw(sizes.filter(lambda shape: math.prod(shape) <= 2**45)))
-    metadata = data.draw(st.sampled_from([{}, description("transformer", SMALL), description("vae", NARROW)]))
+    metadata = data.draw(st.sampled_from([{}, TOLD, description("vae", NARROW)]))
     try:
         parts = identify(listed(shapes), metadata=metadata, where=WHERE)
     except CheckpointError as error:

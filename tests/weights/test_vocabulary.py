@@ -3,6 +3,8 @@
 import io
 import re
 
+import gguf
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +13,7 @@ from transformers import T5Tokenizer
 
 from frameloom.errors import CheckpointError
 from frameloom.models.tokenizer import tokenizer_of
+from frameloom.weights.files import read_file
 from frameloom.weights.header import TensorEntry
 from frameloom.weights.vocabulary import MAX_BYTES, read_vocabulary
 
@@ -126,6 +129,25 @@ def metadata(file):
 
 def test_the_lists_of_a_gguf_file_hold_the_same(file, metadata):
     assert read_vocabulary(metadata) == read_vocabulary(file)
+
+
+def test_a_gguf_file_as_the_gguf_package_writes_it_brings_its_tokenizer(file, tmp_path):
+    path, expected = tmp_path / "umt5.gguf", read_vocabulary(file)
+    writer = gguf.GGUFWriter(path, "t5encoder")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list(list(expected.pieces))
+    writer.add_token_scores(list(expected.scores))
+    writer.add_token_types(list(expected.types))
+    writer.add_precompiled_charsmap(expected.charsmap)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_tensor("token_embd.weight", np.zeros((150, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_vocabulary(read_file(path).metadata) == expected
 
 
 def test_pieces_for_bytes_stay_unused_as_in_the_reference(tmp_path):
