@@ -46,8 +46,9 @@ from frameloom.settings import LOGGER_NAME, launched
 from frameloom.types import Lora
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.fingerprint import fingerprint
-from frameloom.weights.load import Quantized, held_bytes, is_quantized
+from frameloom.weights.load import Quantized, held_bytes
 from frameloom.weights.source import Source, open_checkpoint
+from frameloom.weights.tensors import is_quantized
 from frameloom.weights.vocabulary import tokenizer_in
 
 log = logging.getLogger(LOGGER_NAME)

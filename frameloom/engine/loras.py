@@ -16,8 +16,9 @@ from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import WanDiT
 from frameloom.types import Expert, Lora
 from frameloom.weights.checkpoint import Component
-from frameloom.weights.load import Quantized, is_quantized
+from frameloom.weights.load import Quantized
 from frameloom.weights.lora import read_loras
+from frameloom.weights.tensors import is_quantized
 
 Take = Callable[[str, Tensor], Tensor]
 

@@ -23,8 +23,8 @@ from frameloom.weights.descriptions import metadata_of, write_descriptions
 from frameloom.weights.fingerprint import fingerprint
 from frameloom.weights.header import BLOCKS, TensorEntry
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
-from frameloom.weights.load import DTYPES, read_tensor
 from frameloom.weights.source import Source, open_checkpoint
+from frameloom.weights.tensors import DTYPES, read_tensor
 from frameloom.weights.write import NAMES, Planned, Target, make_folder, write_safetensors
 
 Layout = Literal["diffusers", "original", "single-file"]

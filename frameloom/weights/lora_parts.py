@@ -15,8 +15,8 @@ from torch import Tensor
 from frameloom.errors import CheckpointError
 from frameloom.models.adapters import Adapter, Pair, Product
 from frameloom.weights.header import TensorEntry
-from frameloom.weights.load import read_tensor
 from frameloom.weights.lora_keys import Part
+from frameloom.weights.tensors import read_tensor
 
 MAX_SCALE = 1000.0  # alpha / rank of real files lies between 0.01 and 10
 

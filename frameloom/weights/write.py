@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frameloom.errors import OutputError
 from frameloom.weights.header import read_header, stored_bytes
-from frameloom.weights.load import DTYPES
+from frameloom.weights.tensors import DTYPES
 
 _ALIGNMENT = 8  # bytes; the format asks that the tensors begin at a multiple
 _PIECE_BYTES = 16 * 2**20

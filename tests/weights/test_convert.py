@@ -11,8 +11,8 @@ import frameloom
 from frameloom import shapes
 from frameloom.errors import OutputError
 from frameloom.weights.convert import LAYOUTS, convert, plan
-from frameloom.weights.load import read_tensor
 from frameloom.weights.source import open_checkpoint
+from frameloom.weights.tensors import read_tensor
 
 KINDS = ["one expert", "two experts", "per-token timesteps"]
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "seed": 3}

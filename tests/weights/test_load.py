@@ -12,7 +12,7 @@ from torch import nn
 
 import frameloom
 from frameloom.errors import CheckpointError, InternalError
-from frameloom.weights import load
+from frameloom.weights import tensors as reading
 from frameloom.weights.checkpoint import Component
 from frameloom.weights.header import read_tensors
 from frameloom.weights.load import load_module
@@ -111,9 +111,9 @@ def test_takes_a_component_and_several_files(tmp_path, state):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("staging_bytes", [16, load.STAGING_BYTES])
+@pytest.mark.parametrize("staging_bytes", [16, reading.STAGING_BYTES])
 def test_converts_floats_and_leaves_integers(tmp_path, monkeypatch, state, stored, dtype, staging_bytes):
-    monkeypatch.setattr(load, "STAGING_BYTES", staging_bytes)  # 16 bytes: a tensor takes many pieces
+    monkeypatch.setattr(reading, "STAGING_BYTES", staging_bytes)  # 16 bytes: a tensor takes many pieces
     kept = {name: value.to(stored) if value.is_floating_point() else value for name, value in state.items()}
     save_file(kept, tmp_path / "x.safetensors")
     module = on_meta(Net)
@@ -346,9 +346,9 @@ def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("staging_bytes", [16, load.STAGING_BYTES])
+@pytest.mark.parametrize("staging_bytes", [16, reading.STAGING_BYTES])
 def test_fills_on_an_accelerator(file, monkeypatch, state, dtype, staging_bytes):
-    monkeypatch.setattr(load, "STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(reading, "STAGING_BYTES", staging_bytes)
     module = on_meta(Net)
     load_module(module, [file], device="cuda", dtype=dtype)
     tensors = [*module.parameters(), *module.buffers()]

@@ -28,9 +28,10 @@ from frameloom.ops.quantized import Linear, is_quantized
 from frameloom.ops.registry import Policy, relative_error
 from frameloom.platform.device import choose_dtype
 from frameloom.platform.tuning import Tuner
-from frameloom.weights import load
+from frameloom.weights import tensors as reading
 from frameloom.weights.files import read_file
-from frameloom.weights.load import load_module, read_tensor
+from frameloom.weights.load import load_module
+from frameloom.weights.tensors import read_tensor
 
 SPEC = TransformerSpec(
     num_attention_heads=2, attention_head_dim=128, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=512,
@@ -118,7 +119,7 @@ def test_a_text_encoder_held_as_stored_has_the_bits_of_the_expanded_one(tmp_path
 def test_pieces_of_any_length_make_the_same_weights(tmp_path, monkeypatch, dits):
     component = write_network(tmp_path / "x", dits, "mixed")
     wanted = load_dit(component, "expand").state_dict()
-    monkeypatch.setattr(load, "STAGING_BYTES", 4096)
+    monkeypatch.setattr(reading, "STAGING_BYTES", 4096)
     found = load_dit(component, "expand").state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -370,4 +371,4 @@ def test_peak_memory_is_the_weights_and_buffers(tmp_path):
     for line in run.stdout.splitlines():
         kind, quantized, growth, held = line.split()
         print(f"{kind} {quantized}: peak growth {int(growth) / 1e6:.1f} MB for {int(held) / 1e6:.1f} MB")  # noqa: T201
-        assert int(held) <= int(growth) <= int(held) + 5 * load.STAGING_BYTES
+        assert int(held) <= int(growth) <= int(held) + 5 * reading.STAGING_BYTES
