@@ -72,7 +72,7 @@ def identify(
     """
     metadata = metadata or {}
     refuse_relatives(entries, where=where)
-    plain = with_scales(entries, metadata)
+    plain = with_scales(entries, metadata, where=where)
     found = tuple(_found(plain))
     if not found:
         raise CheckpointError(f"{where} {what_it_seems(entries)}")

@@ -83,7 +83,7 @@ def _file(lora: Lora, expert: Expert | None) -> Path:
 
 def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | None) -> Adapters | None:
     """What a file changes; None where all of it is for the other expert, which gets it."""
-    stored = with_scales(file.entries, file.metadata)
+    stored = with_scales(file.entries, file.metadata, where=str(file.path))
     keys, unused = _split(stored)
     mine = _own(keys, lora, expert)
     others = {key.name for key in keys} - {key.name for key in mine}

@@ -30,14 +30,16 @@ _PACKED = re.compile(
 )
 
 
-def with_scales(entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any]) -> dict[str, TensorEntry]:
-    """The tensors with their scales attached, and without what only said so.
+def with_scales(
+    entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any], *, where: str
+) -> dict[str, TensorEntry]:
+    """The tensors with their scales attached, and without what only said so. `where` names the file in messages.
 
     Raises CheckpointError for weights that are packed in a way that a scale does not undo.
     """
     _refuse_packed(entries)
-    for module, told in _descriptions(entries, metadata):
-        _check_format(module, told, entries.get(f"{module}.weight"))
+    for module, told in _descriptions(entries, metadata, where=where):
+        _check_format(f"{where} stores '{module}'", told, entries.get(f"{module}.weight"))
     scale_of = dict(_pairs(entries))
     used = set(scale_of.values())
     kept = {name: entry for name, entry in entries.items() if name not in used and not _UNNEEDED.fullmatch(name)}
@@ -73,12 +75,12 @@ def _refuse_packed(entries: Mapping[str, TensorEntry]) -> None:
         if _PACKED.fullmatch(name):
             raise CheckpointError(
                 f"{entry.file} holds '{name}', so its weights are packed in a way that is not readable; "
-                f"take a GGUF file, or one in {', '.join(FORMATS)}"
+                f"take {_readable()}, or GGUF"
             )
 
 
 def _descriptions(
-    entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry], metadata: Mapping[str, Any], *, where: str
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Modules and what the file says of the numbers of their weights."""
     for name, entry in entries.items():
@@ -86,9 +88,9 @@ def _descriptions(
             yield name.removesuffix(_MARK), _read_mark(entry)
     text = metadata.get("_quantization_metadata")
     if text is not None:
-        layers = _parsed(text, what="_quantization_metadata").get("layers", {})
+        layers = _parsed(text, what=f"{where} in its metadata").get("layers", {})
         if not isinstance(layers, dict) or not all(isinstance(told, dict) for told in layers.values()):
-            raise CheckpointError("the metadata '_quantization_metadata' lists no layers; download the file again")
+            raise CheckpointError(f"{where} has '_quantization_metadata' that lists no layers; download it again")
         yield from layers.items()
 
 
@@ -97,11 +99,11 @@ def _read_mark(entry: TensorEntry) -> Mapping[str, Any]:
         raise CheckpointError(f"{entry.file} has a damaged '{entry.name}'; download it again")
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
-        return _parsed(file.read(entry.size_bytes), what=entry.name)
+        return _parsed(file.read(entry.size_bytes), what=f"{entry.file} in '{entry.name}'")
 
 
 def _parsed(text: Any, *, what: str) -> Mapping[str, Any]:
-    damaged = CheckpointError(f"'{what}' holds no readable JSON object; download the file again")
+    damaged = CheckpointError(f"{what} holds no readable JSON object; download it again")
     if not isinstance(text, str | bytes) or len(text) > _MAX_METADATA:
         raise damaged
     try:
@@ -113,15 +115,15 @@ def _parsed(text: Any, *, what: str) -> Mapping[str, Any]:
     return found
 
 
-def _check_format(module: str, told: Mapping[str, Any], weight: TensorEntry | None) -> None:
+def _check_format(stores: str, told: Mapping[str, Any], weight: TensorEntry | None) -> None:
     name = told.get("format")
     if told.get("convrot"):
-        raise CheckpointError(f"'{module}' is stored rotated (convrot, {name}); take a file that is not: {_readable()}")
+        raise CheckpointError(f"{stores} rotated (convrot, {name}), which is not readable; take {_readable()}")
     if not isinstance(name, str) or name not in FORMATS:
-        raise CheckpointError(f"'{module}' is stored as {name!r}, which is not readable; take a file in {_readable()}")
+        raise CheckpointError(f"{stores} as {name!r}, which is not readable; take {_readable()}")
     if weight is not None and weight.dtype != FORMATS[name]:
-        raise CheckpointError(f"'{weight.name}' is said to be {name}, but stored as {weight.dtype}; download it again")
+        raise CheckpointError(f"{stores} as {weight.dtype}, but says that it is {name}; download it again")
 
 
 def _readable() -> str:
-    return " or ".join(FORMATS)
+    return f"a file in {' or '.join(FORMATS)}"

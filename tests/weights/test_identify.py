@@ -368,8 +368,8 @@ def test_whole_numbers_need_a_scale(tmp_path):
 def test_the_metadata_may_say_what_the_numbers_are(tmp_path):
     for told, said in (
         ("float8_e4m3fn", None),
-        ("nvfp4", "stored as 'nvfp4'"),
-        ("float8_e5m2", "said to be float8_e5m2"),
+        ("nvfp4", "as 'nvfp4'"),
+        ("float8_e5m2", "says that it is float8_e5m2"),
     ):
         metadata = {"_quantization_metadata": json.dumps({"layers": {MODULE: {"format": told}}})}
         extra = {f"{MODULE}.weight_scale": torch.tensor(1.0)}
@@ -383,10 +383,13 @@ def test_the_metadata_may_say_what_the_numbers_are(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({".comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=256)}, "stored rotated"),
-        ({".comfy_quant": marked(format="mxfp8")}, "stored as 'mxfp8'"),
+        (
+            {".comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=256)},
+            f"stores '{MODULE}' rotated",
+        ),
+        ({".comfy_quant": marked(format="mxfp8")}, f"stores '{MODULE}' as 'mxfp8'"),
         ({".comfy_quant": marked(format=["x"])}, "is not readable"),
-        ({".comfy_quant": marked(none=1)}, "stored as None"),
+        ({".comfy_quant": marked(none=1)}, f"stores '{MODULE}' as None"),
         ({".comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, "damaged"),
         ({".comfy_quant": torch.ones(9, dtype=torch.uint8)}, "no readable JSON"),
         ({".weight_scale": torch.ones(2, 2)}, "one scale for a weight or one per row"),
