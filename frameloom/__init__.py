@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
-    from frameloom.types import ImageInput, Pictures, Progress
+    from frameloom.types import ImageInput, Lora, Pictures, Progress
     from frameloom.verify.finding import Finding
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "FrameloomError",
     "InputError",
     "InternalError",
+    "Lora",
     "OutputError",
     "Progress",
     "RequestError",
@@ -56,6 +57,7 @@ __all__ = [
 # Looked up on first use: `import frameloom` and every error at the door answer without loading torch.
 _LAZY = {
     "Engine": "frameloom.engine.engine",
+    "Lora": "frameloom.types",
     "Progress": "frameloom.types",
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
@@ -88,6 +90,8 @@ def load(
     vae_memory: int | str = "auto",
     parallel: str = "auto",
     quantized: str = "keep",
+    loras: "Sequence[Lora | str]" = (),
+    preset: str | None = None,
 ) -> "Engine":
     """Load a checkpoint: a folder, a weight file, or a hub id; without an argument the built-in model.
 
@@ -99,13 +103,15 @@ def load(
     `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights
     (6_000_000_000 or "6GB"). `parallel`: auto, or a plan such as "cfg=2,ulysses=2", for processes that torchrun
     started: each loads the engine, and all must ask it the same. `quantized`: keep leaves quantized weights as they are
-    stored, expand makes them plain when they are read: the same bits, faster, in more memory. Use the engine in a
+    stored, expand makes them plain when they are read: the same bits, faster, in more memory. `loras`: Lora, or texts
+    such as "high:FILE:0.8", merged into plain weights and computed beside quantized ones; `Engine.set_loras` exchanges
+    others between requests. `preset`: "lightning", the recipe of models distilled to 4 steps. Use the engine in a
     `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
     engine: Engine = _lazy("build_engine")(
         _named(model, parts), parts=parts, device=device, dtype=dtype, exactness=exactness, rewrites=rewrites,
         compilation=compilation,
-        attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized,
+        attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized, loras=loras, preset=preset,
     )  # fmt: skip
     return engine
 

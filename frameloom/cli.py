@@ -121,6 +121,13 @@ def generate(
     quantized: Annotated[
         str, typer.Option(help="Quantized weights: keep them as they are stored, or expand them (faster, more memory).")
     ] = "keep",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA: FILE, FILE:0.8 or high:FILE:0.8 (low: for the other expert). Several are added up."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="lightning: 4 steps without guidance, for models and LoRAs distilled for it.")
+    ] = None,
     output: Annotated[
         str,
         typer.Option(
@@ -190,7 +197,8 @@ def generate(
         console.print(hint, style="yellow")
     begun = time.perf_counter()
     with frameloom.load(
-        model, parts=parts, quantized=quantized, device=device, dtype=dtype, exactness=exactness,
+        model, parts=parts, quantized=quantized, loras=lora or (), preset=preset, device=device, dtype=dtype,
+        exactness=exactness,
         rewrites=rewrite or (), compilation=compilation, attention=attention, vae_memory=vae_memory, parallel=parallel,
     ) as engine:  # fmt: skip
         loaded_s = time.perf_counter() - begun

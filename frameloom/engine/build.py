@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,7 @@ from frameloom.models.clip import (
     image_tokens,
     load_image_processor,
 )
-from frameloom.models.defaults import Defaults, defaults_for
+from frameloom.models.defaults import Defaults, defaults_for, preset_of
 from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.encoders import (
     TextEncoder,
@@ -70,6 +71,7 @@ def build_engine(
     parallel: str = "auto",
     quantized: str = "keep",
     loras: Sequence[Lora | str] = (),
+    preset: str | None = None,
 ) -> Engine:
     """Open a checkpoint, build its networks and fill them; `model` and `parts` are those of `open_checkpoint`.
 
@@ -80,7 +82,8 @@ def build_engine(
     the VAE may take besides its weights. `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that
     torchrun or --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain
     when they are read: the same bits, faster, in more memory. `loras`: Lora, or texts such as "high:FILE:0.8"; merged
-    into weights as they are read, computed beside those that stay quantized. Raises CheckpointError for a path or file,
+    into weights as they are read, computed beside those that stay quantized. `preset`: a recipe of models/defaults.py
+    that replaces the checkpoint's scheduler and defaults. Raises CheckpointError for a path or file,
     RequestError for the rest.
     """
     policy = policy_of(exactness, rewrites, compilation=compilation)
@@ -91,7 +94,11 @@ def build_engine(
     where, why_device = own_device(device, place)
     log.info("device %s: %s", where, why_device)
     check_dtype_name(dtype)
+    recipe = preset_of(preset)
     checkpoint = open_checkpoint(model, parts=parts)
+    if recipe is not None:
+        own = {**checkpoint.defaults, **recipe.defaults}
+        checkpoint = replace(checkpoint, scheduler=recipe.scheduler, defaults=own)
     make_sampler(checkpoint.scheduler, 1)  # so that a scheduler we cannot compute is refused before weights are read
     names = [name for name in ("transformer", "transformer_2") if name in checkpoint.components]
     specs = [_transformer_spec(checkpoint.components[name]) for name in names]
@@ -119,7 +126,7 @@ def build_engine(
         facts={
             "model": fingerprint(checkpoint) if place else "",
             "dtype": str(compute),
-            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes, weights, chosen)),
+            "options": repr((exactness, sorted(rewrites), compilation, attention, vae_bytes, weights, chosen, preset)),
         },
     )
     _tune_allocator(where)

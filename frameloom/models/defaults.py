@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from frameloom.errors import CheckpointError
+from frameloom.errors import CheckpointError, RequestError
 from frameloom.models.spec import LARGEST, TransformerSpec
 
 # The default of the original Wan code (shared_config.py, sample_neg_prompt). Not ours: the reference
@@ -92,6 +92,30 @@ def defaults_for(
     if found is _WAN21_I2V and transformer.pos_embed_seq_len is not None:
         found = _WAN21_FLF2V
     return replace(found, **_checked(own or {}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A recipe that replaces a checkpoint's own: its scheduler, and defaults by name."""
+
+    scheduler: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+
+PRESETS: Mapping[str, Preset] = {
+    # LightX2V's distilled LoRAs and models of 4 steps: no guidance, so that the empty prompt is not predicted either.
+    "lightning": Preset(
+        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0, "even_levels": True},
+        defaults={"steps": 4, "guidance_scale": 1.0, "guidance_scale_2": None, "flow_shift": 5.0},
+    ),
+}
+
+
+def preset_of(name: str | None) -> Preset | None:
+    """The recipe of a name, None for none. Raises RequestError."""
+    if name is not None and name not in PRESETS:
+        raise RequestError(f"there is no preset {name!r}; use {' or '.join(PRESETS)}")
+    return None if name is None else PRESETS[name]
 
 
 # What the scheduler_config.json of all Diffusers repositories of Wan says, but for flow_shift.

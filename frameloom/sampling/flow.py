@@ -70,6 +70,19 @@ def euler_schedule(num_steps: int, *, shift: float, num_train_timesteps: int = 1
     )
 
 
+def distilled_schedule(num_steps: int, *, shift: float, num_train_timesteps: int = 1000) -> FlowSchedule:
+    """Sigmas 1, 1 - 1/n, ..., 1/n, shifted: the levels that models of few steps were distilled for.
+
+    With 4 steps and shift 5 the timesteps 1000, 937.5, 833.3 and 625 of LightX2V's Wan distillations (their
+    denoising_step_list 1000, 750, 500, 250). Raises RequestError as `euler_schedule` does.
+    """
+    _check_request(num_steps, shift=shift)
+    sigmas = _with_zero(_shifted(np.linspace(1, 0, num_steps + 1)[:-1], shift=shift))
+    return FlowSchedule(
+        sigmas=sigmas, timesteps=sigmas[:-1] * num_train_timesteps, num_train_timesteps=num_train_timesteps
+    )
+
+
 def unipc_schedule(num_steps: int, *, shift: float, num_train_timesteps: int = 1000) -> FlowSchedule:
     """Sigmas as UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift) makes them for num_steps.
 

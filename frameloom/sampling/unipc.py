@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import CheckpointError
-from frameloom.sampling.flow import Euler, FlowSchedule, Sampler, SamplerState, euler_schedule, unipc_schedule
+from frameloom.sampling.flow import (
+    Euler,
+    FlowSchedule,
+    Sampler,
+    SamplerState,
+    distilled_schedule,
+    euler_schedule,
+    unipc_schedule,
+)
 
 SolverType = Literal["bh1", "bh2"]
 _ORDERS = (1, 2, 3)
@@ -212,6 +220,7 @@ _UNIPC: _Options = {
 _EULER: _Options = {
     **_SHARED,
     "shift": (1.0, None),
+    "even_levels": (False, (False, True)),  # not Diffusers': see distilled_schedule
     "invert_sigmas": (False, (False,)),
     "stochastic_sampling": (False, (False,)),
     "base_shift": (0.5, None),
@@ -246,7 +255,8 @@ def make_sampler(
     train_steps = int(_positive(options, "num_train_timesteps", kinds=(int,)))
     if name == "FlowMatchEulerDiscreteScheduler":
         shift = _positive(options, "shift") if flow_shift is None else flow_shift
-        return Euler(euler_schedule(num_steps, shift=shift, num_train_timesteps=train_steps).after(skipped))
+        schedule_of = distilled_schedule if options["even_levels"] else euler_schedule
+        return Euler(schedule_of(num_steps, shift=shift, num_train_timesteps=train_steps).after(skipped))
     shift = _positive(options, "flow_shift") if flow_shift is None else flow_shift
     return UniPC(
         unipc_schedule(num_steps, shift=shift, num_train_timesteps=train_steps).after(skipped),

@@ -7,12 +7,13 @@ nothing in it is run, no name leaves its folder.
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from frameloom.errors import CheckpointError, InternalError
 from frameloom.weights.assemble import assemble
-from frameloom.weights.checkpoint import Checkpoint, Component
+from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
 from frameloom.weights.diffusers_layout import component_classes, has_weights, open_component, open_layout, read_index
 from frameloom.weights.hub import (
     RemoteFiles,
@@ -23,11 +24,13 @@ from frameloom.weights.hub import (
     list_files,
     parse_name,
 )
+from frameloom.weights.identify import pair_of
 from frameloom.weights.loose import Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
 
 Source = str | os.PathLike[str]
 
-PARTS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder", "tokenizer")
+_EXPERTS = ("transformer", "transformer_2")
+PARTS = (*_EXPERTS, "text_encoder", "vae", "image_encoder", "tokenizer")
 """The components that may be given one by one."""
 
 
@@ -43,13 +46,9 @@ def open_checkpoint(
     """
     name = "the parts" if model is None else os.fspath(model)
     try:
-        instead: dict[str, Component] = {}
-        for part, source in (parts or {}).items():
-            if part not in PARTS:
-                raise CheckpointError(f"there is no part '{part}'; parts are {', '.join(PARTS)}")
-            instead = {**_part(part, os.fspath(source), alone="transformer_2" in (parts or {})), **instead}
+        instead = _parts(parts or {})
         if model is None:
-            return assemble(instead, facts={}, name=name, path=Path())
+            return assemble(instead.components, facts=instead.facts, name=name, path=Path())
         return _opened(name, instead, fetch_weights=fetch_weights)
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
@@ -68,15 +67,17 @@ def open_parts(model: Source) -> Mapping[str, Component]:
     return open_checkpoint(model).components
 
 
-def _opened(name: str, instead: Mapping[str, Component], *, fetch_weights: bool) -> Checkpoint:
-    path, remote = _place(name, instead, fetch_weights=fetch_weights)
+def _opened(name: str, instead: Loose, *, fetch_weights: bool) -> Checkpoint:
+    path, remote = _place(name, instead.components, fetch_weights=fetch_weights)
     if path.is_dir() and (path / "model_index.json").exists():
-        found = open_layout(path, name, instead=instead, remote=remote)
-        if "transformer" not in instead:
+        found = open_layout(path, name, instead=instead.components, remote=remote)
+        if "transformer" not in instead.components:
             return found
-        return assemble(found.components, facts={"scheduler": found.scheduler}, name=name, path=path)
+        facts: JsonObject = {"scheduler": found.scheduler, **instead.facts}
+        return assemble(found.components, facts=facts, name=name, path=path)
     loose = open_file(path) if path.is_file() else _loose_folder(path)
-    return assemble({**loose.components, **instead}, facts=loose.facts, name=name, path=path)
+    facts = instead.facts if "transformer" in instead.components else loose.facts
+    return assemble({**loose.components, **instead.components}, facts=facts, name=name, path=path)
 
 
 def _loose_folder(folder: Path) -> Loose:
@@ -88,29 +89,52 @@ def _loose_folder(folder: Path) -> Loose:
     raise InternalError(f"'{folder}' has a model_index.json after all")
 
 
-def _part(part: str, source: str, *, alone: bool) -> dict[str, Component]:
+def _parts(given: Mapping[str, Source]) -> Loose:
+    """Components from elsewhere; what a file says of the whole checkpoint is heeded of the transformer's.
+
+    What a file brings besides the part that was asked of it gives way to what was asked for by name.
+    """
+    asked: dict[str, Component] = {}
+    brought: dict[str, Component] = {}
+    facts: JsonObject = {}
+    for part, source in given.items():
+        if part not in PARTS:
+            raise CheckpointError(f"there is no part '{part}'; parts are {', '.join(PARTS)}")
+        found = _part(part, os.fspath(source), alone="transformer_2" in given)
+        brought.update(found.components)
+        asked[part] = found.components[part]
+        facts = found.facts if part == "transformer" else facts
+    return Loose(components={**brought, **asked}, facts=facts)
+
+
+def _part(part: str, source: str, *, alone: bool) -> Loose:
     """The component `part` of a file, a folder or a hub name; with a text encoder, the tokenizer in its file.
 
     `alone`: both noise experts are given, so none is looked for beside the other.
     """
-    path = _local(source) or download_files(source)[0]
+    path = _local(source) or _hub_file(source, with_pair=part == "transformer" and not alone)
     if part == "tokenizer":
-        return {part: open_tokenizer(path)}
+        return Loose(components={part: open_tokenizer(path)})
     if path.is_dir():
         return _part_of_folder(part, path)
     if part == "transformer" and not alone:
-        return {name: one for name, one in open_file(path).components.items() if name.startswith(part)}
-    return dict(open_file(path, want=part).components)
+        return _only(open_file(path), _EXPERTS)
+    return open_file(path, want=part)
 
 
-def _part_of_folder(part: str, folder: Path) -> dict[str, Component]:
+def _part_of_folder(part: str, folder: Path) -> Loose:
     inside = folder / part if (folder / "model_index.json").is_file() else folder
     if (inside / "config.json").is_file():
-        return {part: open_component(inside, part)}
-    found = _loose_folder(folder).components
-    if part not in found:
+        return Loose(components={part: open_component(inside, part)})
+    found = _loose_folder(folder)
+    if part not in found.components:
         raise CheckpointError(f"'{folder}' holds no {part.replace('_', ' ')}; give its file, or another folder")
-    return {name: found[name] for name in (part, "tokenizer") if name in found}
+    wanted = (*_EXPERTS, "tokenizer") if part == "transformer" else (part, "tokenizer")
+    return _only(found, wanted)
+
+
+def _only(found: Loose, names: Collection[str]) -> Loose:
+    return replace(found, components={name: one for name, one in found.components.items() if name in names})
 
 
 # --- where it is ---
@@ -123,7 +147,7 @@ def _place(name: str, instead: Mapping[str, Component], *, fetch_weights: bool) 
         return local, None
     parsed = parse_name(name)
     if parsed.path:
-        return download_files(name)[0], None
+        return _hub_file(name, with_pair="transformer" not in instead), None
     listing = list_files(parsed, hint=_suggestion(Path(name)))
     root = download(listing, ["model_index.json", "frameloom.json"])
     if not (root / "model_index.json").exists():
@@ -132,6 +156,12 @@ def _place(name: str, instead: Mapping[str, Component], *, fetch_weights: bool) 
     root = download_checkpoint(listing, components=classes, weights=fetch_weights)
     remote = None if fetch_weights or has_weights(root, classes) else RemoteFiles(listing)
     return root, remote
+
+
+def _hub_file(name: str, *, with_pair: bool) -> Path:
+    """A weight file of the hub; and beside it the other noise expert's, if its repository has one."""
+    pair = pair_of(Path(parse_name(name).path)) if with_pair else None
+    return download_files(name, also=[pair.other.as_posix()] if pair else ())[0]
 
 
 def _local(name: str) -> Path | None:
