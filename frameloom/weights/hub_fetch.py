@@ -27,6 +27,7 @@ from frameloom.settings import LOGGER_NAME
 log = logging.getLogger(LOGGER_NAME)
 _CONNECTIONS = 4
 _SECONDS_BETWEEN_LINES = 10.0
+_WORTH_TELLING_BYTES = 10**6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,18 +140,20 @@ def _bytes(count: int) -> str:
 
 
 class _LogLines:
-    """Tells the log how far a transfer is, every ten seconds."""
+    """Tells the log how far a transfer is: at its start and its end, and every ten seconds; of small ones nothing."""
 
     def __init__(self, listing: Listing, paths: Sequence[str]) -> None:
-        self._told_s = time.monotonic()
         total_bytes = sum(listing.files[path].size_bytes or 0 for path in paths)
-        log.info("fetching %d files of %s (%s)", len(paths), listing.repo, _bytes(total_bytes))
+        self._level = logging.INFO if total_bytes >= _WORTH_TELLING_BYTES else logging.DEBUG
+        self._next_s = time.monotonic() + _SECONDS_BETWEEN_LINES
+        log.log(self._level, "fetching %s (%d files, %s)", listing.repo, len(paths), _bytes(total_bytes))
 
     def __call__(self, news: Transfer) -> None:
-        if time.monotonic() - self._told_s < _SECONDS_BETWEEN_LINES and news.done_bytes < news.total_bytes:
-            return
-        self._told_s = time.monotonic()
-        log.info("%s: %s of %s", news.repo, _bytes(news.done_bytes), _bytes(news.total_bytes))
+        is_whole = news.done_bytes >= news.total_bytes
+        if time.monotonic() >= self._next_s or is_whole:
+            self._next_s = time.monotonic() + _SECONDS_BETWEEN_LINES
+            log.log(self._level, "%s: %s of %s", news.repo, _bytes(news.done_bytes), _bytes(news.total_bytes))
+            self._level = logging.DEBUG if is_whole else self._level  # that it is whole is told once
 
 
 class _Count:

@@ -555,16 +555,17 @@ def test_tells_how_far_it_is(hub, home):
 
 
 def test_without_a_terminal_there_are_lines_and_no_bars(hub, home):
-    hub.add("o/n", small_checkpoint())
-    logged = "logging.basicConfig(stream=sys.stdout, format='%(message)s', level=logging.INFO)\n"
-    quiet = "logging.getLogger('httpx').setLevel(30); logging.getLogger('httpx2').setLevel(30)\n"
-    code = PRELUDE + logged + quiet + "download_checkpoint(list_files(parse_name('o/n'))); print(sys.stderr.fileno())"
+    files = small_checkpoint() | {"vae/diffusion_pytorch_model.safetensors": noise(2_000_000)}
+    hub.add("o/n", files)
+    logged = (
+        "logging.basicConfig(stream=sys.stdout, format='%(message)s')\nlogging.getLogger('frameloom').setLevel(20)\n"
+    )
+    code = PRELUDE + logged + "download_checkpoint(list_files(parse_name('o/n'))); print(file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(hub.address, home), capture_output=True, text=True, timeout=60
     )
-    assert done.stderr == ""
-    assert "fetching 3 files of o/n (0.0 MB)" in done.stdout
-    assert "o/n: 0.0 MB of 0.0 MB" in done.stdout
+    assert done.stderr == "\n"
+    assert done.stdout.splitlines() == ["fetching o/n (3 files, 2.0 MB)", "o/n: 2.0 MB of 2.0 MB"]
 
 
 # --- the whole ---
