@@ -191,8 +191,8 @@ class Forgetful:
     def __init__(self, dit):
         self.dit, self.batches = dit, []
 
-    def read_prompt(self, text):
-        return self.dit.read_prompt(text)
+    def read_prompt(self, text, image=None):
+        return self.dit.read_prompt(text, image)
 
     def velocities(self, x, timestep, prompts):
         self.batches.append(prompts[0].batch_size)
@@ -221,5 +221,5 @@ def test_a_batch_without_memory_falls_back_once_and_says_so(caplog):
 class Broken:
     """A network whose error is no lack of memory."""
 
-    def read_prompt(self, text):
+    def read_prompt(self, text, image=None):
         raise RuntimeError("odd")

@@ -1,5 +1,6 @@
 """Networks filled from quantized files: held as stored or expanded, the same bits; what does not fit, and memory."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from frameloom.platform.device import choose_dtype
 from frameloom.platform.tuning import Tuner
 from frameloom.weights import tensors as reading
 from frameloom.weights.files import read_file
+from frameloom.weights.keymap import DIT_ORIGINAL
 from frameloom.weights.load import load_module
 from frameloom.weights.tensors import read_tensor
 
@@ -145,25 +147,37 @@ def test_rows_that_are_no_whole_blocks_are_expanded(tmp_path):
     assert encoder.shared.weight.shape == (64, 48)
 
 
+def add_blocks(writer, name, stored):
+    rows = np.frombuffer(stored.data, dtype=np.uint8).reshape(stored.shape[0], -1)
+    writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[stored.dtype])
+
+
+def add_plain(writer, name, value):
+    """GGUF has four dimensions at most."""
+    if value.dim() > 4:
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
+        value = value.flatten(0, 1)
+    writer.add_tensor(name, value.numpy())
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def test_a_gguf_file_fills_a_transformer(tmp_path, dits):
     kinds = ("Q4_K", "Q6_K", "Q8_0", "Q5_1", "IQ4_XS")
     writer, state = gguf.GGUFWriter(tmp_path / "x.gguf", "wan"), {}
     for seed, (name, value) in enumerate(dits.state_dict().items()):
         if value.dim() == 2 and name.startswith("blocks"):
             state[name] = in_blocks(value, kinds[seed % len(kinds)], seed=seed)
-            rows = np.frombuffer(state[name].data, dtype=np.uint8).reshape(len(value), -1)
-            writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[state[name].dtype])
-        elif value.dim() <= 4:
+            add_blocks(writer, name, state[name])
+        else:
             state[name] = plain(value)
-            writer.add_tensor(name, value.numpy())
-        else:  # GGUF has four dimensions at most
-            state[name] = plain(value)
-            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
-            writer.add_tensor(name, value.flatten(0, 1).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            add_plain(writer, name, value)
+    finish(writer)
     entries = read_file(tmp_path / "x.gguf").entries
     found = load_dit(replace(write(tmp_path / "y", state), tensors=entries), "expand").state_dict()
     wanted = load_dit(write(tmp_path / "y", state), "expand").state_dict()
@@ -202,6 +216,56 @@ def test_quantized_checkpoints_compute_in_bfloat16_where_the_device_does(float8_
     with frameloom.load(float8_checkpoint, compilation="off", exactness="bitwise") as engine:
         expected, _ = choose_dtype("auto", torch.device("cpu"), preferred=torch.bfloat16)
         assert engine._open.experts[0].dtype == expected
+
+
+def write_gguf(path, folder):
+    """The transformer of a checkpoint as GGUF files are: original names, what is no matrix of a block left plain."""
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_string("frameloom", json.dumps({"kind": "transformer", "config": config}))
+    (weights,) = folder.glob("*.safetensors")
+    for native, value in load_file(weights).items():
+        name, whole_blocks = DIT_ORIGINAL.from_native(native), value.shape[-1] % 32 == 0
+        if value.dim() == 2 and native.startswith("blocks.") and whole_blocks:
+            add_blocks(writer, name, in_blocks(value, "Q8_0" if "attn1" in native else "Q4_0"))
+        else:
+            add_plain(writer, name, value)
+    finish(writer)
+    return path
+
+
+def write_scaled_text_encoder(path, folder):
+    """The text encoder of a checkpoint as one file for ComfyUI, in scaled float8."""
+    config = json.loads((folder / "config.json").read_text())
+    (weights,) = folder.glob("*.safetensors")
+    state = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, value in load_file(weights).items():
+        if value.dim() == 2 and "block" in name and "relative" not in name:
+            scale = value.abs().max() / 448
+            state[name.replace(".weight", ".scale_weight")] = scale
+            state[name] = (value / scale).to(torch.float8_e4m3fn)
+        else:
+            state[name] = value
+    save_file(state, path, metadata={"frameloom": json.dumps({"kind": "text_encoder", "config": config})})
+    return path
+
+
+def test_quantized_parts_of_all_kinds_make_the_same_video_held_as_stored(checkpoint_of, tmp_path):
+    folder = checkpoint_of()
+    parts = {
+        "transformer": write_gguf(tmp_path / "a.gguf", folder / "transformer"),
+        "text_encoder": write_scaled_text_encoder(tmp_path / "b.safetensors", folder / "text_encoder"),
+    }
+    frames = []
+    for quantized in ("keep", "expand"):
+        options = {"exactness": "bitwise", "dtype": "float32", "quantized": quantized}
+        with frameloom.load(folder, parts=parts, **options) as engine:
+            pipeline = engine._open
+            held = [is_quantized(network) for network in (pipeline.experts[0], pipeline.text_encoder.model)]
+            assert held == [quantized == "keep"] * 2
+            frames.append(engine.generate("a cat", width=64, height=32, num_frames=5, steps=2).frames)
+    assert frames[0].std() > 0
+    assert np.array_equal(*frames)
 
 
 def test_an_unknown_word_for_quantized_weights_is_told_the_known_ones():
