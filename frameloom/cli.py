@@ -142,6 +142,17 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="How much of --video is made anew: 0 (nothing) to 1; 0.8 by default.")
     ] = None,
+    control_video: Annotated[str | None, typer.Option(help="With VACE: a video to follow.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Of --control-video, a video: white is made anew, black is kept.")
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="With VACE: an image of what to show. May be given several times.")
+    ] = None,
+    control_strength: Annotated[
+        list[float] | None,
+        typer.Option(help="How much all that counts: once, or once for each VACE layer; 1 by default."),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
@@ -184,6 +195,10 @@ def generate(
         "last_image": frameloom.read_image(last_image) if last_image is not None else None,
         "video": video,
         "strength": strength,
+        "control_video": control_video,
+        "mask": mask,
+        "references": [frameloom.read_image(path) for path in reference] if reference else None,
+        "control_strength": _one_or_each(control_strength),
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
@@ -624,6 +639,11 @@ def _console(*, quiet: bool) -> Console:
     return Console(
         quiet=quiet or not _is_first(launched()), highlight=False, markup=False
     )  # a path in brackets is no markup
+
+
+def _one_or_each(numbers: list[float] | None) -> float | list[float] | None:
+    """What an option that was given once means for all, and given several times for each."""
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers or None
 
 
 def _parts(**given: str | None) -> dict[str, str]:

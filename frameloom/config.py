@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -16,7 +16,10 @@ DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
+MAX_REFERENCES = 64  # each costs as much as a latent frame
 MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
+
+_PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
 # Per number of a request: its kind, the lowest and the highest value that any checkpoint could compute.
 _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
@@ -30,6 +33,7 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "fps": (float, 0.1, 240),
     "seed": (int, 0, 2**63 - 1),
     "strength": (float, 0, 1),
+    "control_strength": (float, 0, 20),
 }
 
 _UNITS: Mapping[str, int] = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -215,9 +219,14 @@ def check_request(request: GenerateRequest) -> None:
     """Refuse what no checkpoint could compute, before one is opened. Raises RequestError as `resolve` does."""
     _prompts(request.prompt)
     for name in _LIMITS:
-        _limited(name, getattr(request, name))
+        if name != "control_strength":
+            _limited(name, getattr(request, name))
+    _control_strength(request.control_strength)
+    _references(request.references)
     if request.last_image is not None and request.image is None:
         raise RequestError("a last image was given, and no image; give the first frame, too")
+    if request.mask is not None and request.control_video is None:
+        raise RequestError("a mask was given, and no control video; give the video that it is the mask of, too")
     if request.strength is not None and request.video is None:
         raise RequestError("a strength was given, and no video; give the video to start from, or leave it out")
 
@@ -230,34 +239,65 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     check_request(request)
     prompts = _prompts(request.prompt)
     own_scale_2 = defaults.guidance_scale_2 if request.guidance_scale is None else None
-    image, last_image, video = map(_read, (request.image, request.last_image, request.video))
-    width, height = _size(request, image or video, defaults, rules)
+    image, last_image, video, control_video, mask = (
+        None if (given := getattr(request, name)) is None else _pictures(given) for name in _PICTURES
+    )
+    followed = video or control_video
+    width, height = _size(request, image or followed, defaults, rules)
+    num_frames = _frames(_num_frames(request, followed, defaults, rules), rules.temporal)
     resolved = ResolvedRequest(
         prompts=prompts,
         negative_prompts=_negatives(_or(request.negative_prompt, defaults.negative_prompt), len(prompts)),
         width=_side("width", width, rules.width_multiple, rules.reason),
         height=_side("height", height, rules.height_multiple, rules.reason),
-        num_frames=_frames(_num_frames(request, video, defaults, rules), rules.temporal),
+        num_frames=num_frames,
         steps=_limited("steps", _or(request.steps, defaults.steps)),
         guidance_scale=_limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale)),
         guidance_scale_2=_limited("guidance_scale_2", _or(request.guidance_scale_2, own_scale_2)),
         flow_shift=_limited("flow_shift", _or(request.flow_shift, defaults.flow_shift)),
-        fps=_limited("fps", _or(request.fps, _or(video and video.fps, defaults.fps))),
+        fps=_limited("fps", _or(request.fps, _or(followed and followed.fps, defaults.fps))),
         seed=_limited("seed", _or(request.seed, 0)),
         image=image,
         last_image=last_image,
-        video=video,
+        video=_beginning(video, num_frames),
         strength=_limited("strength", _or(request.strength, DEFAULT_STRENGTH)) if video else None,
+        control_video=_beginning(control_video, num_frames),
+        mask=_beginning(mask, num_frames),
+        references=tuple(map(_pictures, _references(request.references))),
+        control_strength=_control_strength(request.control_strength),
         keeps_aspect=request.width is None or request.height is None,
     )
     _check_pictures(resolved)
     return resolved
 
 
-def _read(pictures: object) -> Pictures | None:
-    if pictures is not None and not isinstance(pictures, Pictures):
+def _pictures(pictures: object) -> Pictures:
+    if not isinstance(pictures, Pictures):
         raise InternalError(f"a request came with {type(pictures).__name__} where pictures should have been read")
     return pictures
+
+
+def _beginning(video: Pictures | None, num_frames: int) -> Pictures | None:
+    return None if video is None else replace(video, frames=video.frames[:num_frames])
+
+
+def _references(references: object) -> tuple[Any, ...]:
+    """As many images as were given. Raises RequestError."""
+    if references is None:
+        return ()
+    if not isinstance(references, (list, tuple)):
+        raise RequestError(f"the reference images are {type(references).__name__}; give a list of images")
+    if len(references) > MAX_REFERENCES:
+        raise RequestError(f"{len(references)} reference images are too many; give up to {MAX_REFERENCES}")
+    return tuple(references)
+
+
+def _control_strength(given: object) -> float | tuple[float, ...]:
+    """One number for all VACE layers, or one for each; 1 without any. Raises RequestError."""
+    if isinstance(given, (list, tuple)):
+        return tuple(_limited("control_strength", _or(strength, "None")) for strength in given)  # none may be left out
+    strength: float = _limited("control_strength", _or(given, 1.0))
+    return strength
 
 
 def _check_pictures(request: ResolvedRequest) -> None:
@@ -295,7 +335,7 @@ def _whole(size: float, multiple: int) -> int:
 def _num_frames(
     request: GenerateRequest, video: Pictures | None, defaults: GenerationDefaults, rules: SizeRules
 ) -> Any:
-    """As asked; else the checkpoint's number, or what a video to start from has for it."""
+    """As asked; else the checkpoint's number, or what a video to follow has for it."""
     if video is None:
         return _or(request.num_frames, defaults.num_frames)
     there = len(video.frames)

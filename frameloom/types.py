@@ -52,6 +52,9 @@ class GenerateRequest:
     `image`, `last_image`: the first and the last frame, each a path, a Pillow image or uint8 (H, W, 3). `video`: a path
     or uint8 (T, H, W, 3), redone from `strength` (0 to 1) of the noise on. The pictures decide the shape of the video
     where the width or the height is left open.
+
+    For VACE: `control_video`, likewise; `mask`, a video of its size, white where it is made anew; `references`, images
+    of what the video shows; `control_strength`: how much all this counts, one number or one for each VACE layer.
     """
 
     prompt: str | Sequence[str]
@@ -69,6 +72,10 @@ class GenerateRequest:
     last_image: "ImageInput | None" = None
     video: "VideoInput | None" = None
     strength: float | None = None
+    control_video: "VideoInput | None" = None
+    mask: "VideoInput | None" = None
+    references: "Sequence[ImageInput] | None" = None
+    control_strength: float | Sequence[float] | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -88,6 +95,10 @@ class GenerateOptions(TypedDict, total=False):
     last_image: "ImageInput | None"
     video: "VideoInput | None"
     strength: float | None
+    control_video: "VideoInput | None"
+    mask: "VideoInput | None"
+    references: "Sequence[ImageInput] | None"
+    control_strength: float | Sequence[float] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +106,7 @@ class ResolvedRequest:
     """A request with every choice made and every value checked.
 
     `keeps_aspect`: pictures are cut to the size of the video, and not squeezed. `strength` None: there is no video to
-    start from.
+    start from. `control_video` and `mask` are cut to the frames that count.
     """
 
     prompts: tuple[str, ...]
@@ -113,6 +124,10 @@ class ResolvedRequest:
     last_image: Pictures | None = None
     video: Pictures | None = None
     strength: float | None = None
+    control_video: Pictures | None = None
+    mask: Pictures | None = None
+    references: tuple[Pictures, ...] = ()
+    control_strength: float | tuple[float, ...] = 1.0
     keeps_aspect: bool = False
 
     @property

@@ -10,6 +10,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from transformers import (
     CLIPImageProcessorPil,
@@ -23,7 +25,14 @@ from transformers import (
 from frameloom.shapes.tokens import pieces
 
 Kind = Literal[
-    "one expert", "two experts", "per-token timesteps", "image", "image, two experts", "first and last image"
+    "one expert",
+    "two experts",
+    "per-token timesteps",
+    "image",
+    "image, two experts",
+    "first and last image",
+    "vace",
+    "vace, two experts",
 ]
 FROM_IMAGE: tuple[Kind, ...] = ("image", "image, two experts", "first and last image")
 TEXT_DIM = 24
@@ -52,7 +61,7 @@ VAE_22: dict[str, Any] = {
 }
 
 
-def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline | WanImageToVideoPipeline:
+def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline | WanImageToVideoPipeline | WanVACEPipeline:
     """A random pipeline whose prompt, image, timestep and experts all matter to the outcome."""
     torch.manual_seed(seed)
     per_token = kind == "per-token timesteps"
@@ -60,7 +69,8 @@ def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline | WanImageToVide
     z_dim = vae_config["z_dim"]
     statistics = {"latents_mean": [0.05 * i for i in range(z_dim)], "latents_std": [1 + 0.1 * i for i in range(z_dim)]}
     is_pair = "two experts" in kind
-    transformer = _image_transformer if kind in FROM_IMAGE else _transformer
+    is_vace = kind.startswith("vace")
+    transformer = _vace_transformer if is_vace else _image_transformer if kind in FROM_IMAGE else _transformer
     parts: dict[str, Any] = {
         "tokenizer": T5Tokenizer(vocab=pieces(), extra_ids=0),
         "text_encoder": _text_encoder(),
@@ -69,8 +79,10 @@ def build_pipeline(kind: Kind, *, seed: int = 0) -> WanPipeline | WanImageToVide
         "transformer": transformer(z_dim, kind),
         "transformer_2": transformer(z_dim, kind) if is_pair else None,
         "boundary_ratio": 0.875 if is_pair else None,
-        "expand_timesteps": per_token,
     }
+    if is_vace:
+        return WanVACEPipeline(**parts)
+    parts["expand_timesteps"] = per_token
     if kind not in FROM_IMAGE:
         return WanPipeline(**parts)
     if not is_pair:
@@ -104,7 +116,18 @@ def _image_transformer(z_dim: int, kind: Kind) -> WanTransformer3DModel:
     return _transformer(z_dim, kind, in_channels=2 * z_dim + 4, **branch)
 
 
-def _transformer(channels: int, kind: Kind, **differences: Any) -> WanTransformer3DModel:
+def _vace_transformer(z_dim: int, kind: Kind) -> WanVACETransformer3DModel:
+    """With two blocks beside, the second after the last of three layers."""
+    beside = {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 2 * z_dim + 8 * 8}
+    return _transformer(z_dim, kind, WanVACETransformer3DModel, **beside)
+
+
+def _transformer(
+    channels: int,
+    kind: Kind,
+    network: type[WanTransformer3DModel | WanVACETransformer3DModel] = WanTransformer3DModel,
+    **differences: Any,
+) -> Any:
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -115,10 +138,10 @@ def _transformer(channels: int, kind: Kind, **differences: Any) -> WanTransforme
         "ffn_dim": 48,
         "num_layers": 2,
     }
-    model = WanTransformer3DModel(**config | differences).eval()
-    with torch.no_grad():  # as initialised, the text and the image hardly move the outcome
+    model = network(**config | differences).eval()
+    with torch.no_grad():  # as initialised, the text, the image and the control hardly move the outcome
         for name, parameter in model.named_parameters():
-            if "text_embedder" in name or "attn2" in name or "image_embedder" in name:
+            if any(part in name for part in ("text_embedder", "attn2", "image_embedder", "vace")):
                 parameter.mul_(3)
             if "pos_embed" in name:
                 parameter.normal_()

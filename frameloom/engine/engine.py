@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,19 @@ from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.platform.device import memory_errors, peak_memory_bytes
-from frameloom.types import GenerateOptions, GenerateRequest, Lora, Progress, ProgressCallback, ResolvedRequest
+from frameloom.settings import LOGGER_NAME
+from frameloom.types import (
+    GenerateOptions,
+    GenerateRequest,
+    Lora,
+    Pictures,
+    Progress,
+    ProgressCallback,
+    ResolvedRequest,
+    VideoInput,
+)
+
+log = logging.getLogger(LOGGER_NAME)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Prompts = list[str] | tuple[str, ...]
@@ -38,9 +51,27 @@ def _whole(parts: Iterator[Frames]) -> Frames:
 
 def _told(request: ResolvedRequest) -> dict[str, Any]:
     """What is said of the pictures that were given."""
-    named = {name: getattr(request, name) for name in ("image", "last_image", "video")}
+    named = {name: getattr(request, name) for name in ("image", "last_image", "video", "control_video", "mask")}
     told: dict[str, Any] = {name: pictures.name for name, pictures in named.items() if pictures is not None}
-    return told if request.strength is None else {**told, "strength": request.strength}
+    if request.references:
+        told["references"] = [picture.name for picture in request.references]
+    if request.strength is not None:
+        told["strength"] = request.strength
+    if request.control_strength != 1:
+        told["control_strength"] = request.control_strength
+    return told
+
+
+def _video(source: VideoInput, what: str, num_frames: int) -> Pictures:
+    pictures = video_of(source, num_frames)
+    return dataclasses.replace(pictures, name=f"the {what}") if isinstance(source, np.ndarray) else pictures
+
+
+def _tell_of_rest(read: GenerateRequest, num_frames: int) -> None:
+    """Of videos that are longer than what is made of them."""
+    for video in (read.video, read.control_video):
+        if isinstance(video, Pictures) and len(video.frames) > num_frames:
+            log.info("%s: only its first %d frames are used", video.name, num_frames)
 
 
 def _silent(_: Progress) -> None:
@@ -108,12 +139,15 @@ class Engine:
         asked = GenerateRequest(prompt=prompt, **options)
         check_request(asked)
         self._open.takes.check(asked, self.name)
-        request = resolve(self._with_pictures(asked), self.defaults, self._open.size_rules)
+        read = self._with_pictures(asked)
+        request = resolve(read, self.defaults, self._open.size_rules)
+        _tell_of_rest(read, request.num_frames)
         if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
             raise RequestError(
                 f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
             )
         self._open.check_size(request)
+        self._open.check_control(request)
         return request
 
     @overload
@@ -254,15 +288,20 @@ class Engine:
 
     def _with_pictures(self, request: GenerateRequest) -> GenerateRequest:
         """The request, its pictures read."""
-        images: dict[str, Any] = {
+        read: dict[str, Any] = {
             name: image_of(given, name.replace("_", " "))
             for name in ("image", "last_image")
             if (given := getattr(request, name)) is not None
         }
-        video = request.video
-        if video is not None:
-            video = video_of(video, request.num_frames or self.defaults.num_frames)
-        return dataclasses.replace(request, **images, video=video)
+        wanted = 1 + (request.num_frames or self.defaults.num_frames)  # one more tells whether there are others
+        read |= {
+            name: _video(given, name.replace("_", " "), wanted)
+            for name in ("video", "control_video", "mask")
+            if (given := getattr(request, name)) is not None
+        }
+        if request.references is not None:
+            read["references"] = [image_of(given, "reference image") for given in request.references]
+        return dataclasses.replace(request, **read)
 
     @property
     def _writes(self) -> bool:

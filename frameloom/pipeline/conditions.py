@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from frameloom.errors import RequestError
-from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec, VaeSpec
 from frameloom.models.wan_dit import FrameTimes
 from frameloom.pipeline.images import fitted
 from frameloom.pipeline.sinks import Frames
@@ -22,7 +22,15 @@ from frameloom.sampling.guidance import expand_timesteps
 from frameloom.types import GenerateRequest, Pictures, ResolvedRequest
 
 GREY = 127.5  # of 255: what the frames that are not given look like to the VAE, exactly 0 in [-1, 1]
-_NAMES = {"image": "an image", "last_image": "a last image"}
+CONTROLS = ("control_video", "mask", "references", "control_strength")  # what VACE takes
+_NAMES = {
+    "image": "an image",
+    "last_image": "a last image",
+    "control_video": "a control video",
+    "mask": "a mask",
+    "references": "reference images",
+    "control_strength": "a control strength",
+}
 
 
 class EncodesImages(Protocol):
@@ -45,19 +53,27 @@ class Takes:
         given = [field for field in _NAMES if getattr(request, field) is not None]
         for field in self.needed:
             if field not in given:
-                needed = " and ".join(_NAMES[one] for one in self.needed)
-                raise RequestError(f"'{name}' starts from {needed}; give {_NAMES[field]}")
+                raise RequestError(f"'{name}' starts from {_listed(self.needed)}; give {_NAMES[field]}")
         for field in given:
             if field not in self.possible:
-                possible = " and ".join(_NAMES[one] for one in self.possible) or "the prompt alone"
+                possible = _listed(self.possible) or "the prompt alone"
                 raise RequestError(
                     f"'{name}' cannot take {_NAMES[field]}, it starts from {possible}; leave it out, or use another "
                     "checkpoint"
                 )
+        if request.video is not None and "control_video" in self.possible:
+            raise RequestError(f"'{name}' follows a video, and does not start from one; give it as control video")
+
+
+def _listed(fields: Sequence[str]) -> str:
+    *others, last = [_NAMES[field] for field in fields] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def pictures_taken(spec: TransformerSpec, vae: VaeSpec, *, expand_timesteps: bool) -> Takes:
     """What a transformer starts from, told by its channels and its parts."""
+    if isinstance(spec, VaceSpec):
+        return Takes(possible=CONTROLS)
     if spec.in_channels != channels_beside_image(vae):
         return Takes(possible=("image",) if expand_timesteps else ())
     if spec.image_dim is None:

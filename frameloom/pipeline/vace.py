@@ -21,7 +21,7 @@ from frameloom.models.wan_dit import Control, FrameTimes, Prompt, WanDiT
 from frameloom.pipeline.conditions import GREY
 from frameloom.pipeline.images import fitted
 from frameloom.pipeline.stages import MakePredictor, Predict
-from frameloom.types import Pictures
+from frameloom.types import Pictures, ResolvedRequest
 
 Encode = Callable[[Tensor], Tensor]
 """Frames (T, H, W, 3), levels of 255, to normalised latents (1, C, T', H', W')."""
@@ -43,10 +43,22 @@ class VaceInputs:
     references: tuple[Pictures, ...] = ()
     strengths: float | Sequence[float] = 1.0
 
+    @staticmethod
+    def of(request: ResolvedRequest) -> "VaceInputs":
+        """Those of a request."""
+        return VaceInputs(
+            video=request.control_video,
+            mask=request.mask,
+            references=request.references,
+            strengths=request.control_strength,
+        )
+
     def check(self, num_frames: int) -> None:
         """Raise RequestError where the parts do not go together, or not with so many frames."""
         if self.mask is not None and self.video is None:
             raise RequestError(f"{self.mask.name} is a mask of nothing; give the control video, too")
+        for picture in self.references:
+            _whole_sides(picture)
         if self.video is None:
             return
         there = len(self.video.frames)
@@ -62,10 +74,13 @@ class VaceInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class VaceConditions:
-    """Inputs as the transformer gets them. The latents of a video begin with a frame for each reference image."""
+    """Inputs as the transformer gets them; without a control nothing changes.
 
-    control: Control
-    num_references: int
+    The latents of a video begin with a frame for each reference image.
+    """
+
+    control: Control | None = None
+    num_references: int = 0
 
     def lengthened(self, shape_BCTHW: Sequence[int]) -> tuple[int, ...]:
         """The shape to denoise for latents of a shape."""
@@ -78,6 +93,9 @@ class VaceConditions:
 
     def predictor(self, make: MakePredictor) -> MakePredictor:
         """Who predicts as those that `make` makes, but under this control; every expert must be a `VaceDiT`."""
+        control = self.control
+        if control is None:
+            return make
 
         def made(texts: Sequence[Tensor], choices: LoopChoices, image_BNE: Tensor | None = None, /) -> Predict:
             predict = make(texts, choices, image_BNE)
@@ -86,7 +104,7 @@ class VaceConditions:
             def under_control(expert: WanDiT, x_BCTHW: Tensor, timestep: Tensor | FrameTimes, /) -> list[Tensor]:
                 if not isinstance(expert, VaceDiT):
                     raise InternalError("a control was prepared for a network without VACE blocks")
-                view = controlled.setdefault(expert, _Controlled(expert, self.control))
+                view = controlled.setdefault(expert, _Controlled(expert, control))
                 return predict(cast(WanDiT, view), x_BCTHW, timestep)
 
             return under_control
@@ -111,6 +129,9 @@ class _Controlled:
 
     def velocities(self, x_BCTHW: Tensor, timestep: Tensor | FrameTimes, prompts: Sequence[Prompt]) -> list[Tensor]:
         return self._dit.velocities(x_BCTHW, timestep, prompts)
+
+
+UNCONTROLLED = VaceConditions()
 
 
 @torch.inference_mode()
@@ -189,12 +210,7 @@ def on_canvas(picture: Pictures, height: int, width: int) -> Tensor:
 
     Raises RequestError for one that is too small.
     """
-    own_height, own_width = (side - side % _REFERENCE_MULTIPLE for side in (picture.height, picture.width))
-    if 0 in (own_height, own_width):
-        raise RequestError(
-            f"{picture.name} is {picture.width}x{picture.height}, too small for a reference image; "
-            f"give {_REFERENCE_MULTIPLE} pixels or more each way"
-        )
+    own_height, own_width = _whole_sides(picture)
     frame = fitted(picture, width=own_width, height=own_height, keeps_aspect=False)
     scale = min(height / own_height, width / own_width)
     high, wide = max(1, int(own_height * scale)), max(1, int(own_width * scale))
@@ -204,6 +220,17 @@ def on_canvas(picture: Pictures, height: int, width: int) -> Tensor:
     top, left = (height - high) // 2, (width - wide) // 2
     around = (left, width - wide - left, top, height - high - top)
     return F.pad(levels, around, value=WHITE).permute(0, 2, 3, 1)
+
+
+def _whole_sides(picture: Pictures) -> tuple[int, int]:
+    """Height and width of what is taken of a reference image."""
+    height, width = (side - side % _REFERENCE_MULTIPLE for side in (picture.height, picture.width))
+    if 0 in (height, width):
+        raise RequestError(
+            f"{picture.name} is {picture.width}x{picture.height}, too small for a reference image; "
+            f"give {_REFERENCE_MULTIPLE} pixels or more each way"
+        )
+    return height, width
 
 
 def _size(pictures: Pictures) -> str:

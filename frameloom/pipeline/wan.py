@@ -14,6 +14,8 @@ from torch import Tensor
 
 from frameloom.errors import RequestError
 from frameloom.models.dit_fast import LoopChoices
+from frameloom.models.spec import VaceSpec
+from frameloom.models.vace import strengths_for
 from frameloom.models.vae_fast import prepare
 from frameloom.models.vae_state import Frames, Passage
 from frameloom.models.wan_dit import WanDiT
@@ -31,6 +33,7 @@ from frameloom.pipeline.conditions import (
     pictures_taken,
     video_of_ends,
 )
+from frameloom.pipeline.vace import UNCONTROLLED, VaceConditions, VaceInputs, prepare_control
 from frameloom.platform.device import platform_of, synchronise
 from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import ExpertSwitch
@@ -153,20 +156,28 @@ class WanPipeline:
         """Raise RequestError for a size that the position table of the DiT does not reach."""
         spec, rules = self.experts[0].spec, self.size_rules
         patch_t = spec.patch_size[0]
-        latent_frames, _, _ = self._latent_size(request)
+        latent_frames = self._latent_size(request)[0] + len(request.references)
         if latent_frames % patch_t:
             raise RequestError(
                 f"{request.num_frames} frames make {latent_frames} latent frames, not a multiple of the patch {patch_t}"
             )
         reach = spec.rope_max_seq_len
+        reach_in_time = reach * patch_t - len(request.references)
         limits = {
-            "frames": (request.num_frames, 1 + rules.temporal * (reach * patch_t - 1)),
+            "frames": (request.num_frames, 1 + rules.temporal * (reach_in_time - 1)),
             "height": (request.height, rules.height_multiple * reach),
             "width": (request.width, rules.width_multiple * reach),
         }
         for name, (asked, limit) in limits.items():
             if asked > limit:
                 raise RequestError(f"{name} {asked} is past the last position of this checkpoint; use {limit} or less")
+
+    def check_control(self, request: ResolvedRequest) -> None:
+        """Raise RequestError for inputs of VACE that do not fit together, or not to this checkpoint."""
+        if isinstance(spec := self.experts[0].spec, VaceSpec):
+            inputs = VaceInputs.of(request)
+            inputs.check(request.num_frames)
+            strengths_for(spec, inputs.strengths)
 
     def plan(self, request: ResolvedRequest) -> Iterator[Passage]:
         """How its latents will pass through the VAE. Raises RequestError where memory will not do, before any work."""
@@ -189,8 +200,8 @@ class WanPipeline:
             num_train_timesteps=sampler.schedule.num_train_timesteps,
         )
         text, negative = self._texts(request, clock, report, guided=switch.guided)
-        condition, start = self._pictures(request, sampler.schedule, clock, report)
-        shape = (len(request.prompts), self.experts[0].spec.in_channels, *self._latent_size(request))
+        condition, control, start = self._pictures(request, sampler.schedule, clock, report)
+        shape = (len(request.prompts), self.experts[0].spec.in_channels, *start.shape[2:])
         loop, why = self.step_planner.loop(shape, guided=negative is not None)
         log.info("steps: %s", why)
         with clock.stage("denoise"):
@@ -198,7 +209,10 @@ class WanPipeline:
                 self.experts,
                 start,
                 stages.Prompts(
-                    text_BSE=text, negative_BSE=negative, condition=condition, make_predictor=self.make_predictor
+                    text_BSE=text,
+                    negative_BSE=negative,
+                    condition=condition,
+                    make_predictor=control.predictor(self.make_predictor),
                 ),
                 sampler=sampler,
                 switch=switch,
@@ -206,7 +220,7 @@ class WanPipeline:
                 on_step=clock.each_step(_reporter(report, "denoise", sampler.schedule.num_steps)),
                 choices=loop,
             )
-        return _plain(out)
+        return _plain(control.cut(out))
 
     def _texts(
         self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, *, guided: bool
@@ -220,19 +234,31 @@ class WanPipeline:
 
     def _pictures(
         self, request: ResolvedRequest, schedule: FlowSchedule, clock: StageClock, report: ProgressCallback
-    ) -> tuple[Condition, Tensor]:
+    ) -> tuple[Condition, VaceConditions, Tensor]:
         """What is given, encoded before the denoiser begins; and the latents that it begins with."""
         shape = (len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request))
-        noise = stages.initial_noise(shape, request.seed, self.device)
-        if request.image is None and request.video is None:
-            return stages.FROM_TEXT, noise
+        spec = self.experts[0].spec
+        if request.image is None and request.video is None and not isinstance(spec, VaceSpec):
+            return stages.FROM_TEXT, UNCONTROLLED, stages.initial_noise(shape, request.seed, self.device)
         with clock.stage("image"), own_precision(self.device):
             report(Progress(stage="image", step=0, total=1))
             condition = self._condition(request)
+            control = self._control(request, spec) if isinstance(spec, VaceSpec) else UNCONTROLLED
+            start = stages.initial_noise(control.lengthened(shape), request.seed, self.device)
             if request.video is not None:
-                noise = noised(self._encoded(torch.from_numpy(fitted_to(request, request.video))), noise, schedule)
+                start = noised(self._encoded(torch.from_numpy(fitted_to(request, request.video))), start, schedule)
             report(Progress(stage="image", step=1, total=1))
-        return condition, noise
+        return condition, control, start
+
+    def _control(self, request: ResolvedRequest, spec: VaceSpec) -> VaceConditions:
+        return prepare_control(
+            VaceInputs.of(request),
+            (request.num_frames, request.height, request.width),
+            spec=spec,
+            vae=self.vae.spec,
+            encode=self._encoded,
+            keeps_aspect=request.keeps_aspect,
+        )
 
     def _condition(self, request: ResolvedRequest) -> Condition:
         if request.image is None:
