@@ -137,9 +137,14 @@ def convert_model(
     return files
 
 
-def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """What is in a checkpoint or weight file, without loading it: components, parameters, dtypes, bytes, defaults."""
-    facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model))
+def describe(
+    model: str | os.PathLike[str] | None = None, *, parts: Mapping[str, str | os.PathLike[str]] | None = None
+) -> dict[str, Any]:
+    """What is in a checkpoint or weight file, without loading it: components, parameters, dtypes, bytes, defaults.
+
+    Also of a file that is part of a checkpoint, and of a LoRA.
+    """
+    facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts)
     return facts
 
 

@@ -238,26 +238,48 @@ def generate(
 
 @app.command()
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub id; without one the built-in model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, weight file, LoRA or hub id; without one the built-in model.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a checkpoint holds, without loading its weights."""
+    """Say what a checkpoint, a weight file or a LoRA holds, without loading it."""
     facts = frameloom.describe(model)
     if as_json:
         print(json.dumps(facts))
         return
+    if facts.get("kind") == "LoRA":
+        _print_lora(facts)
+        return
     width = None if sys.stdout.isatty() else 120  # a pipe has no width: wrap nothing
     console = Console(width=width, markup=False, highlight=False)
     table = Table()
-    for heading in ("component", "class", "parameters", "dtypes", "size", "files"):
+    for heading in ("component", "what it is", "parameters", "dtypes", "size", "files"):
         table.add_column(heading, no_wrap=True)
     for part in facts["components"]:
         size, count = _bytes(part["bytes"]), f"{part['parameters']:,}"
-        table.add_row(part["name"], part["class"], count, ", ".join(part["dtypes"]), size, str(part["files"]))
+        table.add_row(part["name"], part["what"], count, ", ".join(part["dtypes"]), size, str(part["files"]))
     table.add_row("together", "", f"{facts['parameters']:,}", "", _bytes(facts["bytes"]), "", style="bold")
+    if "lacks" in facts:
+        lacks = ", ".join(facts["lacks"]).replace("_", " ")
+        console.print(f"{facts['model']}: part of a checkpoint, which also needs: {lacks}", soft_wrap=True)
+        console.print(table)
+        return
     console.print(f"{facts['model']}: {facts['pipeline']}, {facts['scheduler']}", soft_wrap=True)
     console.print(table)
     console.print("defaults: " + ", ".join(f"{key} {value!r}" for key, value in facts["defaults"].items()))
+
+
+def _print_lora(facts: dict[str, Any]) -> None:
+    console = Console(markup=False, highlight=False)
+    ranks = ", ".join(map(str, facts["ranks"])) or "none"
+    console.print(
+        f"{facts['model']}: a LoRA of {facts['keys']} keys for {facts['modules']} modules in {facts['layers']} layers "
+        f"({', '.join(facts['parts'])}), rank {ranks}, {', '.join(facts['dtypes'])}, {_bytes(facts['bytes'])}",
+        soft_wrap=True,
+    )
+    if facts["unknown_keys"]:
+        console.print(f"keys of no known kind: {', '.join(facts['unknown_keys'])}", soft_wrap=True)
 
 
 @app.command()

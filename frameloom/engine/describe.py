@@ -1,32 +1,47 @@
-"""Says what a checkpoint holds without loading its weights: the headers of its files are enough."""
+"""Says what a checkpoint, or any weight file, holds without loading it: the headers of its files are enough."""
 
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from frameloom.models.defaults import defaults_for
-from frameloom.models.spec import TransformerSpec
-from frameloom.weights.checkpoint import Component
-from frameloom.weights.source import open_checkpoint
+from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.weights.assemble import lacking
+from frameloom.weights.checkpoint import Checkpoint, Component
+from frameloom.weights.configs import model_name
+from frameloom.weights.lora import describe_lora
+from frameloom.weights.source import Source, open_checkpoint, open_parts
 
 
-def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """Facts of a checkpoint as plain data: pipeline, components, defaults. Raises CheckpointError.
+def describe_checkpoint(model: Source, *, parts: Mapping[str, Source] | None = None) -> dict[str, Any]:
+    """Facts as plain data. Raises CheckpointError.
 
-    Of a hub id only the JSON files and the headers of the weight files are fetched.
+    Of a checkpoint: pipeline, components, defaults. Of files that are part of one: their components, and what it
+    "lacks". Of a LoRA ("kind"): its keys and ranks. Of a hub id only the JSON files and the headers of the weight files
+    are fetched.
     """
-    checkpoint = open_checkpoint(model, fetch_weights=False)
+    path = Path(os.path.expanduser(os.fspath(model)))
+    if path.is_file() and path.name != "model_index.json" and (found := describe_lora(path)) is not None:
+        return found
+    if not parts and path.exists() and not (path / "model_index.json").exists():
+        found_parts = open_parts(model)
+        if lacks := lacking(found_parts):
+            return {"model": os.fspath(model), "path": str(path), "lacks": lacks, **_components(found_parts)}
+    return _whole(open_checkpoint(model, parts=parts, fetch_weights=False))
+
+
+def _whole(checkpoint: Checkpoint) -> dict[str, Any]:
     parts = checkpoint.components
     facts: dict[str, Any] = {
         "model": checkpoint.name,
         "path": str(checkpoint.path),
         "pipeline": checkpoint.pipeline,
         "scheduler": checkpoint.scheduler.get("_class_name"),
-        "components": [_component(part) for part in parts.values() if part.files],
+        **_components(parts),
     }
-    facts["bytes"] = sum(part["bytes"] for part in facts["components"])
-    facts["parameters"] = sum(part["parameters"] for part in facts["components"])
     transformer = parts["transformer"]
     spec = TransformerSpec.from_config(transformer.config, where=str(transformer.described_by))
     defaults = defaults_for(
@@ -43,12 +58,34 @@ def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
     return facts
 
 
+def _components(parts: Mapping[str, Component]) -> dict[str, Any]:
+    """The networks among them, and their sums."""
+    found = [_component(part) for part in parts.values() if part.files]
+    return {
+        "components": found,
+        "bytes": sum(part["bytes"] for part in found),
+        "parameters": sum(part["parameters"] for part in found),
+    }
+
+
+def _what(part: Component) -> str:
+    """What users call a network; its config may leave out what is the reference's default."""
+    config, where = part.config, str(part.described_by)
+    if part.name.startswith("transformer"):
+        spec = TransformerSpec.from_config(config, where=where)
+        return model_name("transformer", {**dataclasses.asdict(spec), **config})
+    if part.name == "vae":
+        return model_name("vae", dataclasses.asdict(VaeSpec.from_config(config, where=where)))
+    return model_name(part.name, config.get("vision_config", config))
+
+
 def _component(part: Component) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for entry in part.tensors.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
     return {
         "name": part.name,
+        "what": _what(part),
         "class": part.class_name,
         "parameters": sum(dtypes.values()),
         "dtypes": sorted(dtypes, key=dtypes.__getitem__, reverse=True),

@@ -24,13 +24,9 @@ def assemble(components: Mapping[str, Component], *, facts: JsonObject, name: st
 
     Raises CheckpointError, naming the options to give, where components are missing.
     """
-    transformer = components.get("transformer")
-    needed = [*REQUIRED]
-    if transformer is not None and transformer.config.get("image_dim") is not None:
-        needed.append("image_encoder")
-    missing = [part for part in needed if part not in components]
-    if missing or transformer is None:
+    if missing := lacking(components):
         raise CheckpointError(_what_lacks(name, components, missing))
+    transformer = components["transformer"]
     spec = TransformerSpec.from_config(transformer.config, where=str(transformer.described_by))
     is_pair = "transformer_2" in components
     per_token = facts.get("expand_timesteps", bool(components["vae"].config.get("is_residual")))
@@ -47,6 +43,15 @@ def assemble(components: Mapping[str, Component], *, facts: JsonObject, name: st
         defaults=facts.get("defaults", {}),
         components=components,
     )
+
+
+def lacking(components: Mapping[str, Component]) -> list[str]:
+    """The components that a checkpoint still needs."""
+    needed = list(REQUIRED)
+    transformer = components.get("transformer")
+    if transformer is not None and transformer.config.get("image_dim") is not None:
+        needed.append("image_encoder")
+    return [part for part in needed if part not in components]
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:

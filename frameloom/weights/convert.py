@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from frameloom.errors import OutputError, RequestError
+from frameloom.models.clip import image_encoder_key
 from frameloom.models.wan_dit import WanDiT
 from frameloom.platform.device import DTYPES as FLOATS
 from frameloom.weights.checkpoint import Checkpoint, Component
@@ -124,7 +125,12 @@ def _planned(component: Component, to: Layout, dtype: torch.dtype | None) -> Ite
     rename = _rename(component, to)
     thirds: dict[str, list[Planned]] = {}
     for native, entry in component.tensors.items():
-        name = rename(native)
+        if component.name == "image_encoder" and to != "diffusers":
+            if (key := image_encoder_key(native)) is None:
+                continue  # no part of what Wan uses, and the other layouts have no place for it
+            name = rename(f"vision_model.{key}")  # which newer versions of transformers leave out
+        else:
+            name = rename(native)
         if name is None:
             raise OutputError(f"'{native}' of the {component.name} has no name in the layout '{to}'; use diffusers")
         planned = _as_dtype(entry, _wanted(component, native, entry, dtype))

@@ -14,7 +14,7 @@ from frameloom.models.spec import TransformerSpec
 from frameloom.models.tokenizer import write_tokenizer
 from frameloom.weights.assemble import facts_of
 from frameloom.weights.checkpoint import Checkpoint, Component
-from frameloom.weights.loose import BESIDE, EXPERT_FOLDERS, FACTS
+from frameloom.weights.loose import BESIDE, EXPERT_FOLDERS, FACTS, IMAGE_PROCESSOR_FILE
 from frameloom.weights.vocabulary import tokenizer_in
 from frameloom.weights.write import Target, make_folder
 
@@ -38,6 +38,8 @@ def write_descriptions(checkpoint: Checkpoint, root: Path, targets: Sequence[Tar
     for _, group in itertools.groupby(targets, key=lambda target: target.component):
         _write_index(list(group))
     _write_tokenizer(checkpoint.components["tokenizer"], root / _TOKENIZER_IN[to])
+    if (processor := checkpoint.components.get("image_processor")) is not None:
+        _copy((IMAGE_PROCESSOR_FILE,), processor.folder, root / "image_processor")
     if to == "original":
         _write_original(checkpoint, root, targets)
     elif to == "diffusers":
@@ -60,10 +62,15 @@ def _write_tokenizer(component: Component, folder: Path) -> None:
     if not (component.folder / "tokenizer.json").is_file():
         write_tokenizer(tokenizer_in(component), folder)
         return
+    _copy(_TOKENIZER_FILES, component.folder, folder)
+
+
+def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
+    """Those of some files that there are."""
     make_folder(folder)
-    for name in _TOKENIZER_FILES:
-        if (component.folder / name).is_file():
-            shutil.copyfile(component.folder / name, folder / name)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_diffusers(checkpoint: Checkpoint, root: Path) -> None:

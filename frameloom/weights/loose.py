@@ -26,6 +26,8 @@ CLASSES: Mapping[str, str] = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "UMT5EncoderModel",
     "image_encoder": "CLIPVisionModel",
+    "tokenizer": "T5Tokenizer",
+    "image_processor": "CLIPImageProcessor",
 }
 """The class of Diffusers or transformers that each component is of."""
 
@@ -34,6 +36,9 @@ FACTS = "frameloom"
 
 BESIDE = "frameloom-checkpoint.json"
 """A file of a converted repository that says what its layout cannot: scheduler, boundary of the experts, defaults."""
+
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+"""How pictures are cut for the image encoder; the original layout has none, and means that of CLIP."""
 
 EXPERT_FOLDERS: Mapping[str, str] = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 """The folders of an original Wan 2.2 repository, and the component in each."""
@@ -58,15 +63,13 @@ def open_file(path: Path, *, want: str | None = None) -> Loose:
 
     `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError.
     """
-    file = read_file(path)
-    parts = identify(file.entries, metadata=file.metadata, where=str(path))
-    found = _components(parts, path, files=(path,))
-    facts = _facts(file.metadata, where=path)
+    loose = _open_set(path.parent, (path,))
+    found = dict(loose.components)
     if want is not None:
-        return Loose(components={want: _wanted(found, want, where=path)} | _tokenizer_of(found), facts=facts)
+        return replace(loose, components={want: _wanted(found, want, where=path)} | _tokenizer_of(found))
     if "transformer" in found:
         found |= _experts(found["transformer"], path)
-    return Loose(components=found, facts=facts)
+    return replace(loose, components=found)
 
 
 def open_folder(folder: Path) -> Loose:
@@ -75,8 +78,8 @@ def open_folder(folder: Path) -> Loose:
     Raises CheckpointError where two files hold the same component, naming both.
     """
     found: dict[str, Component] = {}
-    beside = folder / BESIDE
-    facts = dict(checkpoint_facts(read_json(beside), where=beside)) if beside.is_file() else {}
+    said = folder / BESIDE
+    facts = dict(checkpoint_facts(read_json(said), where=said)) if said.is_file() else {}
     for place, files in _weight_sets(folder):
         one = _open_set(place, files)
         facts.update(one.facts)
@@ -89,7 +92,10 @@ def open_folder(folder: Path) -> Loose:
                     f"'{folder}' holds two {_said(name)}s, {both}; name the one to take with {option}"
                 )
             found[name] = replace(component, name=name)
-    return Loose(components=found | _tokenizer_in(folder, found), facts=facts)
+    beside = _tokenizer_in(folder, found)
+    if (folder / "image_processor" / IMAGE_PROCESSOR_FILE).is_file():
+        beside["image_processor"] = _plain("image_processor", folder / "image_processor")
+    return Loose(components=found | beside, facts=facts)
 
 
 def holds_loose_weights(folder: Path) -> bool:
@@ -178,8 +184,10 @@ def _components(parts: Iterable[Part], where: Path, *, files: tuple[Path, ...]) 
 
 
 def _plain(name: str, folder: Path) -> Component:
+    """A component without weights."""
+    class_name = CLASSES[name]
     return Component(
-        name=name, folder=folder, described_by=folder, class_name="T5Tokenizer", config={}, files=(), tensors={}
+        name=name, folder=folder, described_by=folder, class_name=class_name, config={}, files=(), tensors={}
     )
 
 

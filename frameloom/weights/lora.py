@@ -60,6 +60,28 @@ def _read(lora: Lora, shapes: Shapes, expert: Expert | None) -> Adapters | None:
     return adapters
 
 
+def describe_lora(path: Path) -> dict[str, Any] | None:
+    """What a LoRA file holds, by its keys; None for a file that is none. Raises CheckpointError."""
+    file = read_file(path)
+    keys = [key for name in file.entries if (key := split(name)) is not None]
+    if not keys:
+        return None
+    ranks = {file.entries[key.name].shape[0] for key in keys if key.part == "down"}
+    layers = {match[0] for key in keys if (match := re.search(r"blocks[._]\d+", key.module))}
+    return {
+        "model": str(path),
+        "kind": "LoRA",
+        "keys": len(file.entries),
+        "unknown_keys": sorted(file.entries.keys() - {key.name for key in keys}),
+        "modules": len({key.module for key in keys}),
+        "parts": sorted({key.part for key in keys}),
+        "ranks": sorted(ranks),
+        "layers": len(layers),
+        "dtypes": sorted({entry.dtype for entry in file.entries.values()}),
+        "bytes": sum(entry.size_bytes for entry in file.entries.values()),
+    }
+
+
 # --- which file ---
 
 
