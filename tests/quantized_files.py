@@ -71,6 +71,41 @@ def cast(weight: Tensor, kind: str) -> Stored:
     )
 
 
+def numbers(stored: Stored) -> Tensor:
+    """What a stored tensor stands for, in float32: gguf's reference for blocks, the product with the scale."""
+    raw = np.frombuffer(stored.data, dtype=np.uint8)
+    if stored.dtype in ("I8", *FLOAT8):
+        values = torch.from_numpy(raw.copy()).view(FLOAT8.get(stored.dtype, torch.int8)).view(stored.shape).float()
+        return values if stored.scale is None else values * numbers(stored.scale)
+    rows = raw.reshape(*stored.shape[:-1], -1) if stored.shape else raw
+    values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[stored.dtype])
+    return torch.from_numpy(values.copy()).view(stored.shape)
+
+
+def write_gguf(path: Path, tensors: Mapping[str, Stored], *, architecture: str, fold: bool = False) -> Path:
+    """A GGUF file of these tensors; `fold`: what has more than four dimensions in four, and its shape beside it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, stored in tensors.items():
+        shape = stored.shape
+        if fold and len(shape) > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+            shape = (shape[0] * shape[1], *shape[2:])
+        rows = np.frombuffer(stored.data, dtype=np.uint8).reshape(*shape[:-1], -1)
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[stored.dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def as_tensor(stored: Stored) -> Tensor:
+    """For safetensors: the tensor as it is stored, without its scale."""
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, **FLOAT8}
+    raw = torch.from_numpy(np.frombuffer(stored.data, dtype=np.uint8).copy())
+    return raw.view(dtypes[stored.dtype]).view(stored.shape)
+
+
 def write(path: Path, tensors: Mapping[str, Stored]) -> Component:
     """One file of these tensors, scales among them, and what an opened checkpoint says of it."""
     entries: dict[str, TensorEntry] = {}

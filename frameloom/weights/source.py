@@ -118,8 +118,10 @@ def _part(part: str, source: str, *, alone: bool) -> Loose:
     if path.is_dir():
         return _part_of_folder(part, path)
     if part == "transformer" and not alone:
-        return _only(open_file(path), _EXPERTS)
-    return open_file(path, want=part)
+        found = open_file(path)
+        if part in found.components:
+            return _only(found, _EXPERTS)
+    return open_file(path, want=part)  # which says what it holds instead
 
 
 def _part_of_folder(part: str, folder: Path) -> Loose:

@@ -38,7 +38,7 @@ State = dict[str, Tensor]
 Opened = tuple[Path | None, dict[str, Path]]
 """What `frameloom.load` is given: a model, and parts."""
 
-TEXT_DIM = 64
+TEXT_DIM = 256
 VAE = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 VAE_22 = {"decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12}
 VAE_22 |= {"patch_size": 2, "scale_factor_spatial": 16}
@@ -83,7 +83,7 @@ def build_model(folder: Path, *, heads: int = 3, kind: str = "text", layers: int
         "tokenizer": T5Tokenizer.from_pretrained(str(_spiece(folder).parent), extra_ids=0),
         "text_encoder": UMT5EncoderModel(
             UMT5Config(
-                vocab_size=256, d_model=TEXT_DIM, d_kv=32, d_ff=96, num_layers=2, num_heads=2,
+                vocab_size=256, d_model=TEXT_DIM, d_kv=32, d_ff=256, num_layers=2, num_heads=2,
                 feed_forward_proj="gated-gelu",
             )
         ),
@@ -220,11 +220,9 @@ _CLIP = {
 
 
 def _renamed(state: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    found = {}
-    for name, value in state.items():
-        for native, stored in table.items():
-            name = name.replace(native, stored)
-        found[name] = value
+    found = dict(state)
+    for native, stored in table.items():
+        found = {name.replace(native, stored): value for name, value in found.items()}
     assert len(found) == len(state)
     return found
 
