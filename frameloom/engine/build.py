@@ -31,9 +31,10 @@ from frameloom.models.encoders import (
     build_text_encoder,
     text_encoder_keeps_fp32,
 )
-from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec, VaeSpec
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.pipeline.conditions import channels_beside_image
+from frameloom.pipeline.vace import control_channels
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import (
@@ -182,14 +183,17 @@ def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], v
         ("vae out_channels", vae.out_channels, "the channels of a picture", picture),
     ]
     for name, spec in experts.items():
-        takes_image = spec.in_channels == channels_beside_image(vae)
+        takes_image = spec.in_channels == channels_beside_image(vae) and not isinstance(spec, VaceSpec)
         pairs += [
             (f"{name} in_channels", spec.in_channels, "transformer in_channels", first.in_channels),
             (f"{name} in_channels", spec.in_channels if not takes_image else vae.z_dim, "vae z_dim", vae.z_dim),
             (f"{name} out_channels", spec.out_channels, "vae z_dim", vae.z_dim),
             (f"{name} text_dim", spec.text_dim, "text_encoder d_model", text_width),
             (f"{name} patch_size", spec.patch_size, "transformer patch_size", first.patch_size),
+            (f"{name} VACE layers", _vace_layers(spec), "transformer VACE layers", _vace_layers(first)),
         ]
+        if isinstance(spec, VaceSpec):
+            pairs.append((f"{name} vace_in_channels", spec.vace_in_channels, "a control", control_channels(vae)))
         if spec.image_dim is not None:
             pairs += _of_images(name, spec, checkpoint.components["image_encoder"])
     for what, value, other, expected in pairs:
@@ -198,6 +202,10 @@ def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], v
                 f"'{checkpoint.name}' is put together from parts that do not fit: {what} is {value}, {other} "
                 f"{expected}; take all parts from one checkpoint"
             )
+
+
+def _vace_layers(spec: TransformerSpec) -> int:
+    return len(spec.vace_layers) if isinstance(spec, VaceSpec) else 0
 
 
 def _of_images(name: str, spec: TransformerSpec, encoder: Component) -> list[tuple[str, object, str, object]]:

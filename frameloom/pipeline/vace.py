@@ -131,6 +131,11 @@ class _Controlled:
         return self._dit.velocities(x_BCTHW, timestep, prompts)
 
 
+def control_channels(vae: VaeSpec) -> int:
+    """Of what is kept, of what is new, and of the mask, where each pixel of a cell has one."""
+    return 2 * vae.z_dim + vae.spatial_scale**2
+
+
 UNCONTROLLED = VaceConditions()
 
 
@@ -151,7 +156,7 @@ def prepare_control(
     """
     inputs.check(size_THW[0])
     strengths = strengths_for(spec, inputs.strengths)
-    channels = 2 * vae.z_dim + vae.spatial_scale**2
+    channels = control_channels(vae)
     if channels != spec.vace_in_channels:
         raise RequestError(
             f"this VAE makes a control of {channels} channels, the transformer takes {spec.vace_in_channels}; "

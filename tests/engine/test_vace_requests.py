@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from diffusers import WanVACEPipeline
 from PIL import Image
 
 import frameloom
-from frameloom.errors import InputError, RequestError
+from frameloom.errors import CheckpointError, InputError, RequestError
 from frameloom.ops.registry import relative_error
 from frameloom.pipeline.reader import read_frames
 
@@ -173,6 +174,22 @@ def test_a_checkpoint_without_vace_refuses_a_control(name, checkpoint_of):
     given = {"control_video": video_of(SMALL), "references": [image_of(8, 8, 0)], "control_strength": 0.5}
     with frameloom.load(checkpoint_of(), device="cpu") as plain, pytest.raises(RequestError, match="cannot take"):
         plain.resolve(PROMPT, **{name: given[name]}, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("transformer", {"vace_in_channels": 96}, "transformer vace_in_channels is 96, a control 72"),
+        ("transformer", {"in_channels": 12}, "transformer in_channels is 12, vae z_dim 4"),
+        ("transformer_2", {"vace_layers": [0]}, "transformer_2 VACE layers is 1, transformer VACE layers 2"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(file, values, words, checkpoint_of, tmp_path):
+    folder = shutil.copytree(checkpoint_of("vace, two experts"), tmp_path / "model")
+    config = folder / file / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    with pytest.raises(CheckpointError, match=words):
+        frameloom.load(folder, device="cpu")
 
 
 def test_a_control_video_that_is_not_there_is_told(engine, tmp_path):

@@ -17,6 +17,7 @@ GIVEN = {
     "first and last image": {"image": PICTURES[0], "last_image": PICTURES[1]},
     "per-token timesteps": {"image": PICTURES[0]},
     "one expert": {"video": PICTURES, "strength": 0.6},
+    "vace": {"control_video": PICTURES, "mask": PICTURES, "references": [PICTURES[0]], "control_strength": [1.5, 0.25]},
 }
 PLANS = ("cfg=2", "ulysses=2", "ring=2", "tp=2", "ulysses=2,fsdp=2")
 
