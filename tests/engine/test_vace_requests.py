@@ -117,6 +117,13 @@ def test_a_batch_of_prompts_shares_the_control(engine):
     assert relative_error(both[:1], both[1:]) > 1e-3
 
 
+def test_bfloat16_stays_near_float32(engine, checkpoint_of):
+    asked = given("all")
+    exact = ours(engine, asked, output="latents", steps=2)
+    with frameloom.load(checkpoint_of("vace"), device="cpu", dtype="bfloat16") as narrow:
+        assert 0 < relative_error(ours(narrow, asked, output="latents", steps=2), exact) < 0.1
+
+
 def test_every_part_changes_the_video(engine):
     base = given("all")
     expected = ours(engine, base, output="latents", steps=2)
@@ -160,6 +167,7 @@ def test_the_record_tells_what_was_given(engine):
         ({"references": [None]}, "the reference image is NoneType"),
         ({"references": [image_of(40, 7, seed=1)]}, "the reference image is 7x40, too small"),
         ({"references": [image_of(8, 8, seed=1)] * 65}, "65 reference images are too many; give up to 64"),
+        ({"references": [image_of(8, 8, seed=1)] * 64, "num_frames": 4001}, "past the last position.*use 3837 or less"),
         ({"video": video_of(SMALL)}, "follows a video, and does not start from one; give it as control video"),
         ({"image": image_of(32, 48, seed=1)}, "cannot take an image, it starts from a control video, a mask,"),
     ],
