@@ -19,6 +19,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,6 +45,7 @@ VAE = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 VAE_22 = {"decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12}
 VAE_22 |= {"patch_size": 2, "scale_factor_spatial": 16}
 CLIP = {"hidden_size": 80, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 1, "patch_size": 14}
+_SHIFTS = {"per-token timesteps": 5.0, "last image": 16.0}  # of the published checkpoints
 _GOOGLE = "google/umt5-xxl"
 
 
@@ -50,7 +53,7 @@ _GOOGLE = "google/umt5-xxl"
 class Model:
     """A pipeline of Diffusers in float32, and the sentencepiece file of its tokenizer."""
 
-    pipeline: WanPipeline | WanImageToVideoPipeline
+    pipeline: WanPipeline | WanImageToVideoPipeline | WanVACEPipeline
     spiece: Path
     is_22: bool = False
     states: dict[str, State] = field(default_factory=dict)
@@ -68,17 +71,23 @@ class Model:
 
 
 def build_model(folder: Path, *, heads: int = 3, kind: str = "text", layers: int = 2) -> Model:
-    """kind: text, "two experts" (of images, no CLIP), "image" (with CLIP) or "per-token timesteps" (VAE 2.2)."""
+    """kind: text, two experts (of images, no CLIP), image, last image (both with CLIP), per-token timesteps, VACE."""
     torch.manual_seed(heads)
     is_22 = kind == "per-token timesteps"
     vae = _vae_22(folder) if is_22 else AutoencoderKLWan(**VAE)
     channels = 48 if is_22 else 16
     config: dict[str, Any] = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers}
     config |= {"in_channels": channels, "out_channels": channels, "text_dim": TEXT_DIM, "ffn_dim": 256}
-    if kind in ("two experts", "image"):
+    network = WanVACETransformer3DModel if kind == "VACE" else WanTransformer3DModel
+    clip, from_image = kind in ("image", "last image"), kind in ("two experts", "image", "last image")
+    if from_image:
         config["in_channels"] = 36
-    if kind == "image":
+    if clip:
         config |= {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": heads * 128}
+    if kind == "last image":
+        config["pos_embed_seq_len"] = 514
+    if kind == "VACE":
+        config |= {"vace_layers": [0, 1], "vace_in_channels": 96}
     parts: dict[str, Any] = {
         "tokenizer": T5Tokenizer.from_pretrained(str(_spiece(folder).parent), extra_ids=0),
         "text_encoder": UMT5EncoderModel(
@@ -89,12 +98,12 @@ def build_model(folder: Path, *, heads: int = 3, kind: str = "text", layers: int
         ),
         "vae": vae,
         "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if is_22 else 3.0
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_SHIFTS.get(kind, 3.0)
         ),
-        "transformer": WanTransformer3DModel(**config),
-        "transformer_2": WanTransformer3DModel(**config) if kind == "two experts" else None,
+        "transformer": network(**config),
+        "transformer_2": network(**config) if kind == "two experts" else None,
     }  # fmt: skip
-    if kind == "image":
+    if clip:
         parts |= {
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP, hidden_act="gelu")),
             "image_processor": CLIPImageProcessorPil(),
@@ -102,11 +111,13 @@ def build_model(folder: Path, *, heads: int = 3, kind: str = "text", layers: int
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             _make_exact(part.eval())
-    settings = {"boundary_ratio": 0.9 if kind == "two experts" else None}
-    if kind in ("two experts", "image"):
-        pipeline: Any = WanImageToVideoPipeline(**parts, **settings)
+    parts["boundary_ratio"] = 0.9 if kind == "two experts" else None
+    if kind == "VACE":
+        pipeline: Any = WanVACEPipeline(**parts)
+    elif from_image:
+        pipeline = WanImageToVideoPipeline(**parts)
     else:
-        pipeline = WanPipeline(**parts, **settings, expand_timesteps=is_22)
+        pipeline = WanPipeline(**parts, expand_timesteps=is_22)
     return Model(pipeline=pipeline, spiece=_spiece(folder), is_22=is_22)
 
 
@@ -115,6 +126,8 @@ def _make_exact(module: torch.nn.Module) -> None:
     for name, value in module.named_parameters():
         if "text_embedder" in name or "attn2" in name or "image_embedder" in name:
             value.mul_(3)  # as initialised, the text and the image hardly move the outcome
+        if "pos_embed" in name or ("vace" in name and "proj" in name):
+            value.normal_(std=0.05)  # as initialised, these are zero
     for value in module.state_dict().values():
         if value.is_floating_point():
             value.copy_(value.bfloat16().half())
@@ -153,6 +166,9 @@ _DIT = {
     "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
     "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    ".proj_in.": ".before_proj.",
+    ".proj_out.": ".after_proj.",
     "proj_out": "head.head",
     ".scale_shift_table": ".modulation",
     ".attn1.": ".self_attn.",

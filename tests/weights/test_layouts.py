@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from layout_files import (
@@ -30,6 +31,8 @@ KINDS = {
     "text, 10 heads": {"heads": 10, "layers": 1},
     "image, two experts": {"heads": 2, "kind": "two experts"},
     "image, CLIP": {"heads": 2, "kind": "image"},
+    "first and last image": {"heads": 2, "kind": "last image"},
+    "VACE": {"heads": 2, "kind": "VACE"},
     "per-token timesteps": {"heads": 2, "kind": "per-token timesteps"},
 }
 
@@ -40,11 +43,19 @@ def load(opened, **options):
     return frameloom.load(model, parts=parts or None, **options)
 
 
-def latents_of(opened, *, with_image=False, **options):
+def pictures_of(kind):
+    """What a model of a kind starts from."""
+    image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    if kind == "VACE":
+        return {"control_video": np.stack([np.asarray(image)] * 5), "references": [image.rotate(90)]}
+    found = {} if kind.startswith("text") else {"image": image}
+    return found | {"last_image": image.rotate(90)} if "last" in kind else found
+
+
+def latents_of(opened, *, kind="text", **options):
     """Latents of two steps in float32, by the reference's own arithmetic."""
     asked = {"width": 64, "height": 64, "num_frames": 5, "steps": 2, "guidance_scale": 4.0, "seed": 3}
-    if with_image:
-        asked["image"] = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    asked |= pictures_of(kind)
     with load(opened, **options) as engine:
         held = options.get("quantized") == "keep"
         assert is_quantized(engine._open.experts[0]) == held
@@ -61,7 +72,7 @@ def model_of(tmp_path_factory):
             folder = tmp_path_factory.mktemp("model")
             model = build_model(folder, **KINDS[kind])
             model.pipeline.save_pretrained(str(folder / "whole"))
-            made[kind] = model, latents_of((folder / "whole", {}), with_image=not kind.startswith("text"))
+            made[kind] = model, latents_of((folder / "whole", {}), kind=kind)
         return made[kind]
 
     return make
@@ -72,7 +83,7 @@ def model_of(tmp_path_factory):
 def test_every_layout_makes_the_same_latents(kind, layout, model_of, tmp_path):
     model, wanted = model_of(kind)
     opened = LAYOUTS[layout](model, tmp_path)
-    assert torch.equal(latents_of(opened, with_image=not kind.startswith("text")), wanted)
+    assert torch.equal(latents_of(opened, kind=kind), wanted)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae", "image_encoder"])
@@ -81,7 +92,7 @@ def test_every_part_of_a_file_matters(part, model_of, tmp_path):
     _, parts = single_files(model, tmp_path)
     state = load_file(parts[part])
     save_file({name: x if x.dtype == torch.uint8 else x * 1.5 for name, x in state.items()}, parts[part])
-    assert not torch.equal(latents_of((None, parts), with_image=True), wanted)
+    assert not torch.equal(latents_of((None, parts), kind="image, CLIP"), wanted)
 
 
 # --- quantized ---
