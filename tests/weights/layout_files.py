@@ -22,6 +22,7 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from quantized_files import plain, write_gguf
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -408,6 +409,21 @@ def mixed(model: Model, folder: Path) -> Opened:
     return folder / "whole", {"vae": folder / "wan_vae.safetensors", "transformer": path}
 
 
+def gguf_files(model: Model, folder: Path) -> Opened:
+    """Transformer and text encoder in GGUF; two experts in folders that say which they are."""
+    pair = {"transformer": "HighNoise", "transformer_2": "LowNoise"}
+    for part, name in pair.items() if model.has("transformer_2") else [("transformer", "Wan")]:
+        (folder / name).mkdir()
+        tensors = {key: plain(value.half()) for key, value in original_dit(model.state(part)).items()}
+        write_gguf(folder / name / f"Wan-{name}-F16.gguf", tensors, architecture="wan", fold=name == "Wan")
+    t5 = {key: plain(value.half()) for key, value in llama_t5(model.state("text_encoder")).items()}
+    _, parts = single_files(model, folder)
+    parts["tokenizer"] = model.spiece
+    parts["text_encoder"] = write_gguf(folder / "umt5-xxl-encoder-F16.gguf", t5, architecture="t5encoder")
+    parts["transformer"] = next(path for path in folder.glob("*/*.gguf") if "Low" not in path.name)
+    return None, parts
+
+
 def _experts(model: Model, folder: Path, *, prefix: str, dtype: torch.dtype, beside: State | None = None) -> Path:
     """The transformer, named as ComfyUI names it; where there are two the path is the high-noise one's."""
     name = "wan2.1_t2v_1.3B.safetensors"
@@ -428,4 +444,5 @@ LAYOUTS: Mapping[str, Callable[[Model, Path], Opened]] = {
     "ComfyUI's folders": comfyui_folder,
     "all in one": all_in_one,
     "mixed": mixed,
+    "GGUF": gguf_files,
 }
