@@ -24,10 +24,10 @@ from rich.table import Table
 
 import frameloom
 from frameloom.config import check_request, memory_bytes, video_size
-from frameloom.errors import FrameloomError
+from frameloom.errors import FrameloomError, RequestError
 from frameloom.parallel.heart import Ending, Heart, is_lost
 from frameloom.parallel.launch import count_ranks, run_ranks
-from frameloom.pipeline.target import check_output
+from frameloom.pipeline.target import OutputTarget, check_output
 from frameloom.settings import LOGGER_NAME, Launched, ask_for_same_sums, launched, log_level
 from frameloom.shapes.advice import advice
 from frameloom.types import GenerateRequest, Progress
@@ -40,6 +40,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 _INTERRUPTION = Ending(code=_INTERRUPTED, message="interrupted; nothing was written")
+_TERMINATION = Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written")
 _STAGE_NAMES = {
     "text": "reading the prompt",
     "image": "reading pictures",
@@ -203,27 +204,29 @@ def generate(
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
-    _share(gpus, parallel, tidy=target.remove_partials if target else None)
-    parts = _parts(
-        transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
-        image_encoder=image_encoder, tokenizer=tokenizer,
-    )  # fmt: skip
-    if model is None and not parts and (hint := advice(prompt)):
-        console.print(hint, style="yellow")
-    begun = time.perf_counter()
-    with frameloom.load(
-        model, parts=parts, quantized=quantized, loras=lora or (), preset=preset, device=device, dtype=dtype,
-        exactness=exactness,
-        rewrites=rewrite or (), compilation=compilation, attention=attention, vae_memory=vae_memory, parallel=parallel,
-    ) as engine:  # fmt: skip
-        loaded_s = time.perf_counter() - begun
-        if explain:
-            for decision in engine.decisions:
-                console.print(str(decision), soft_wrap=True)
-        with _progress(console) as report:
-            if quality is not None:
-                options["quality"] = quality
-            made = engine.generate_to(output, prompt, progress=report, **options)
+    before = target.written() if target else ()
+    with _last_words(lambda: _fate(target, before)):
+        _share(gpus, parallel, tidy=target.remove_partials if target else None)
+        parts = _parts(
+            transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
+            image_encoder=image_encoder, tokenizer=tokenizer,
+        )  # fmt: skip
+        if model is None and not parts and (hint := advice(prompt)):
+            console.print(hint, style="yellow")
+        begun = time.perf_counter()
+        with frameloom.load(
+            model, parts=parts, quantized=quantized, loras=lora or (), preset=preset, device=device, dtype=dtype,
+            exactness=exactness, rewrites=rewrite or (), compilation=compilation, attention=attention,
+            vae_memory=vae_memory, parallel=parallel,
+        ) as engine:  # fmt: skip
+            loaded_s = time.perf_counter() - begun
+            if explain:
+                for decision in engine.decisions:
+                    console.print(str(decision), soft_wrap=True)
+            with _progress(console) as report:
+                if quality is not None:
+                    options["quality"] = quality
+                made = engine.generate_to(output, prompt, progress=report, **options)
     if not first:
         return
     record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
@@ -304,7 +307,8 @@ def convert(
         transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
         image_encoder=image_encoder, tokenizer=tokenizer,
     )  # fmt: skip
-    with _file_progress(console) as report:
+    again = "the same command goes on where it was ended"
+    with _last_words(lambda: again), _file_progress(console) as report:
         files = frameloom.convert_model(
             None if source == "-" else source, destination, to=to, dtype=dtype, parts=parts, on_bytes=report
         )
@@ -575,6 +579,8 @@ def _run() -> Ending:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     _set_up_log()
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         code = app(standalone_mode=False)
     except _Ended as ended:
@@ -602,7 +608,26 @@ class _Ended(SystemExit):
 
 def _terminate(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the tidying
-    raise _Ended(Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written"))
+    raise _Ended(_TERMINATION)
+
+
+@contextmanager
+def _last_words(became: Callable[[], str]) -> Iterator[None]:
+    """Who is interrupted or terminated in here says what became of the output."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Ended(Ending(code=_INTERRUPTED, message=f"interrupted; {became()}")) from None
+    except _Ended as ended:
+        if ended.ending is not _TERMINATION:
+            raise
+        raise _Ended(Ending(code=_TERMINATION.code, message=f"terminated; {became()}")) from None
+
+
+def _fate(target: OutputTarget | None, before: tuple[int, ...]) -> str:
+    """What became of a video: `before` is what `written` said when the command began."""
+    is_there = target is not None and target.written() not in ((), before)
+    return f"the video had been written to {target.path}" if target and is_there else "nothing was written"
 
 
 def _share(gpus: int | None, parallel: str, *, tidy: Callable[[int], object] | None = None) -> None:
@@ -612,11 +637,18 @@ def _share(gpus: int | None, parallel: str, *, tidy: Callable[[int], object] | N
     if place is not None or count == 1:
         return
     # As the installed command does, ranks import nothing from the working folder, unless `python -m` began it all.
-    safe = [] if sys.path[0] == os.getcwd() else ["-P"]
+    safe = [] if sys.path[0] == _working_folder() else ["-P"]
     outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error, tidy=tidy)
     if outcome.code and sys.stdout.isatty():
         Console().show_cursor()  # which the bars of a rank that was killed had hidden
     raise _Ended(Ending(code=outcome.code, message=outcome.message))
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise RequestError("the working folder has been removed; change to one that exists") from None
 
 
 def _say_error(text: str) -> None:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import frameloom
+from frameloom import cli
 from frameloom.pipeline.reader import read_frames
+from frameloom.pipeline.target import check_output
 
 SMALL = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "2"]
 
@@ -95,7 +97,7 @@ def test_inspect_reads_no_weights(run, checkpoint_of):
     assert facts["defaults"]["flow_shift"] == 3.0
     code, text, _ = run("inspect", checkpoint_of())
     assert code == 0
-    assert "WanTransformer3DModel" in text
+    assert "Wan 2.1 T2V (2 layers, 32 wide)" in text
 
 
 # --- what it refuses ---
@@ -216,8 +218,38 @@ def test_an_output_folder_that_is_not_writable_is_refused(run):
 # --- interruption ---
 
 
+@pytest.mark.parametrize(("is_replaced", "said"), [(False, "nothing was written"), (True, "had been written to")])
+def test_an_interrupt_after_the_file_is_in_place_does_not_deny_it(is_replaced, said, tmp_path):
+    target = check_output(str(tmp_path / "a.mp4"))
+    target.path.write_bytes(b"an older video")
+    before = target.written()
+
+    def interrupted() -> None:
+        with cli._last_words(lambda: cli._fate(target, before)):
+            if is_replaced:
+                (tmp_path / "new").write_bytes(b"a newer video")
+                os.replace(tmp_path / "new", target.path)
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        interrupted()
+    assert stop.value.code == 130
+    assert said in stop.value.ending.message
+
+
+def test_a_working_folder_that_is_gone_is_one_sentence(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; {sys.executable} -m frameloom generate 'a cat' --gpus 2 --device cpu -o {tmp_path}/a.mp4"
+    environment = {**os.environ, "PYTHONPATH": str(Path(frameloom.__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", command], cwd=gone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("frameloom: the working folder has been removed; change to one that exists\n")
+
+
 @pytest.mark.parametrize(
-    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("sent", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated")],
 )
 def test_a_signal_leaves_no_half_file(sent, code, word, checkpoint_of, tmp_path):
     command = [sys.executable, "-m", "frameloom", "generate", "a cat", "--model", str(checkpoint_of())]

@@ -1,5 +1,6 @@
 """Loads the VAE of a checkpoint: as the reference computes it, or with the rewrites that a policy allows."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,10 @@ from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import free_memory_bytes
 from frameloom.platform.tuning import Tuner
+from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component
+
+log = logging.getLogger(LOGGER_NAME)
 
 _WINOGRAD_SHARE = 4  # weights at the points take five times their memory: this part of what is free, in each half
 
@@ -60,6 +64,12 @@ def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, r
     processes = ranks.sharing_memory
     bound = ranks.world.everyone.least(free_memory_bytes(weight.device) // _WINOGRAD_SHARE // processes)
     choices = choose(vae, policy, Tuner(weight.device, agreed=ranks.agreed), winograd_bytes=bound)
+    if choices.num_short:
+        log.info(
+            "the VAE: %d layers go without Winograd's weights, for which %.2f GB in each process are too little; with "
+            "more memory, or fewer processes, they round otherwise",
+            choices.num_short, bound / 1e9,
+        )  # fmt: skip
     install(vae, choices)
     planner = VaePlanner(
         spec=vae.spec,

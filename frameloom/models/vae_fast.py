@@ -68,6 +68,7 @@ class VaeChoices:
     bands: bool = True
     always_chunks: bool = False  # the user named it: never one latent frame at a time where there are more
     always_bands: bool = False  # the user named it: never whole pictures
+    num_short: int = 0  # layers that had no memory for Winograd's weights: where they have it, they round otherwise
     decisions: tuple[Decision, ...] = ()
 
     @property
@@ -100,10 +101,12 @@ def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | N
         told += [policy.decide(r, policy.refuses(r) or f"it needs {ops.CHANNELS_LAST.name}") for r in others]
         return VaeChoices(kernels={}, norm=None, channels_last=False, **passing, decisions=tuple(told))
     tile_rows = TILE_ROWS if passing["tiles"] else None
-    kernels = _choose_kernels(vae, policy, tuner, winograd_bytes, tile_rows)
+    kernels, num_short = _choose_kernels(vae, policy, tuner, winograd_bytes, tile_rows)
     norm, told_of_norm = _choose_norm(policy, weight)
     told += [*_tell(policy, kernels, weight), *told_of_norm]
-    return VaeChoices(kernels=kernels, norm=norm, channels_last=True, **passing, decisions=tuple(told))
+    return VaeChoices(
+        kernels=kernels, norm=norm, channels_last=True, **passing, num_short=num_short, decisions=tuple(told)
+    )
 
 
 def install(vae: WanVAE, choices: VaeChoices) -> None:
@@ -185,10 +188,12 @@ def _refuse_rivals(policy: Policy) -> None:
 
 def _choose_kernels(
     vae: WanVAE, policy: Policy, tuner: Tuner, winograd_bytes: int | None, tile_rows: int | None
-) -> dict[str, str]:
+) -> tuple[dict[str, str], int]:
+    """The rewrite of each module, and how many had no memory for Winograd's."""
     limit = float("inf") if winograd_bytes is None else winograd_bytes
     left = {"encoder": limit, "decoder": limit}
     chosen: dict[str, str] = {}
+    num_short = 0
     # Where Winograd's weights do not all fit, the layers with the most pixels gain the most per byte.
     by_pixels = sorted(_inputs(vae, tuner).items(), key=lambda item: -item[1][1][2:].numel())
     for name, (module, shape, pad_rows) in by_pixels:
@@ -196,7 +201,10 @@ def _choose_kernels(
         assert isinstance(conv, nn.Conv2d | nn.Conv3d)
         half = name.partition(".")[0]
         winograd = bytes_at_points(conv.weight)
-        ways = _ways(module, conv.weight, policy, allow_winograd=half in left and winograd <= left[half])
+        fits = half in left and winograd <= left[half]
+        ways = _ways(module, conv.weight, policy, allow_winograd=fits)
+        if not fits and half in left and ways != _ways(module, conv.weight, policy, allow_winograd=True):
+            num_short += 1
         if not ways:
             continue
         key = f"{conv.in_channels}>{conv.out_channels} {tuple(conv.kernel_size)} {tuple(shape)} {conv.weight.dtype}"
@@ -207,7 +215,7 @@ def _choose_kernels(
         if best in _MAKERS:
             chosen[name] = best
     tuner.save()
-    return chosen
+    return chosen, num_short
 
 
 _PLAIN = "plain"  # of an upsampler: doubling and convolution one after the other

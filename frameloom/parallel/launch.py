@@ -32,6 +32,7 @@ _START_S: Final = 60.0  # until the first beat
 _QUIET_S: Final = 3.0 if sys.platform == "linux" else 30.0  # elsewhere an import may hold the interpreter for seconds
 _WORK: Final = 20  # 1/100 s of computing, or pages from a disk; a thread that waits for Python's lock takes some, too
 _STOPPED_S: Final = 1.0
+_PAUSED_S: Final = 1.0  # a look that takes so much longer: this process was stopped itself, and maybe all were
 _SETTLE_S: Final = 0.3  # whoever fails with the first is heard, too
 _LOST_SETTLE_S: Final = 1.5  # a rank that lost another may speak before that one
 _TERM_S: Final = 0.2
@@ -158,6 +159,11 @@ class _Rank:
             if ending.code:
                 self._fail(ending, said=True)
 
+    def forgive(self, seconds: float) -> None:
+        """Count time in which nobody looked as none."""
+        self.alive_at += seconds
+        self.stopped_at = None
+
     def look(self) -> None:
         """Find out whether it died, was stopped or hangs; what it said must have been heard."""
         now = time.monotonic()
@@ -276,7 +282,11 @@ class _Run:
     def watch(self) -> Outcome:
         """Wait until all have ended, or one has failed and the others had a moment to say so too."""
         while True:
+            begun = time.monotonic()
             self._listen(_LOOK_S)
+            if (paused_s := time.monotonic() - begun - _LOOK_S) > _PAUSED_S:
+                for rank in self._ranks:
+                    rank.forgive(paused_s)
             running = [rank for rank in self._ranks if rank.running]
             if any(rank.ended for rank in running):
                 self._listen(0)  # its last words

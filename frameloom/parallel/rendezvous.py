@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from frameloom.errors import RequestError
 from frameloom.parallel.agreement import check_same
+from frameloom.parallel.heart import is_lost
 from frameloom.parallel.team import World
 from frameloom.platform.base import Platform
 from frameloom.platform.device import choose_device, platform_of
@@ -79,14 +80,23 @@ def join(place: Launched, *, device: torch.device, facts: Mapping[str, str], tim
         store = meet(place, facts, timeout_s)
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timedelta(seconds=EXCHANGE_S),
-            device_id=None if device.type == "cpu" else device,
-        )
+        try:
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timedelta(seconds=EXCHANGE_S),
+                device_id=None if device.type == "cpu" else device,
+            )
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or is_lost(error):
+                raise
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RequestError(
+                f"{backend} finds no way to the other ranks ({said}); check the network, and the name of the card in "
+                "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME if it is set"
+            ) from error
     return World(place.rank, place.world_size)
 
 

@@ -49,9 +49,17 @@ class OutputTarget:
 
     def remove_partials(self, pid: int) -> None:
         """Remove what a process left that was killed while it wrote here."""
-        for left in self.home.iterdir():
+        for left in self.home.iterdir() if self.home.is_dir() else ():
             if left.name.startswith(self._partials_of(pid)):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    def written(self) -> tuple[int, ...]:
+        """What tells this output from another one in its place; nothing where there is none."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_mtime_ns
 
     def _partials_of(self, pid: int) -> str:
         # 40 characters are at most 160 bytes: the partial name fits where the final name does.

@@ -213,6 +213,21 @@ def test_no_rank_outlives_its_launcher(number: signal.Signals, notes: Path) -> N
         assert not alive(pids)
 
 
+def test_a_pause_of_everything_ends_no_rank(notes: Path) -> None:
+    """As a container is paused: the launcher goes on first, and must not take what it slept through for silence."""
+    launcher = launch(2, NOTE + "time.sleep(9)", str(notes))
+    pids = noted(notes, 2)
+    everything = [launcher.pid, *pids]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(4.5)  # longer than a rank may be silent
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+    out, err = launcher.communicate(timeout=30)
+    assert (launcher.returncode, out, err) == (0, "\n", "")
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_rank_0_tidies_up_when_the_launcher_is_killed(stopped: bool, notes: Path) -> None:
     program = NOTE + (
