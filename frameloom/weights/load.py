@@ -1,6 +1,7 @@
 """Fills a module that was built on the meta device from weight files, strictly and one tensor at a time.
 
-Host memory: the weights, plain or as they are stored, plus one staging buffer.
+Host memory: the weights, plain or as they are stored, plus one staging buffer; on a CPU, weights that stay as they are
+stored lie in their mapped files.
 """
 
 import math
@@ -78,7 +79,7 @@ def load_module(
                 f"the weights of {where} stay quantized and can neither be divided over ranks nor have a LoRA merged "
                 "into them; expand them (quantized=expand), or leave out tp, fsdp and merging"
             )
-        reader = Reader(dtype=dtype, device=torch.device(device), keep=keep, take=take, as_stored=as_stored)
+        reader = Reader(dtype=dtype, device=torch.device(device), keep=keep, take=take, as_stored=as_stored, maps=True)
         size_bytes = _fill(module, reader, stored)
     except OSError as error:
         raise CheckpointError(f"the weights cannot be read ({error}); check the files and their disk") from None

@@ -1,25 +1,32 @@
 """Reads tensors of weight files, plain or as they are stored, with one staging buffer beside what is kept.
 
-Plain `readinto`, not mapped files: a mapped page stays in the resident set until it is unmapped, and if a mapped file
-shrinks the process is killed (SIGBUS), where a short read is an error with a sentence.
+On a CPU, tensors that stay as they are stored lie in the mapped file: no copy is made, and processes that compute with
+the same file share its memory. The others are read piece by piece. A file that is mapped must not be cut short while it
+is in use; files are replaced whole (`os.replace`) by this package and by the hub's library.
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from io import FileIO
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from frameloom.errors import CheckpointError
 from frameloom.ops.dequant import BLOCK_TYPES, check_readable, dequantise
 from frameloom.ops.quantized import QuantizedWeight
+from frameloom.settings import LOGGER_NAME
 from frameloom.weights.header import TensorEntry
+
+log = logging.getLogger(LOGGER_NAME)
 
 # Bytes read per step where a tensor is converted or goes to an accelerator; larger gains nothing measurable.
 STAGING_BYTES = 16 * 2**20
+MAPPED_BYTES = 1 << 16  # tensors from this size on are mapped, smaller ones read
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -89,19 +96,21 @@ class Reader:
     take: Callable[[str, Tensor], Tensor] | None = None
     as_stored: frozenset[str] = frozenset()
     staging_U8: Tensor = field(default_factory=_staging)
+    maps: bool = False
 
     def read_all(self, stored: Mapping[str, TensorEntry]) -> Iterable[tuple[str, Tensor | QuantizedWeight]]:
         """Yield the tensors in the order in which they lie on disk, each file opened once."""
         ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
         for path, group in itertools.groupby(ordered, key=lambda item: item[1].file):
+            mapped = _mapped(path) if self.maps and self.device.type == "cpu" else None
             with path.open("rb", buffering=0) as file:
                 for name, entry in group:
                     if name in self.as_stored:
-                        yield name, self._as_stored(file, entry)
+                        yield name, self._as_stored(file, entry, mapped)
                     elif self.take is None:
-                        yield name, self.plain(file, name, entry)
+                        yield name, self.plain(file, name, entry, mapped)
                     else:
-                        yield name, self.take(name, self.plain(file, name, entry))  # no name holds what is not kept
+                        yield name, self.take(name, self.plain(file, name, entry, mapped))  # no name holds it all
 
     def wanted_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What numbers of the dtype `stored` become."""
@@ -109,18 +118,21 @@ class Reader:
             return stored
         return torch.float32 if self.keep is not None and self.keep(name) else self.dtype or stored
 
-    def plain(self, file: FileIO, name: str, entry: TensorEntry) -> Tensor:
-        """The numbers of a tensor, as the module or its caller wants them."""
+    def plain(self, file: FileIO, name: str, entry: TensorEntry, mapped: UntypedStorage | None = None) -> Tensor:
+        """The numbers of a tensor, as the module or its caller wants them; in `mapped`, its file, if they are there."""
         expands = entry.dtype in BLOCK_TYPES or entry.scale is not None
         wanted = self.wanted_dtype(name, torch.float32 if expands else DTYPES[entry.dtype])
+        if mapped is not None and not expands and wanted == DTYPES[entry.dtype] and _can_map(entry, mapped):
+            whole = torch.empty(0, dtype=torch.uint8).set_(mapped)
+            return whole[entry.offset : entry.offset + entry.size_bytes].view(wanted).view(entry.shape)
         out = torch.empty(entry.shape, dtype=wanted, device=self.device)
         if expands:
             return _expand(file, entry, out, self.staging_U8, scale=self._scale(entry))
         return _read(file, entry, out, self.staging_U8)
 
-    def _as_stored(self, file: FileIO, entry: TensorEntry) -> QuantizedWeight:
-        raw_U8 = torch.empty(entry.size_bytes, dtype=torch.uint8, device=self.device)
-        _read(file, replace(entry, dtype="U8", shape=(entry.size_bytes,)), raw_U8, self.staging_U8)
+    def _as_stored(self, file: FileIO, entry: TensorEntry, mapped: UntypedStorage | None) -> QuantizedWeight:
+        raw = replace(entry, dtype="U8", shape=(entry.size_bytes,), scale=None)
+        raw_U8 = self.plain(file, entry.name, raw, mapped)
         return QuantizedWeight(raw_U8=raw_U8, dtype_name=entry.dtype, shape=entry.shape, scale=self._scale(entry))
 
     def _scale(self, entry: TensorEntry) -> Tensor | None:
@@ -130,6 +142,23 @@ class Reader:
         out = torch.empty(math.prod(entry.scale.shape), dtype=torch.float32, device=self.device)
         with entry.scale.file.open("rb", buffering=0) as file:
             return _read(file, entry.scale, out, self.staging_U8)
+
+
+def _mapped(path: Path) -> UntypedStorage | None:
+    """All bytes of a file, in memory as they are touched; None, with a line in the log, where it cannot be mapped."""
+    try:
+        storage = UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+        assert isinstance(storage, UntypedStorage)
+        return storage
+    except (OSError, RuntimeError) as error:
+        log.info("%s is read and not mapped: %s", path, next(iter(str(error).splitlines()), type(error).__name__))
+        return None
+
+
+def _can_map(entry: TensorEntry, mapped: UntypedStorage) -> bool:
+    """Whether a tensor is large, lies where its numbers may lie, and in the file: reading says what is wrong if not."""
+    is_there = entry.offset + entry.size_bytes <= mapped.nbytes()
+    return is_there and entry.size_bytes >= MAPPED_BYTES and entry.offset % DTYPES[entry.dtype].itemsize == 0
 
 
 def _expand(file: FileIO, entry: TensorEntry, out: Tensor, staging_U8: Tensor, *, scale: Tensor | None) -> Tensor:
