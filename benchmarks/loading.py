@@ -44,7 +44,7 @@ def main() -> None:
         path = Path(folder) / "wan2.1_t2v_bf16.safetensors"
         size = _write(path)
         rounds = [_round(path, turn) for turn in range(-1, ROUNDS)][1:]  # the first warms the page cache
-    peak = max(one["peak_bytes"] - one["peak_before_bytes"] for one in rounds)
+    peak = max(one["peak_bytes"] - one["before_bytes"] for one in rounds)
     record = {
         "file": f"{path.name}, original names, random, {size} bytes",
         "rounds": rounds,
@@ -55,7 +55,7 @@ def main() -> None:
             one["read_bytes"] + one["mapped_bytes"] for one in rounds
         )
         / size,
-        "peak of resident memory, less what the process had before": {
+        "peak of resident memory, less what was resident before": {
             "bytes": peak, "to the file": peak / size, "bar": BAR_MEMORY,
         },
         "load of the machine, of the last minute": os.getloadavg()[0],
@@ -148,7 +148,7 @@ def _load(path: Path) -> dict[str, Any]:
     cpu = torch.device("cpu")
     with on_meta():
         dit = WanDiT(SPEC)
-    peak_before, read_before, start = peak_memory_bytes(cpu), _read_bytes(), time.perf_counter()
+    before, read_before, start = _resident_bytes(), _read_bytes(), time.perf_counter()
     report = load_module(dit, open_alone(path), dtype=torch.bfloat16)
     returned = time.perf_counter() - start
     for value in dit.state_dict().values():
@@ -160,7 +160,7 @@ def _load(path: Path) -> dict[str, Any]:
         "read_bytes": _read_bytes() - read_before,
         "mapped_bytes": _mapped_bytes(path),
         "held_bytes": report.size_bytes,
-        "peak_before_bytes": peak_before,
+        "before_bytes": before,
         "peak_bytes": peak_memory_bytes(cpu),
     }
 
@@ -174,6 +174,10 @@ def _mapped_bytes(path: Path) -> int:
         elif within and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
+
+
+def _resident_bytes() -> int:
+    return mmap.PAGESIZE * int(Path("/proc/self/statm").read_text("ascii").split()[1])
 
 
 def _read_bytes() -> int:
