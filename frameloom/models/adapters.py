@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frameloom.errors import RequestError
 from frameloom.models.wan_dit import FeedForward, SelfAttention, WanDiT
+from frameloom.ops.linear import PackedMlp
 from frameloom.ops.mlp import in_pieces, rows_at_once
 from frameloom.ops.norm import at_least_fp32
 from frameloom.ops.quantized import Linear
@@ -262,12 +263,13 @@ def _opened_feed_forwards(dit: WanDiT, terms: Mapping[str, Sequence[Term]]) -> I
         if terms.keys().isdisjoint((f"{path}.net.0.proj", f"{path}.net.2")):
             continue
         first, second = feed.layers
-        if first.weight is None:
-            raise RequestError(
-                f"{path} holds its weights in a form without a place for adapters; load the model with the rewrite "
-                "dit.mlp_packed=off, or with the adapters"
-            )
-        kernel = functools.partial(in_pieces, feed.net, width=second.out_features, rows=rows_at_once(first.weight))
+        if isinstance(feed.kernel, PackedMlp):
+            rows = feed.kernel.rows
+            yield functools.partial(_exchange, first, "kernel", feed.kernel.first.product)
+            yield functools.partial(_exchange, second, "kernel", feed.kernel.second)
+        else:
+            rows = rows_at_once(first.weight)
+        kernel = functools.partial(in_pieces, feed.net, width=second.out_features, rows=rows)
         yield functools.partial(_exchange, feed, "kernel", kernel)
 
 

@@ -42,14 +42,19 @@ class PackedLinear:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, *self._activation)
         return out
 
+    def product(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), without GELU after it."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
 
 class PackedMlp:
     """linear, GELU (tanh), linear, for some tokens at a time: the wide activation between them never exists whole."""
 
     def __init__(self, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
-        self._first, self._second = PackedLinear(w1, b1, gelu=True), PackedLinear(w2, b2)
-        self._rows, self._width = rows_at_once(w1), w2.shape[0]
+        self.first, self.second = PackedLinear(w1, b1, gelu=True), PackedLinear(w2, b2)
+        self.rows, self._width = rows_at_once(w1), w2.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return in_pieces(lambda piece: self._second(self._first(piece)), x, width=self._width, rows=self._rows)
+        return in_pieces(lambda piece: self.second(self.first(piece)), x, width=self._width, rows=self.rows)

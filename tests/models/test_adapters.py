@@ -182,6 +182,8 @@ WAYS = {
     "rows of the feed-forward": DitChoices(ops=Ops(mlp=mlp_rows)),
     "packed layers": DitChoices(packs_linear=True),
     "packed and fused": DitChoices(packs_linear=True, fuses_qkv=True),
+    "packed feed-forward": DitChoices(packs_mlp=True),
+    "all of them": DitChoices(packs_linear=True, fuses_qkv=True, packs_mlp=True),
 }
 
 
@@ -189,7 +191,7 @@ WAYS = {
 @pytest.mark.parametrize("make", [a_lora, a_lokr, a_difference])
 def test_the_fast_ways_of_a_network_keep_their_adapters(way, make):
     dit = make_dit()
-    if WAYS[way].packs_linear and refuses_packed(dit.blocks[0].ffn.weights[0]):
+    if (WAYS[way].packs_linear or WAYS[way].packs_mlp) and refuses_packed(dit.blocks[0].ffn.weights[0]):
         pytest.skip("this torch packs no weights")
     sets = [for_all(dit, make)]
     wanted = computed(with_merged(dit, sets))
@@ -205,12 +207,10 @@ def test_where_there_is_no_place_for_adapters_it_is_said_and_nothing_is_attached
     dit = make_dit()
     if refuses_packed(dit.blocks[0].ffn.weights[0]):
         pytest.skip("this torch packs no weights")
-    lora, dora = for_all(dit, a_lora), for_all(dit, a_dora, parameters=lambda name: "attn1.to_q" in name)
+    dora = for_all(dit, a_dora, parameters=lambda name: "attn1.to_q" in name)
     aside = for_all(dit, a_lora, parameters=lambda name: "ffn" not in name)
     install(dit, DitChoices(packs_mlp=True, fuses_qkv=True))
     before = computed(dit)
-    with pytest.raises(RequestError, match=r"dit\.mlp_packed=off"):
-        attach(dit, [lora])
     with pytest.raises(RequestError, match=r"blocks\.0\.attn1\.to_q depends on its weight"):
         attach(dit, [dora])
     assert torch.equal(computed(dit), before)
