@@ -185,6 +185,9 @@ class Lora:
     strength: float = 1.0
     expert: Expert | None = None
 
+    def __str__(self) -> str:
+        return f"{f'{self.expert}:' if self.expert else ''}{self.path}:{self.strength:g}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:

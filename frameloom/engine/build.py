@@ -169,7 +169,13 @@ def build_engine(
         log.debug("%s", decision)
     team = None if ranks.alone else ranks.world.everyone
     return Engine(
-        name=checkpoint.name, pipeline=pipeline, defaults=defaults, decisions=decisions, team=team, adapters=loaded
+        name=checkpoint.name,
+        pipeline=pipeline,
+        defaults=defaults,
+        decisions=decisions,
+        team=team,
+        adapters=loaded,
+        loras=chosen,
     )
 
 

@@ -95,8 +95,11 @@ class Engine:
         decisions: Sequence[Decision] = (),
         team: Team | None = None,
         adapters: Sequence[Sequence[Adapters]] = (),
+        loras: Sequence[Lora] = (),
     ) -> None:
         self._team = team
+        self._loras = tuple(loras)
+        self._set_loras: tuple[Lora, ...] = ()
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
         self.name = name
         self.defaults = defaults
@@ -127,7 +130,7 @@ class Engine:
         found = [adapters_for(dit.spec, chosen, expert_at(i, len(experts))) for i, dit in enumerate(experts)]
         wanted = [[*base, *sets] for base, sets in zip(self._base, found, strict=True)]
         exchange(experts, before=self._attached, after=wanted)
-        self._attached = wanted
+        self._attached, self._set_loras = wanted, chosen
 
     def resolve(self, prompt: str | Prompts, **options: Unpack[GenerateOptions]) -> ResolvedRequest:
         """Check a request and fill in what it leaves open, without computing anything. Raises RequestError."""
@@ -373,6 +376,7 @@ class Engine:
             "seed": request.seed,
             "fps": request.fps,
             **_told(request),
+            **({"loras": list(map(str, loras))} if (loras := (*self._loras, *self._set_loras)) else {}),
             "seconds": dict(clock.seconds),
             "step_seconds": clock.step_seconds,
             "peak_memory_bytes": peak_memory_bytes(self._open.device),

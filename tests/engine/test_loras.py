@@ -1,5 +1,6 @@
 """LoRAs of an engine: merged when it is loaded, exchanged between requests, each for its expert."""
 
+import json
 import shutil
 
 import pytest
@@ -64,6 +65,18 @@ def test_a_lora_is_merged_when_the_engine_is_loaded_or_exchanged_between_request
     assert not close(both, first)
     assert close(first, loaded(checkpoint_of(), [f"{one}:0.5"]))
     assert close(both, loaded(checkpoint_of(), [f"{one}:0.5", other]))
+
+
+def test_a_video_says_what_it_was_made_with(checkpoint_of, lora, tmp_path, run):
+    one, other = lora(), lora("other.safetensors", seed=1)
+    with opened(checkpoint_of("two experts"), [f"high:{one}:0.5"]) as engine:
+        engine.set_loras([other])
+        video = engine.generate("a red circle", **SIZE)
+    assert video.metadata["loras"] == [f"high:{one}:0.5", f"{other}:1"]
+    words = ["--model", checkpoint_of(), "--lora", f"{one}:0.5", "--lora", other, "-o", tmp_path / "a.mp4", "--json"]
+    code, out, _ = run("generate", "a red circle", *words, "--frames", 5, "--steps", 2, "--width", 64, "--height", 32)
+    assert code == 0
+    assert json.loads(out)["loras"] == [f"{one}:0.5", f"{other}:1"]
 
 
 def test_what_was_merged_stays_when_others_are_exchanged(checkpoint_of, lora):
