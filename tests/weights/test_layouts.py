@@ -113,7 +113,7 @@ GGUF = {
 }
 _PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"plain fp8": "F8_E4M3", "scaled fp8, old": "F8_E4M3", "scaled fp8, new": "F8_E4M3", "scaled e5m2": "F8_E5M2"}
-FP8 |= {"fp8 by row": "F8_E4M3", "int8 by row": "I8"}
+FP8 |= {"plain e5m2": "F8_E5M2", "fp8 by row": "F8_E4M3", "int8": "I8", "int8 by row": "I8", "fp8, metadata": "F8_E4M3"}
 
 
 def is_matrix(name, value):
@@ -129,7 +129,7 @@ def in_gguf(name, value, kind, seed):
 
 
 def in_float8(value, kind):
-    return cast(value, FP8[kind]) if kind == "plain fp8" else scaled(value, FP8[kind], by_row="row" in kind)
+    return cast(value, FP8[kind]) if "plain" in kind else scaled(value, FP8[kind], by_row="row" in kind)
 
 
 def stored_as(state, kind):
@@ -143,10 +143,22 @@ def stored_as(state, kind):
     return {name: one(seed, name, value) for seed, (name, value) in enumerate(state.items())}
 
 
+def mark_of(stored):
+    return {"format": {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}[stored.dtype]}
+
+
+def metadata_of(tensors, kind, prefix):
+    """What the header of a file says of its numbers, where no tensor does."""
+    if "metadata" not in kind:
+        return None
+    scaled_ones = {name: stored for name, stored in tensors.items() if stored.scale is not None}
+    layers = {prefix + name.removesuffix(".weight"): mark_of(stored) for name, stored in scaled_ones.items()}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
 def with_scales(tensors, kind):
     """What a safetensors file holds: the weights, and beside them their scales under the names of the dialect."""
     found = {name: as_tensor(stored) for name, stored in tensors.items()}
-    marks = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}
     for name, stored in tensors.items():
         if stored.scale is None:
             continue
@@ -155,11 +167,9 @@ def with_scales(tensors, kind):
         if kind == "scaled fp8, old":
             found |= {f"{module}.scale_weight": scale, f"{module}.scale_input": torch.ones(1)}
         else:
-            mark = bytearray(json.dumps({"format": marks[stored.dtype]}).encode())
-            found |= {
-                f"{module}.weight_scale": scale,
-                f"{module}.comfy_quant": torch.frombuffer(mark, dtype=torch.uint8),
-            }
+            found[f"{module}.weight_scale"] = scale
+            mark = torch.frombuffer(bytearray(json.dumps(mark_of(stored)).encode()), dtype=torch.uint8)
+            found |= {} if "metadata" in kind else {f"{module}.comfy_quant": mark}
     if kind == "scaled fp8, old":
         found["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
     return found
@@ -175,9 +185,11 @@ def write_quantized(folder, model, kind, dit, t5):
         }
     parts = {part: folder / f"{part}.safetensors" for part in ("transformer", "text_encoder")}
     prefix = "model.diffusion_model." if "new" in kind else ""
-    tensors = with_scales(original_dit(dit), kind)
-    save_file({prefix + name: value for name, value in tensors.items()}, parts["transformer"])
-    save_file(with_vocabulary(with_scales(t5, kind), model), parts["text_encoder"])
+    dit = original_dit(dit)
+    tensors = {prefix + name: value for name, value in with_scales(dit, kind).items()}
+    save_file(tensors, parts["transformer"], metadata=metadata_of(dit, kind, prefix))
+    state = with_vocabulary(with_scales(t5, kind), model)
+    save_file(state, parts["text_encoder"], metadata=metadata_of(t5, kind, ""))
     return parts
 
 
