@@ -331,9 +331,10 @@ def model_name(kind: str, config: JsonObject) -> str:
     if kind == "vae":
         return "Wan VAE 2.2" if config["is_residual"] else "Wan VAE 2.1"
     if kind == "text_encoder":
-        return "UMT5-XXL" if config["d_model"] == 4096 else f"UMT5 ({config['num_layers']} layers)"
+        return "UMT5-XXL" if config.get("d_model") == 4096 else f"UMT5 ({config.get('num_layers', '?')} layers)"
     if kind == "image_encoder":
-        return "CLIP ViT-H/14" if config["hidden_size"] == 1280 else f"CLIP ({config['num_hidden_layers']} layers)"
+        layers = config.get("num_hidden_layers", "?")
+        return "CLIP ViT-H/14" if config.get("hidden_size") == 1280 else f"CLIP ({layers} layers)"
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     return _transformer_name(config, _SIZES.get(dim, f"({config['num_layers']} layers, {dim} wide)"))
 

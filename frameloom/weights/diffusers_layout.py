@@ -10,7 +10,7 @@ from pathlib import Path
 
 from frameloom.errors import CheckpointError
 from frameloom.weights.checkpoint import PIPELINES, Checkpoint, Component, JsonObject, boundary_ratio, expand_timesteps
-from frameloom.weights.header import read_header, read_json, read_tensors
+from frameloom.weights.header import read_header, read_json, read_tensors, shard_names
 from frameloom.weights.hub import RemoteFiles
 
 # Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
@@ -35,7 +35,6 @@ _SETTINGS = ("boundary_ratio", "expand_timesteps")  # entries of model_index.jso
 
 # Groups: the variant ("fp16"), in either of the two places where libraries write it.
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
-_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -216,15 +215,7 @@ def _weight_files(folder: Path, names: list[str]) -> tuple[Path, ...]:
 
 
 def _shards(index_path: Path, present: list[str]) -> tuple[Path, ...]:
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path} has no weight_map; download it again")
-    for value in weight_map.values():  # file names from outside: only a plain name in this folder will do
-        if not isinstance(value, str) or not _SHARD.fullmatch(value) or ".." in value:
-            raise CheckpointError(
-                f"{index_path} names the weight file {value!r}; only plain *.safetensors names are opened"
-            )
-    names = sorted(set(weight_map.values()))
+    names = shard_names(index_path)
     missing = [name for name in names if name not in present]
     if missing:
         raise CheckpointError(

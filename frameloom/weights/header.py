@@ -5,6 +5,7 @@ All of it is untrusted: sizes are bounded, keys unique, extents inside the file.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ BLOCKS: Mapping[str, tuple[int, int]] = {
     "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
     "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18),
 }  # fmt: skip
+
+
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +135,17 @@ def checked_name(path: Path, name: str) -> str:
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():  # lone surrogates are not printable either
         raise CheckpointError(f"{path} has a tensor with the impossible name {name[:40]!r}; download it again")
     return name
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that a *.safetensors.index.json lists, each once, sorted. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    for value in weight_map.values():  # file names from outside: only a plain name in this folder will do
+        if not isinstance(value, str) or not _SHARD.fullmatch(value) or ".." in value:
+            raise CheckpointError(f"{index} names the weight file {value!r}; only plain *.safetensors names are opened")
+    return sorted(set(weight_map.values()))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

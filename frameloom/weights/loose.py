@@ -15,7 +15,7 @@ from frameloom.errors import CheckpointError
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component, JsonObject, checkpoint_facts
 from frameloom.weights.files import read_file
-from frameloom.weights.header import read_json, read_tensors
+from frameloom.weights.header import read_json, read_tensors, shard_names
 from frameloom.weights.identify import Part, identify, pair_of
 
 log = logging.getLogger(LOGGER_NAME)
@@ -123,7 +123,7 @@ def _weight_sets(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
             continue
         sharded: set[Path] = set()
         for index in sorted(place.glob("*.safetensors.index.json")):
-            shards = shards_of(index)
+            shards = _shards(index)
             sharded |= set(shards)
             yield place, shards
         for path in sorted(place.iterdir()):
@@ -131,18 +131,13 @@ def _weight_sets(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
                 yield place, (path,)
 
 
-def shards_of(index: Path) -> tuple[Path, ...]:
-    """The files that a *.safetensors.index.json lists, all of them there. Raises CheckpointError."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
-    names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
-    for name in sorted(names):  # from outside: only a plain name in this folder will do
-        if "/" in name or "\\" in name or not name.endswith(".safetensors") or name.startswith("."):
-            raise CheckpointError(f"{index} names the weight file {name!r}; only plain *.safetensors names are opened")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent} lacks {name}, listed in {index.name}; download the rest")
-    return tuple(index.parent / name for name in sorted(names))
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index lists, all of them there."""
+    files = tuple(index.parent / name for name in shard_names(index))
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{index.parent} lacks {file.name}, listed in {index.name}; download the rest")
+    return files
 
 
 def _open_set(place: Path, files: tuple[Path, ...]) -> Loose:
