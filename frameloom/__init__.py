@@ -19,6 +19,7 @@ from frameloom.errors import (
     OutputError,
     RequestError,
 )
+from frameloom.settings import ask_for_same_sums
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,6 +109,7 @@ def load(
     others between requests. `preset`: "lightning", the recipe of models distilled to 4 steps. Use the engine in a
     `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
     """
+    ask_for_same_sums()
     engine: Engine = _lazy("build_engine")(
         _named(model, parts), parts=parts, device=device, dtype=dtype, exactness=exactness, rewrites=rewrites,
         compilation=compilation,

@@ -14,14 +14,16 @@ from frameloom.models.vae_blocks import AttentionBlock
 from frameloom.models.vae_fast import choose, install
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Decision, Policy
-from frameloom.platform.device import free_memory_bytes
+from frameloom.platform.device import free_memory_bytes, platform_of
 from frameloom.platform.tuning import Tuner
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component
 
 log = logging.getLogger(LOGGER_NAME)
 
-_WINOGRAD_SHARE = 4  # weights at the points take five times their memory: this part of what is free, in each half
+# Weights at the points take five times their memory. In each half of the network, at most this part of the memory that
+# the machine has, so that it is the same for one process and for several, and this part of what is free for each.
+_OF_TOTAL, _OF_FREE = 8, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,7 +64,9 @@ def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, r
     weight = next(vae.parameters())
     ranks = ranks or single(weight.device)
     processes = ranks.sharing_memory
-    bound = ranks.world.everyone.least(free_memory_bytes(weight.device) // _WINOGRAD_SHARE // processes)
+    fair = free_memory_bytes(weight.device) // _OF_FREE // processes
+    total = platform_of(weight.device).total_memory_bytes(weight.device.index)
+    bound = ranks.world.everyone.least(min(fair, total // _OF_TOTAL))
     choices = choose(vae, policy, Tuner(weight.device, agreed=ranks.agreed), winograd_bytes=bound)
     if choices.num_short:
         log.info(

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +67,28 @@ def test_the_built_in_model_in_every_layout_makes_the_same_video(to, tmp_path):
         with frameloom.load(model, device="cpu") as engine:
             videos.append(engine.generate("a red circle moving left", steps=2, num_frames=5))
     assert np.array_equal(videos[0].frames, videos[1].frames)
+
+
+IN_TURN = """
+import sys, torch, frameloom
+def latents(model):
+    with frameloom.load(model, device="cpu", exactness="bitwise") as engine:
+        return engine.generate("a red circle moving left", steps=3, output="latents")
+first, *others = map(latents, sys.argv[1:])
+sys.exit(not all(torch.equal(first, other) for other in others))
+"""
+
+
+def test_where_weights_lie_in_memory_does_not_matter_to_who_calls_the_library(tmp_path):
+    """Those of a mapped file begin anywhere, for which MKL sums in another order unless it is told not to."""
+    for to in LAYOUTS:
+        convert(open_checkpoint(shapes.PATH), tmp_path / to, to=to, dtype=torch.float32)
+    environment = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"}
+    environment["PYTHONPATH"] = str(Path(frameloom.__file__).parents[1])
+    assert (
+        subprocess.run([sys.executable, "-c", IN_TURN, *(tmp_path / to for to in LAYOUTS)], env=environment).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
