@@ -141,7 +141,7 @@ def generate(
     last_image: Annotated[str | None, typer.Option(help="The last frame.")] = None,
     video: Annotated[str | None, typer.Option(help="A video to start from, see --strength.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of --video is made anew: 0 (nothing) to 1; 0.8 by default.")
+        float | None, typer.Option(help="How much of --video is made anew, up to 1 (all); 0.8 by default.")
     ] = None,
     control_video: Annotated[str | None, typer.Option(help="With VACE: a video to follow.")] = None,
     mask: Annotated[

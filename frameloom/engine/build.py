@@ -196,11 +196,12 @@ def _check_fit(checkpoint: Checkpoint, experts: Mapping[str, TransformerSpec], v
             (f"{name} out_channels", spec.out_channels, "vae z_dim", vae.z_dim),
             (f"{name} text_dim", spec.text_dim, "text_encoder d_model", text_width),
             (f"{name} patch_size", spec.patch_size, "transformer patch_size", first.patch_size),
+            (f"{name} image_dim", spec.image_dim, "transformer image_dim", first.image_dim),
             (f"{name} VACE layers", _vace_layers(spec), "transformer VACE layers", _vace_layers(first)),
         ]
         if isinstance(spec, VaceSpec):
             pairs.append((f"{name} vace_in_channels", spec.vace_in_channels, "a control", control_channels(vae)))
-        if spec.image_dim is not None:
+        if spec.image_dim is not None and "image_encoder" in checkpoint.components:
             pairs += _of_images(name, spec, checkpoint.components["image_encoder"])
     for what, value, other, expected in pairs:
         if value != expected:

@@ -8,6 +8,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from frameloom.errors import OutputError, RequestError
+from frameloom.errors import CheckpointError, OutputError, RequestError
 from frameloom.models.clip import image_encoder_key
 from frameloom.models.wan_dit import WanDiT
 from frameloom.platform.device import DTYPES as FLOATS
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.descriptions import metadata_of, write_descriptions
+from frameloom.weights.files import read_file
 from frameloom.weights.fingerprint import fingerprint
-from frameloom.weights.header import BLOCKS, TensorEntry
+from frameloom.weights.header import BLOCKS, TensorEntry, read_safetensors
+from frameloom.weights.hub_choice import is_weights
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
 from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.tensors import DTYPES, read_tensor
-from frameloom.weights.write import NAMES, Planned, Target, make_folder, write_safetensors
+from frameloom.weights.write import NAMES, Planned, Target, compare, make_folder, write_safetensors
 
 Layout = Literal["diffusers", "original", "single-file"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "original", "single-file")
@@ -37,6 +40,7 @@ SHARD_BYTES = 10 * 10**9
 """Largest file of a Diffusers component; more is cut into shards with an index, as save_pretrained does."""
 
 _NETWORKS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+_ENDS = ("", ".partial", ".safetensors.partial")  # of a file, and of what an ended run leaves beside it
 _SPARE_BYTES = 64 * 2**20  # left free on the disk
 _NAMES_OF: Mapping[tuple[Layout, str], str] = {
     ("original", "text_encoder"): "models_t5_umt5-xxl-enc-bf16.pth",
@@ -65,6 +69,8 @@ def convert_model(
         raise RequestError(f"the layout {to!r} is unknown; use {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
     if dtype is not None and dtype not in FLOATS:
         raise RequestError(f"the dtype {dtype!r} is not possible; use {', '.join(FLOATS)}, or none to leave it")
+    if not os.fspath(destination):
+        raise RequestError("the destination is empty; give a folder that is new, empty, or of an earlier run")
     checkpoint = open_checkpoint(model, parts=parts)
     folder = Path(os.path.expanduser(destination))
     return convert(checkpoint, folder, to=to, dtype=None if dtype is None else FLOATS[dtype], on_bytes=on_bytes)
@@ -89,6 +95,7 @@ def convert(
     if destination.exists() and destination.samefile(checkpoint.path):
         raise OutputError(f"'{destination}' is the checkpoint itself; give another folder")
     targets = plan(checkpoint, destination, to=to, dtype=dtype)
+    _check_occupied(checkpoint, destination, targets, to=to)
     _check_space(destination, targets)
     for target in targets:
         make_folder(target.path.parent)
@@ -220,11 +227,16 @@ def _write_pickle(
     path: Path, planned: Mapping[str, Planned], *, metadata: Mapping[str, str], on_bytes: Callable[[int], None]
 ) -> None:
     """The same as a zip of torch.save, by way of a safetensors file that is mapped into memory."""
+    if path.is_file():
+        with suppress(OutputError, CheckpointError):  # an earlier run's, if it is whole
+            compare(path, read_file(path).entries, planned)
+            return
     mapped = path.with_name(path.name + ".safetensors.partial")
     write_safetensors(mapped, planned, metadata=metadata, on_bytes=on_bytes)
     partial = path.with_name(path.name + ".partial")
     try:
         torch.save(load_file(mapped), partial)
+        compare(partial, read_file(partial).entries, planned)
         os.replace(partial, path)
         mapped.unlink()
     except (OSError, RuntimeError) as error:  # torch's writer raises its own kind where the disk is full
@@ -242,9 +254,39 @@ def _counted(target: Target, on_bytes: OnBytes) -> Callable[[int], None]:
     return count
 
 
+def _check_occupied(checkpoint: Checkpoint, destination: Path, targets: Sequence[Target], *, to: Layout) -> None:
+    """Raise OutputError where a source would be overwritten, or files of something else lie."""
+    places = {target.path.resolve(): target for target in targets}
+    sources = {file.resolve() for part in checkpoint.components.values() for file in part.files}
+    if sources & places.keys():
+        raise OutputError(f"'{destination}' holds files that are converted; give another folder")
+    root = destination.resolve()
+    written = {path.with_name(path.name + end) for path in places for end in _ENDS}
+    written |= {root / "model_index.json"} if to == "diffusers" else set()
+    for file in sorted(root.rglob("*")):
+        is_ours = file in written and not (file in places and _is_of_another(file, places[file]))
+        if file.is_file() and not is_ours and (is_weights(file.name) or file.name == "model_index.json"):
+            raise OutputError(
+                f"'{destination}' holds '{file.relative_to(root)}' of something else; give a folder that is new, empty "
+                "or of an earlier run of the same command"
+            )
+
+
+def _is_of_another(file: Path, target: Target) -> bool:
+    """Whether a file that is in the way says that it came from another checkpoint, or nothing of that."""
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        return read_safetensors(file)[1].get("source") != target.metadata["source"]
+    except CheckpointError:
+        return True
+
+
 def _check_space(destination: Path, targets: Sequence[Target]) -> None:
     existing = next(folder for folder in (destination, *destination.absolute().parents) if folder.exists())
-    needed = sum(target.size_bytes for target in targets if not target.path.exists()) + _SPARE_BYTES
+    copies = {".pth": 2}  # it is made from another file
+    missing = [target for target in targets if not target.path.exists()]
+    needed = sum(target.size_bytes * copies.get(target.path.suffix, 1) for target in missing) + _SPARE_BYTES
     needed -= sum(part.stat().st_size for part in destination.rglob("*.partial")) if destination.is_dir() else 0
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -10,7 +10,7 @@ from typing import Any
 
 from frameloom.errors import OutputError
 from frameloom.models.encoders import TEXT_LENGTH
-from frameloom.models.spec import TransformerSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.models.tokenizer import write_tokenizer
 from frameloom.weights.assemble import facts_of
 from frameloom.weights.checkpoint import Checkpoint, Component
@@ -108,8 +108,12 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     spec = TransformerSpec.from_config(config)
     takes_image = spec.in_channels != spec.out_channels
     kind = "flf2v" if spec.pos_embed_seq_len is not None else "i2v" if takes_image else "t2v"
+    vace = {}
+    if isinstance(spec, VaceSpec):
+        vace = {"vace_layers": list(spec.vace_layers), "vace_in_dim": spec.vace_in_channels}
+        kind = "vace"
     return {
-        "_class_name": "WanModel",
+        "_class_name": "VaceWanModel" if vace else "WanModel",
         "_diffusers_version": "0.33.0",
         "dim": spec.dim,
         "eps": spec.eps,
@@ -121,6 +125,7 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": spec.num_layers,
         "out_dim": spec.out_channels,
         "text_len": TEXT_LENGTH,
+        **vace,
     }
 
 

@@ -31,6 +31,7 @@ CLASSES: Mapping[str, str] = {
 }
 """The class of Diffusers or transformers that each component is of."""
 
+VACE_CLASS = "WanVACETransformer3DModel"
 FACTS = "frameloom"
 """The key of a file's metadata under which it says what its tensors do not: a JSON object."""
 
@@ -87,7 +88,7 @@ def open_folder(folder: Path) -> Loose:
             name = _name_of(component, place, found)
             if name in found and name != "tokenizer":
                 both = f"{found[name].files[0].name} and {component.files[0].name}"
-                option = f"--{name.replace('_', '-')}"
+                option = f"--{name.replace('_', '-')}" + (", and --transformer-2" if name == "transformer" else "")
                 raise CheckpointError(
                     f"'{folder}' holds two {_said(name)}s, {both}; name the one to take with {option}"
                 )
@@ -127,7 +128,8 @@ def _weight_sets(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
             sharded |= set(shards)
             yield place, shards
         for path in sorted(place.iterdir()):
-            if path.suffix in _WEIGHTS and path not in sharded and path.is_file():
+            is_hidden = path.name.startswith(".")  # such as what macOS leaves beside every file
+            if path.suffix.lower() in _WEIGHTS and not is_hidden and path not in sharded and path.is_file():
                 yield place, (path,)
 
 
@@ -168,7 +170,7 @@ def _components(parts: Iterable[Part], where: Path, *, files: tuple[Path, ...]) 
             name=part.kind,
             folder=where,
             described_by=where,
-            class_name=CLASSES[part.kind],
+            class_name=VACE_CLASS if part.config.get("vace_layers") else CLASSES[part.kind],
             config=part.config,
             files=files,
             tensors=part.tensors,

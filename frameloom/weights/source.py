@@ -15,6 +15,7 @@ from frameloom.errors import CheckpointError, InternalError
 from frameloom.weights.assemble import assemble
 from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
 from frameloom.weights.diffusers_layout import component_classes, has_weights, open_component, open_layout, read_index
+from frameloom.weights.header import read_json
 from frameloom.weights.hub import (
     RemoteFiles,
     download,
@@ -25,7 +26,7 @@ from frameloom.weights.hub import (
     parse_name,
 )
 from frameloom.weights.identify import pair_of
-from frameloom.weights.loose import Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
+from frameloom.weights.loose import CLASSES, Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
 
 Source = str | os.PathLike[str]
 
@@ -46,7 +47,7 @@ def open_checkpoint(
     """
     name = "the parts" if model is None else os.fspath(model)
     try:
-        instead = _parts(parts or {})
+        instead = _parts({part: source for part, source in (parts or {}).items() if source is not None})
         if model is None:
             return assemble(instead.components, facts=instead.facts, name=name, path=Path())
         return _opened(name, instead, fetch_weights=fetch_weights)
@@ -63,6 +64,9 @@ def open_parts(model: Source) -> Mapping[str, Component]:
     if path.is_file():
         return open_file(path).components
     if path.is_dir() and not (path / "model_index.json").exists():
+        config = path / "config.json"
+        if config.is_file() and read_json(config).get("_class_name") == CLASSES["vae"]:  # a VAE makes sense alone
+            return {"vae": open_component(path, "vae")}
         return _loose_folder(path).components
     return open_checkpoint(model).components
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import OutputError
-from frameloom.weights.header import read_header, stored_bytes
+from frameloom.weights.header import TensorEntry, read_header, stored_bytes
 from frameloom.weights.tensors import DTYPES
 
 _ALIGNMENT = 8  # bytes; the format asks that the tensors begin at a multiple
@@ -77,7 +77,7 @@ def write_safetensors(
             os.replace(partial, path)
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error}); run the same command again to go on") from None
-    _compare(path, planned)
+    compare(path, read_header(path), planned)
 
 
 def _header(planned: Mapping[str, Planned], metadata: Mapping[str, str]) -> bytes:
@@ -126,8 +126,11 @@ def _write_all(file: FileIO, data: memoryview) -> None:
         data = data[file.write(data[:_PIECE_BYTES]) :]
 
 
-def _compare(path: Path, planned: Mapping[str, Planned]) -> None:
-    entries = read_header(path)
+def compare(path: Path, entries: Mapping[str, TensorEntry], planned: Mapping[str, Planned]) -> None:
+    """Raise OutputError where a file that was written holds other tensors than were planned."""
+    differs = f"reads back otherwise than it was written; remove '{path}', check the disk, and run the command again"
+    if entries.keys() != planned.keys():
+        raise OutputError(f"{path} {differs}")
     with path.open("rb") as file:
         for name, one in planned.items():
             file.seek(entries[name].offset)
@@ -135,4 +138,4 @@ def _compare(path: Path, planned: Mapping[str, Planned]) -> None:
             for start in range(0, len(wanted), _PIECE_BYTES):
                 piece = wanted[start : start + _PIECE_BYTES]
                 if file.read(len(piece)) != piece:
-                    raise OutputError(f"{path} reads back otherwise than it was written, in '{name}'; check the disk")
+                    raise OutputError(f"'{name}' in {path} {differs}")

@@ -143,7 +143,7 @@ def sent_by_vae(world, kind: str, dtype: torch.dtype, columns: int | None) -> li
         for _ in stages.decode(vae, z, iter([SharedPassage(steps=2, share=share)]), len_of_nothing):
             pass
         counts.append(world.sent_bytes)
-        stages.encode(vae, x.numpy(), iter([SharedPassage(steps=2, share=share, encodes=True)]))
+        stages.encode(vae, x, iter([SharedPassage(steps=2, share=share, encodes=True)]))
         counts.append(world.sent_bytes)
         found.append((counts[1] - counts[0], counts[2] - counts[1]))
     return found
@@ -162,7 +162,7 @@ def sent_with_margins(world, kind: str, cells: tuple[int, int]) -> tuple[int, in
     for _ in stages.decode(vae, torch.randn(1, vae.spec.z_dim, 4, height, width), iter(ways[:1]), len_of_nothing):
         pass
     counts.append(world.sent_bytes)
-    stages.encode(vae, x.numpy(), iter(ways[1:]))
+    stages.encode(vae, x, iter(ways[1:]))
     return counts[1] - counts[0], world.sent_bytes - counts[1]
 
 

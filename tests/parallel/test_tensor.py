@@ -280,7 +280,7 @@ def loads(world, file):
         assert not any(reference() is not None for reference in earlier), "an earlier tensor was kept whole"
         part = own_part(name, whole, team=team)
         most = max(most, held + whole.nbytes)
-        held += part.untyped_storage().nbytes()
+        held += whole.nbytes if part is whole else part.untyped_storage().nbytes()  # the whole lies in a mapped file
         if part is not whole:
             earlier.append(weakref.ref(whole))
         return part

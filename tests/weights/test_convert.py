@@ -13,13 +13,13 @@ from checkpoints import FROM_IMAGE
 
 import frameloom
 from frameloom import shapes
-from frameloom.errors import OutputError
+from frameloom.errors import OutputError, RequestError
 from frameloom.models.clip import image_encoder_key
-from frameloom.weights.convert import LAYOUTS, convert, plan
+from frameloom.weights.convert import LAYOUTS, convert, convert_model, plan
 from frameloom.weights.source import open_checkpoint
 from frameloom.weights.tensors import read_tensor
 
-KINDS = ["one expert", "two experts", "per-token timesteps", *FROM_IMAGE]
+KINDS = ["one expert", "two experts", "per-token timesteps", *FROM_IMAGE, "vace", "vace, two experts"]
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "seed": 3}
 
 
@@ -149,7 +149,7 @@ def test_a_run_that_is_done_writes_nothing_again(checkpoint_of, tmp_path):
     assert times[0] == times[1]
 
 
-def test_what_another_checkpoint_left_is_written_anew(checkpoint_of, tmp_path):
+def test_what_another_dtype_left_is_written_anew(checkpoint_of, tmp_path):
     convert(open_checkpoint(checkpoint_of("one expert")), tmp_path, to="single-file", dtype=torch.bfloat16)
     source = open_checkpoint(checkpoint_of("one expert"))
     convert(source, tmp_path, to="single-file")
@@ -174,6 +174,31 @@ def test_without_room_nothing_is_begun(checkpoint_of, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"needs 0\.\d\d GB and its disk has 0\.00 GB free"):
         convert(open_checkpoint(checkpoint_of("one expert")), tmp_path / "out", to="original")
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_other_files_in_the_way_are_refused_and_stay(checkpoint_of, tmp_path):
+    source = open_checkpoint(checkpoint_of("one expert"))
+    convert(open_checkpoint(checkpoint_of("two experts")), tmp_path / "two", to="diffusers")
+    convert(open_checkpoint(checkpoint_of("per-token timesteps")), tmp_path / "other", to="single-file")
+    for folder, to in (("two", "diffusers"), ("two", "single-file"), ("other", "single-file")):
+        before = {file: file.read_bytes() for file in (tmp_path / folder).rglob("*") if file.is_file()}
+        with pytest.raises(OutputError, match="of something else; give a folder that is new"):
+            convert(source, tmp_path / folder, to=to)
+        assert before == {file: file.read_bytes() for file in (tmp_path / folder).rglob("*") if file.is_file()}
+
+
+def test_the_parts_that_are_converted_are_not_overwritten(checkpoint_of, tmp_path):
+    files = convert(open_checkpoint(checkpoint_of("one expert")), tmp_path, to="single-file")
+    parts = {"transformer": files[0], "vae": files[1], "text_encoder": files[2], "tokenizer": tmp_path / "tokenizer"}
+    before = files[0].read_bytes()
+    with pytest.raises(OutputError, match="holds files that are converted; give another folder"):
+        convert(open_checkpoint(None, parts=parts), tmp_path, to="single-file", dtype=torch.bfloat16)
+    assert files[0].read_bytes() == before
+
+
+def test_a_destination_without_a_name_is_refused(checkpoint_of):
+    with pytest.raises(RequestError, match="the destination is empty"):
+        convert_model(checkpoint_of("one expert"), "", to="original")
 
 
 def test_onto_itself_or_a_file_is_refused(checkpoint_of, tmp_path):
