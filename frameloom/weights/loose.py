@@ -17,6 +17,7 @@ from frameloom.weights.checkpoint import Component, JsonObject, checkpoint_facts
 from frameloom.weights.files import read_file
 from frameloom.weights.header import read_json, read_tensors, shard_names
 from frameloom.weights.identify import Part, identify, pair_of
+from frameloom.weights.lora_keys import split
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -82,6 +83,9 @@ def open_folder(folder: Path) -> Loose:
     said = folder / BESIDE
     facts = dict(checkpoint_facts(read_json(said), where=said)) if said.is_file() else {}
     for place, files in _weight_sets(folder):
+        if _is_lora(files):
+            log.info("%s is a LoRA and left out; give it with --lora to use it", files[0])
+            continue
         one = _open_set(place, files)
         facts.update(one.facts)
         for component in one.components.values():
@@ -96,6 +100,7 @@ def open_folder(folder: Path) -> Loose:
     beside = _tokenizer_in(folder, found)
     if (folder / "image_processor" / IMAGE_PROCESSOR_FILE).is_file():
         beside["image_processor"] = _plain("image_processor", folder / "image_processor")
+    _tell_of_missing_expert(found)
     return Loose(components=found | beside, facts=facts)
 
 
@@ -233,6 +238,22 @@ def _experts(component: Component, path: Path) -> dict[str, Component]:
 def open_alone(path: Path) -> Component:
     """The transformer of one file. Raises CheckpointError."""
     return open_file(path, want="transformer").components["transformer"]
+
+
+def _is_lora(files: tuple[Path, ...]) -> bool:
+    """Whether a file by itself holds adapters and nothing else."""
+    if len(files) > 1:
+        return False
+    names = read_file(files[0]).entries
+    return bool(names) and all(split(name) is not None for name in names)
+
+
+def _tell_of_missing_expert(found: Mapping[str, Component]) -> None:
+    """A warning where one of two experts is there alone."""
+    names = [name for name in EXPERT_FOLDERS.values() if name in found]
+    if len(names) == 1 and (pair := pair_of(found[names[0]].files[0])) is not None:
+        file = found[names[0]].files[0]
+        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", file, pair.other.name)
 
 
 def _name_of(component: Component, place: Path, found: Mapping[str, Component]) -> str:
