@@ -6,7 +6,7 @@ experts apart.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from frameloom.errors import CheckpointError
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component, JsonObject, checkpoint_facts
-from frameloom.weights.files import read_file
+from frameloom.weights.files import WeightFile, read_file
 from frameloom.weights.header import read_json, read_tensors, shard_names
 from frameloom.weights.identify import Part, identify, pair_of
 from frameloom.weights.lora_keys import split
@@ -65,7 +65,7 @@ def open_file(path: Path, *, want: str | None = None) -> Loose:
 
     `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError.
     """
-    loose = _open_set(path.parent, (path,))
+    loose = _open_set(path.parent, [read_file(path)])
     found = dict(loose.components)
     if want is not None:
         return replace(loose, components={want: _wanted(found, want, where=path)} | _tokenizer_of(found))
@@ -83,10 +83,11 @@ def open_folder(folder: Path) -> Loose:
     said = folder / BESIDE
     facts = dict(checkpoint_facts(read_json(said), where=said)) if said.is_file() else {}
     for place, files in _weight_sets(folder):
-        if _is_lora(files):
+        read = [read_file(file) for file in files]
+        if _is_lora(read):
             log.info("%s is a LoRA and left out; give it with --lora to use it", files[0])
             continue
-        one = _open_set(place, files)
+        one = _open_set(place, read)
         facts.update(one.facts)
         for component in one.components.values():
             name = _name_of(component, place, found)
@@ -147,9 +148,10 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _open_set(place: Path, files: tuple[Path, ...]) -> Loose:
+def _open_set(place: Path, read: Sequence[WeightFile]) -> Loose:
+    """What files hold that belong together."""
+    files = tuple(file.path for file in read)
     where = files[0] if len(files) == 1 else place
-    read = [read_file(file) for file in files]
     listed = {file.path: file.entries for file in read}
     metadata = {key: value for file in read for key, value in file.metadata.items()}
     described = next((path for path in (files[0].with_suffix(".json"), place / "config.json") if path.is_file()), None)
@@ -230,22 +232,15 @@ def _experts(component: Component, path: Path) -> dict[str, Component]:
         log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", path, pair.other)
         return {"transformer": component}
     log.info("%s: the other noise expert is %s", path, pair.other)
-    other = open_alone(pair.other)
+    other = open_file(pair.other, want="transformer").components["transformer"]
     high, low = (component, other) if pair.is_high else (other, component)
     return {"transformer": replace(high, name="transformer"), "transformer_2": replace(low, name="transformer_2")}
 
 
-def open_alone(path: Path) -> Component:
-    """The transformer of one file. Raises CheckpointError."""
-    return open_file(path, want="transformer").components["transformer"]
-
-
-def _is_lora(files: tuple[Path, ...]) -> bool:
+def _is_lora(read: Sequence[WeightFile]) -> bool:
     """Whether a file by itself holds adapters and nothing else."""
-    if len(files) > 1:
-        return False
-    names = read_file(files[0]).entries
-    return bool(names) and all(split(name) is not None for name in names)
+    names = [name for file in read for name in file.entries]
+    return len(read) == 1 and bool(names) and all(split(name) is not None for name in names)
 
 
 def _tell_of_missing_expert(found: Mapping[str, Component]) -> None:
