@@ -20,6 +20,7 @@ from frameloom.errors import (
     RequestError,
 )
 from frameloom.settings import ask_for_same_sums
+from frameloom.types import EngineConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,23 +99,16 @@ def load(
 
     `parts`: components from elsewhere, such as {"transformer": "wan.gguf", "vae": "wan_2.1_vae.safetensors"}; names are
     transformer, transformer_2, text_encoder, vae, image_encoder and tokenizer, and all that are needed are a model.
-    `device`: auto, cpu, cuda, rocm, npu, musa, xpu or mps, one of several by its number (cuda:1). `dtype`: auto,
-    float32, bfloat16 or float16. `exactness`: bitwise, rounding or lossy, what a rewrite may change; `rewrites`
-    switches single ones: ["vae.conv_winograd=off"]. `compilation`: auto, on or off, whether torch.compile is used.
-    `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights
-    (6_000_000_000 or "6GB"). `parallel`: auto, or a plan such as "cfg=2,ulysses=2", for processes that torchrun
-    started: each loads the engine, and all must ask it the same. `quantized`: keep leaves quantized weights as they are
-    stored, expand makes them plain when they are read: the same bits, faster, in more memory. `loras`: Lora, or texts
-    such as "high:FILE:0.8", merged into plain weights and computed beside quantized ones; `Engine.set_loras` exchanges
-    others between requests. `preset`: "lightning", the recipe of models distilled to 4 steps. Use the engine in a
-    `with` statement, or call its `close`. Raises CheckpointError or RequestError, each one sentence.
+    The other options are explained in `frameloom.types.EngineConfig`; `Engine.set_loras` exchanges LoRAs between
+    requests. Use the engine in a `with` statement, or call its `close`. Raises CheckpointError or RequestError, each
+    one sentence.
     """
     ask_for_same_sums()
-    engine: Engine = _lazy("build_engine")(
-        _named(model, parts), parts=parts, device=device, dtype=dtype, exactness=exactness, rewrites=rewrites,
-        compilation=compilation,
+    config = EngineConfig(
+        device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
         attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized, loras=loras, preset=preset,
     )  # fmt: skip
+    engine: Engine = _lazy("build_engine")(_named(model, parts), config, parts=parts)
     return engine
 
 

@@ -190,6 +190,35 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How an engine is built; equal on all ranks that build one together.
+
+    `device`: auto, cpu, cuda, rocm, npu, musa, xpu or mps, one of several by its number (cuda:1). `dtype`: auto,
+    float32, bfloat16, float16; auto takes the dtype the checkpoint is meant for and keeps the VAE in float32, as the
+    reference documents it. `exactness` (bitwise, rounding, lossy) and `rewrites` ("NAME=on", "NAME=off"): what may be
+    computed in another way, see docs/rewrites.md. `compilation`: auto, on or off, whether torch.compile is used.
+    `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights, bytes
+    or a text such as "6GB". `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that torchrun or
+    --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain when they are
+    read: the same bits, faster, in more memory. `loras`: Lora, or texts such as "high:FILE:0.8"; merged into weights as
+    they are read, computed beside those that stay quantized. `preset`: a recipe of models/defaults.py that replaces the
+    checkpoint's scheduler and defaults.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    exactness: str = "rounding"
+    rewrites: Sequence[str] = ()
+    compilation: str = "auto"
+    attention: str = "auto"
+    vae_memory: int | str = "auto"
+    parallel: str = "auto"
+    quantized: str = "keep"
+    loras: "Sequence[Lora | str]" = ()
+    preset: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """`step` of `total` steps of a stage are done; the first news of a stage has step 0."""
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from frameloom.engine.build import build_engine
+import frameloom
 from frameloom.engine.compiled import COMPILED
 from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import CheckpointError
@@ -123,13 +123,13 @@ def test_the_command_prints_a_table_and_exits_with_1_when_a_promise_is_broken(ru
 
 
 def test_the_engine_tells_what_it_decided(checkpoint_of) -> None:
-    with build_engine(checkpoint_of(), exactness="bitwise") as engine:
+    with frameloom.load(checkpoint_of(), exactness="bitwise") as engine:
         told = {decision.name: decision for decision in engine.decisions}
         assert set(told) == {*(rewrite.name for rewrite in REWRITES), "attention.sdpa"}
         used = {name for name, decision in told.items() if decision.used}
         assert used == {"vae.buffers", "dit.prompt_once", "dit.shared_branches", "attention.sdpa"}
         assert "bitwise was asked for" in told["vae.conv_winograd_plain"].reason
-    with build_engine(checkpoint_of()) as engine:
+    with frameloom.load(checkpoint_of()) as engine:
         assert sum(decision.used for decision in engine.decisions) >= 10
 
 

@@ -11,6 +11,7 @@ from frameloom.bench.paired import Side, check_words, in_turns, machine, referen
 from frameloom.engine.build import build_engine
 from frameloom.engine.engine import Engine
 from frameloom.platform.device import DTYPES, choose_device
+from frameloom.types import EngineConfig
 
 _SEED = 0
 
@@ -41,10 +42,11 @@ def run_generate(case: GenerateCase) -> dict[str, Any]:
     """Time both sides in turns, from the prompt to frames; both have the checkpoint loaded."""
     case.check()
     device, _ = choose_device(case.device)
-    with build_engine(
-        case.model, device=case.device, dtype=case.dtype, exactness=case.exactness, rewrites=case.rewrites,
+    config = EngineConfig(
+        device=case.device, dtype=case.dtype, exactness=case.exactness, rewrites=case.rewrites,
         compilation=case.compilation, attention=case.attention,
-    ) as engine:  # fmt: skip
+    )  # fmt: skip
+    with build_engine(case.model, config) as engine:
         options = _options(case, engine)
         ours = _Ours(engine, case.prompt, options)
         theirs = _theirs(case, options, device)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import frameloom
-from frameloom.engine.build import build_engine
 from frameloom.platform import host
 from frameloom.platform.device import choose_device, choose_dtype
 from frameloom.types import Progress
@@ -119,7 +118,7 @@ def test_a_size_past_the_position_table_is_told_in_pixels(checkpoint_of, tmp_pat
     shutil.copytree(checkpoint_of(), folder)
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_max_seq_len": 4}))
-    with build_engine(folder) as engine:
+    with frameloom.load(folder) as engine:
         for options, words in (({"width": 80}, "width 80 .*use 64 or less"), ({"num_frames": 17}, "use 13 or less")):
             with pytest.raises(frameloom.RequestError, match=words):
                 engine.resolve("a cat", **(SIZE | options))
@@ -152,7 +151,7 @@ def test_channels_and_not_the_name_of_the_pipeline_tell_what_a_checkpoint_starts
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_asked_for_dtype_is_used_throughout(checkpoint_of, dtype):
-    with build_engine(checkpoint_of(), dtype=dtype) as engine:
+    with frameloom.load(checkpoint_of(), dtype=dtype) as engine:
         pipeline = engine._open
         assert pipeline.experts[0].dtype == getattr(torch, dtype)
         assert next(pipeline.vae.parameters()).dtype == getattr(torch, dtype)
@@ -161,7 +160,7 @@ def test_an_asked_for_dtype_is_used_throughout(checkpoint_of, dtype):
 
 def test_bfloat16_stays_near_float32(checkpoint_of, engine):
     exact = engine.generate("a cat", output="latents", seed=1, **SIZE)
-    with build_engine(checkpoint_of(), dtype="bfloat16") as rough_engine:
+    with frameloom.load(checkpoint_of(), dtype="bfloat16") as rough_engine:
         rough = rough_engine.generate("a cat", output="latents", seed=1, **SIZE)
     assert 1e-5 < (rough - exact).norm() / exact.norm() < 0.05
 
@@ -171,7 +170,7 @@ def test_auto_keeps_the_vae_in_float32_and_says_why(checkpoint_of, tmp_path, cap
     shutil.copytree(checkpoint_of(), folder)
     (folder / "frameloom.json").write_text('{"dtype": "bfloat16", "steps": 3}')
     monkeypatch.setattr(host, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
-    with caplog.at_level("INFO", logger="frameloom"), build_engine(folder) as engine:
+    with caplog.at_level("INFO", logger="frameloom"), frameloom.load(folder) as engine:
         assert engine._open.experts[0].dtype == torch.bfloat16
         assert next(engine._open.vae.parameters()).dtype == torch.float32
         assert engine.defaults.steps == 3
@@ -211,7 +210,7 @@ def test_latents_that_are_no_numbers_are_told_and_spoil_no_frame_before_them(eng
 
 
 def test_a_decoder_that_overflows_is_an_error_not_a_black_video(checkpoint_of):
-    with build_engine(checkpoint_of()) as engine:
+    with frameloom.load(checkpoint_of()) as engine:
         engine._open.vae.decoder.conv_out.bias.fill_(float("nan"))
         with pytest.raises(frameloom.InternalError, match="no numbers"):
             engine.generate("a cat", **SIZE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frameloom.engine.build import build_engine
+import frameloom
 from frameloom.engine.loras import merging
 from frameloom.errors import CheckpointError, RequestError
 from frameloom.models.adapters import Adapter, Adapters, Product, merge
@@ -39,7 +39,7 @@ def latents(engine):
 
 
 def opened(folder, loras=()):
-    return build_engine(folder, loras=loras, exactness="bitwise")
+    return frameloom.load(folder, loras=loras, exactness="bitwise")
 
 
 def loaded(folder, loras=()):
@@ -109,14 +109,14 @@ def test_beside_weights_that_stay_quantized_it_is_as_exact_as_merged_into_plain_
         if name.endswith((".to_k.weight", ".to_q.weight", "ffn.net.2.weight")):
             kept[name] = kept[name].to(torch.float8_e4m3fn)
     save_file(kept, file)
-    with build_engine(folder, dtype="float32", exactness="bitwise", loras=[one]) as engine:
+    with frameloom.load(folder, dtype="float32", exactness="bitwise", loras=[one]) as engine:
         first = latents(engine)
         engine.set_loras([other])
         both = latents(engine)
         engine.set_loras([])
         assert torch.equal(latents(engine), first)
     for result, given in ((first, [one]), (both, [one, other])):
-        with build_engine(folder, dtype="float32", exactness="bitwise", loras=given, quantized="expand") as engine:
+        with frameloom.load(folder, dtype="float32", exactness="bitwise", loras=given, quantized="expand") as engine:
             assert close(result, latents(engine))
     assert not close(first, both)
 
