@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 our fault or a rank that died, 2 what was asked cannot be 
 130 interrupted, 143 terminated. With `--gpus` this process starts the ranks, which run the same command; rank 0 speaks.
 """
 
+import functools
+import inspect as inspection
 import io
 import json
 import logging
@@ -52,8 +54,8 @@ _STAGE_NAMES = {
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="A checkpoint: a folder (Diffusers' layout or the original one), a weight file, or owner/name[@revision] "
-        "of the hub. Default: the built-in model."
+        help="A checkpoint: a folder (Diffusers' layout or the original one), a weight file, or "
+        "owner/name\\[@revision] of the hub. Default: the built-in model."
     ),
 ]
 DeviceOption = Annotated[
@@ -80,18 +82,43 @@ GpusOption = Annotated[
 ParallelOption = Annotated[
     str, typer.Option(help="How to share: auto, or such as cfg=2,ulysses=2,ring=1,tp=1,vae=4: their product is --gpus.")
 ]
-TransformerOption = Annotated[
-    str | None,
-    typer.Option(help="Take the transformer from this file (safetensors, GGUF, .pth), folder, or owner/name/file."),
-]
-Transformer2Option = Annotated[
-    str | None, typer.Option("--transformer-2", help="The low-noise expert; found by its name beside --transformer.")
-]
-TextEncoderOption = Annotated[str | None, typer.Option(help="Take the text encoder from this file or folder.")]
-VaeOption = Annotated[str | None, typer.Option(help="Take the VAE from this file or folder.")]
-ImageEncoderOption = Annotated[str | None, typer.Option(help="Take the image encoder (CLIP) from this file or folder.")]
-TokenizerOption = Annotated[str | None, typer.Option(help="Folder of a tokenizer, where no other part brings one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
+
+
+# The components that may be taken from elsewhere, and what each option says.
+_PARTS = {
+    "transformer": "Take the transformer from this file (safetensors, GGUF, .pth), folder, or owner/name/file.",
+    "transformer_2": "The low-noise expert; found by its name beside --transformer.",
+    "text_encoder": "Take the text encoder from this file or folder.",
+    "vae": "Take the VAE from this file or folder.",
+    "image_encoder": "Take the image encoder (CLIP) from this file or folder.",
+    "tokenizer": "Folder of a tokenizer, where no other part brings one.",
+}
+
+
+def _with_parts(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options --transformer, --vae and so on, and hand them over as its argument `parts`."""
+    signature = inspection.signature(command)
+    options = [
+        inspection.Parameter(
+            name,
+            inspection.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, typer.Option("--" + name.replace("_", "-"), help=says)],
+        )
+        for name, says in _PARTS.items()
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        sources = {name: given.pop(name) for name in _PARTS}
+        command(parts={name: source for name, source in sources.items() if source is not None}, **given)
+
+    own = [parameter for name, parameter in signature.parameters.items() if name != "parts"]
+    parameters = [parameter.replace(kind=inspection.Parameter.KEYWORD_ONLY) for parameter in own]
+    with_options.__signature__ = signature.replace(parameters=[*parameters, *options])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *options)}
+    return with_options
 
 
 def _say_version(wanted: bool) -> None:
@@ -110,15 +137,11 @@ def _root(
 
 
 @app.command()
+@_with_parts
 def generate(
+    parts: dict[str, str],
     prompt: Annotated[str, typer.Argument(help="What the video should show.")],
     model: ModelOption = None,
-    transformer: TransformerOption = None,
-    transformer_2: Transformer2Option = None,
-    text_encoder: TextEncoderOption = None,
-    vae: VaeOption = None,
-    image_encoder: ImageEncoderOption = None,
-    tokenizer: TokenizerOption = None,
     quantized: Annotated[
         str, typer.Option(help="Quantized weights: keep them as they are stored, or expand them (faster, more memory).")
     ] = "keep",
@@ -207,10 +230,6 @@ def generate(
     before = target.written() if target else ()
     with _last_words(lambda: _fate(target, before)):
         _share(gpus, parallel, tidy=target.remove_partials if target else None)
-        parts = _parts(
-            transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
-            image_encoder=image_encoder, tokenizer=tokenizer,
-        )  # fmt: skip
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
         begun = time.perf_counter()
@@ -286,27 +305,19 @@ def _print_lora(facts: dict[str, Any]) -> None:
 
 
 @app.command()
+@_with_parts
 def convert(
+    parts: dict[str, str],
     source: Annotated[str, typer.Argument(help="Folder, weight file or hub id; - for the parts alone.")],
     destination: Annotated[str, typer.Argument(help="A folder that is new, empty, or of an earlier run.")],
     to: Annotated[str, typer.Option(help="diffusers, original (the layout of Wan's own code) or single-file.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for all but the VAE. Default: as stored.")
     ] = None,
-    transformer: TransformerOption = None,
-    transformer_2: Transformer2Option = None,
-    text_encoder: TextEncoderOption = None,
-    vae: VaeOption = None,
-    image_encoder: ImageEncoderOption = None,
-    tokenizer: TokenizerOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
     """Write a checkpoint in another layout; the same command again goes on where it was ended."""
     console = _console(quiet=quiet)
-    parts = _parts(
-        transformer=transformer, transformer_2=transformer_2, text_encoder=text_encoder, vae=vae,
-        image_encoder=image_encoder, tokenizer=tokenizer,
-    )  # fmt: skip
     again = "the same command goes on where it was ended"
     with _last_words(lambda: again), _file_progress(console) as report:
         files = frameloom.convert_model(
@@ -432,7 +443,7 @@ def bench_dit(
         print(json.dumps(record))
         return
     rows = {"of the matmul rate": [f"{record['fraction_of_peak'][side]:.0%}" for side in _SIDES]}
-    rows |= {f"time in {part}": [f"{record['shares'][side][part]:.0%}" for side in _SIDES] for part in _PARTS}
+    rows |= {f"time in {part}": [f"{record['shares'][side][part]:.0%}" for side in _SIDES] for part in _SHARES}
     kind = "guided step" if guided else "step"
     _print_comparison(f"Wan {dit}, one {kind}, {size}, {record['tokens']} tokens, {dtype}", record, rows)
 
@@ -543,7 +554,7 @@ def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[s
         console.print(decision, soft_wrap=True)
 
 
-_PARTS = ("linear", "attention", "other")
+_SHARES = ("linear", "attention", "other")
 _SIDES = ("ours", "diffusers")
 
 
@@ -698,11 +709,6 @@ def _console(*, quiet: bool) -> Console:
 def _one_or_each(numbers: list[float] | None) -> float | list[float] | None:
     """What an option that was given once means for all, and given several times for each."""
     return numbers[0] if numbers is not None and len(numbers) == 1 else numbers or None
-
-
-def _parts(**given: str | None) -> dict[str, str]:
-    """The components that are taken from elsewhere."""
-    return {name: source for name, source in given.items() if source is not None}
 
 
 @contextmanager

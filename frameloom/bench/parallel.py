@@ -152,7 +152,10 @@ def _start(case: ParallelCase, stage: str, count: int) -> dict[str, Any]:
     words |= {"layers": case.layers} if case.layers else {}
     words |= {"parallel": case.parallel} if count > 1 else {}
     options = [text for name, value in words.items() for text in (f"--{name}", str(value))]
-    safe = [] if sys.path[0] == os.getcwd() else ["-P"]  # as the command itself was started
+    try:
+        safe = [] if sys.path[0] == os.getcwd() else ["-P"]  # as the command itself was started
+    except FileNotFoundError:
+        raise RequestError("the working folder has been removed; change to one that exists") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         command = [sys.executable, *safe, "-m", "frameloom", "bench", "parallel", *options, "--record-to", str(path)]

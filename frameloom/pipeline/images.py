@@ -11,14 +11,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from frameloom.errors import InputError, RequestError
-from frameloom.pipeline.reader import read_frames
+from frameloom.pipeline.reader import MAX_PIXELS, read_frames, too_large
 from frameloom.pipeline.sinks import Frames
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import ImageInput, Pictures, VideoInput
 
 log = logging.getLogger(LOGGER_NAME)
 
-MAX_IMAGE_PIXELS: Final = 80_000_000  # as RGB 240 MB; below what Pillow itself warns of
 MAX_ASPECT: Final = 16  # longer ones would be resized to strips without sense, or without end
 # No others are opened: some of Pillow's readers start programs (EPS), and few are as well tested as these.
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -41,7 +40,7 @@ def image_of(source: ImageInput, what: str = "image") -> Pictures:
             return Pictures(name=name, frames=_pixels(source, name)[None])
     if not isinstance(source, str | os.PathLike):
         raise RequestError(f"the {what} is {type(source).__name__}; give a path, a Pillow image or uint8 (H, W, 3)")
-    name = os.fspath(source)
+    name = os.path.expanduser(os.fspath(source))
     with _one_sentence(name), Image.open(name, formats=_FORMATS) as image:
         return Pictures(name=name, frames=_pixels(image, name)[None])
 
@@ -111,7 +110,7 @@ def _one_sentence(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(name) from None
+        raise too_large(name) from None
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; give an image") from None
     except UnidentifiedImageError:
@@ -136,11 +135,7 @@ def _check_array(source: Any, what: str, *, shape: str, ndim: int) -> None:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise _too_large(name)
+    if width * height > MAX_PIXELS:
+        raise too_large(name)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InputError(f"{name} is {width}x{height}, longer than {MAX_ASPECT} times its width; cut it to a picture")
-
-
-def _too_large(name: str) -> InputError:
-    return InputError(f"{name} has more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller")

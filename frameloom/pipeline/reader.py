@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from frameloom.errors import InputError
 from frameloom.pipeline.sinks import SWS_EXACT, Frames
 
+MAX_PIXELS: Final = 80_000_000  # of a picture, or a frame; as RGB 240 MB, below what Pillow itself warns of
 _STILLS: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -22,7 +23,7 @@ def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple
     None where the file holds no time (pictures, folders). A camera's rotation is applied, and transparency dropped.
     Raises InputError when there is nothing to read, or it is damaged.
     """
-    source = Path(path)
+    source = Path(os.path.expanduser(path))
     if not source.exists():
         raise InputError(f"{source} does not exist; give a video, a picture or a folder of numbered PNG files")
     try:
@@ -36,8 +37,15 @@ def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple
         raise InputError(f"{source} cannot be read as a video or a picture ({reason}); give another file") from error
 
 
+def too_large(name: str | os.PathLike[str]) -> InputError:
+    """What is said of a picture or a video with more than MAX_PIXELS."""
+    return InputError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller")
+
+
 def _read_still(path: Path) -> Frames:
     with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+            raise too_large(path)
         if getattr(image, "n_frames", 1) > 1:
             raise InputError(f"{path} is an animation; convert it to mp4 or gif, or give one picture")
         if image.mode.startswith(("I", "F")):
@@ -61,6 +69,8 @@ def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
         if not container.streams.video:
             raise InputError(f"{path} holds no video stream; give a video or a picture")
         stream = container.streams.video[0]
+        if (stream.width or 0) * (stream.height or 0) > MAX_PIXELS:
+            raise too_large(path)
         frames: list[Frames] = []
         ticks, end, missing = 0, 0, 0
         for packet in container.demux(stream):

@@ -110,7 +110,7 @@ def exact_fps(fps: Any, kind: Kind | None = None) -> Fraction:
 def _parse(given: str) -> OutputTarget:
     if not given or "\0" in given:
         raise OutputError(f"{given!r} is no path; give {_POSSIBLE}")
-    path = Path(os.path.realpath(given))  # realpath: a link keeps pointing at the file it names
+    path = Path(os.path.realpath(os.path.expanduser(given)))  # realpath: a link keeps pointing at the file it names
     extension = (path.suffix or path.name).lower()
     if given.endswith((os.sep, "/")):
         return OutputTarget(path=path, kind="folder")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from frameloom.errors import InputError, RequestError
-from frameloom.pipeline import images
 from frameloom.pipeline.images import fitted, image_of, video_of
 from frameloom.pipeline.media import Video, read_frames
+from frameloom.pipeline.reader import MAX_PIXELS
 from frameloom.types import Pictures
 
 
@@ -171,7 +171,7 @@ def test_damaged_files_are_read_or_refused(tmp_path_factory, kind, seed, count):
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
     path.write_bytes(data)
     with contextlib.suppress(InputError):
-        assert image_of(path).frames.size <= 3 * images.MAX_IMAGE_PIXELS
+        assert image_of(path).frames.size <= 3 * MAX_PIXELS
 
 
 @pytest.mark.parametrize("size", [(64, 32), (20, 48), (40, 24), (17, 90)])
@@ -193,6 +193,25 @@ def test_keeping_the_aspect_cuts_the_middle_out():
     assert squeezed[0, :, 0].max() == 0
     same = fitted(image_of(rgb()), width=40, height=24, keeps_aspect=True)
     assert np.array_equal(same[0], np.asarray(rgb()))
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path, rgb(), "a.png")
+    assert np.array_equal(image_of("~/a.png").frames[0], np.asarray(rgb()))
+    assert np.array_equal(read_frames("~/a.png")[0][0], np.asarray(rgb()))
+    Video(frames=image_of("~/a.png").frames, fps=12).save("~/b.gif")
+    assert (tmp_path / "b.gif").exists()
+
+
+def test_a_video_with_frames_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    frames = np.zeros((2, 24, 40, 3), np.uint8)
+    monkeypatch.setattr("frameloom.pipeline.reader.MAX_PIXELS", 24 * 40 - 1)
+    for name in ("a.gif", "a.mp4", "a.png"):
+        path = tmp_path / name
+        saved(tmp_path, rgb(), name) if name == "a.png" else Video(frames=frames, fps=10).save(path)
+        with pytest.raises(InputError, match=r"more than 959 pixels; make it smaller"):
+            video_of(path, 2)
 
 
 def test_a_video_is_its_first_frames_and_its_rate(tmp_path):
