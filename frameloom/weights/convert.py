@@ -245,11 +245,12 @@ def _write_pickle(
 
 def _counted(target: Target, on_bytes: OnBytes) -> Callable[[int], None]:
     """The callback of one file, which adds up."""
-    sizes: list[int] = []
+    done = 0
 
     def count(size: int) -> None:
-        sizes.append(size)
-        on_bytes(target.path.name, sum(sizes), target.size_bytes)
+        nonlocal done
+        done += size
+        on_bytes(target.path.name, done, target.size_bytes)
 
     return count
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +101,13 @@ def pair_of(path: Path) -> Expert | None:
     return Expert(is_high=words == {"high"}, other=next((other for other in others if other.exists()), others[0]))
 
 
+def kinds_in(names: Iterable[str]) -> tuple[Kind, ...]:
+    """The kinds of networks of which there is the tensor that gives them away."""
+    listed = list(names)
+    found = (family.kind for family in _FAMILIES if any(_prefix(name, family) is not None for name in listed))
+    return tuple(dict.fromkeys(found))
+
+
 # --- which networks, in which layouts ---
 
 
@@ -131,8 +138,14 @@ class _Found:
 def _found(entries: Entries) -> Iterator[_Found]:
     for family in _FAMILIES:
         for name in entries:
-            if name == family.anchor or name.endswith("." + family.anchor):
-                yield _natively(entries, family, prefix=name.removesuffix(family.anchor))
+            if (prefix := _prefix(name, family)) is not None:
+                yield _natively(entries, family, prefix=prefix)
+
+
+def _prefix(name: str, family: _Family) -> str | None:
+    """What stands before the names of a network, if `name` is the one that gives it away."""
+    is_anchor = name == family.anchor or name.endswith("." + family.anchor)
+    return name.removesuffix(family.anchor) if is_anchor else None
 
 
 def _natively(entries: Entries, family: _Family, *, prefix: str) -> _Found:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from frameloom.settings import LOGGER_NAME
 from frameloom.types import Expert, Lora
 from frameloom.weights.files import WeightFile, read_file
 from frameloom.weights.header import TensorEntry, read_json
-from frameloom.weights.lora_keys import Key, Part, expert_of, module_names, split, stranger
+from frameloom.weights.identify import kinds_in
+from frameloom.weights.lora_keys import NO_LAYER, Key, Part, expert_of, module_names, split, stranger
 from frameloom.weights.lora_parts import Shapes, recipes
 from frameloom.weights.scales import with_scales
 
@@ -105,6 +107,7 @@ def _file(lora: Lora, expert: Expert | None) -> Path:
 
 def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | None) -> Adapters | None:
     """What a file changes; None where all of it is for the other expert, which gets it."""
+    _refuse_networks(file)
     stored = with_scales(file.entries, file.metadata, where=str(file.path))
     keys, unused = _split(stored)
     mine = _own(keys, lora, expert)
@@ -124,7 +127,7 @@ def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | Non
             else:
                 unused |= {entry.name: problem for entry in recipe.entries.values()}
     if not changes:
-        raise CheckpointError(_fits_nothing(file, keys, shapes))
+        raise CheckpointError(_fits_nothing(file, keys, unused, shapes))
     return Adapters(
         name=str(file.path),
         strength=lora.strength,
@@ -132,6 +135,15 @@ def _adapters(lora: Lora, file: WeightFile, shapes: Shapes, expert: Expert | Non
         num_keys=len({key.name for key in mine} | unused.keys()),
         unused=tuple(f"{key}: {reason}" for key, reason in sorted(unused.items())),
     )
+
+
+def _refuse_networks(file: WeightFile) -> None:
+    """Raise CheckpointError for a whole network, which is given by another option."""
+    if not (kinds := kinds_in(file.entries)):
+        return
+    what = " and ".join(kind.replace("_", " ") for kind in kinds)
+    option = f"--{kinds[0].replace('_', '-')}" if len(kinds) == 1 else "--model"
+    raise CheckpointError(f"{file.path} holds a whole {what} and is no LoRA; give it with {option}")
 
 
 def _split(stored: Mapping[str, TensorEntry]) -> tuple[list[Key], dict[str, str]]:
@@ -227,25 +239,43 @@ def _peft_settings(file: WeightFile, prefix: str) -> Mapping[str, Any]:
 # --- what is told ---
 
 
-def _fits_nothing(file: WeightFile, keys: Sequence[Key], shapes: Shapes) -> str:
-    """Sentence about a file for another model: which one it seems to be."""
-    own = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    said = (
-        f"none of the {len(file.entries)} keys of {file.path} fits this model of width "
-        f"{shapes['patch_embedding.weight'][0]} with {len(own)} layers"
-    )
-    layers = {match[1] for key in keys if (match := re.search(r"(?<!vace_)blocks[._](\d+)", key.module))}
+def _fits_nothing(file: WeightFile, keys: Sequence[Key], unused: Mapping[str, str], shapes: Shapes) -> str:
+    """Sentence about a file of which nothing is used: which model it seems to be for, or else why."""
+    if not unused:
+        return f"{file.path} holds no tensors; download it again"
+    none = f"none of the {len(file.entries)} keys of {file.path}"
+    reason, _ = Counter(unused.values()).most_common(1)[0]
+    example = next(key for key, why in unused.items() if why == reason)
+    if (other := _other_model(file, keys, shapes)) is not None:
+        own = _own_model(shapes)
+        return f"{none} fits this model of width {own[0]} with {own[1]} layers; it seems to be for {other}"
+    if reason == NO_LAYER:
+        return f"{none} fits this model; it seems to be for another kind of model, as it has '{example}'"
+    return f"{none} can be used, such as '{example}': {reason}; give a whole LoRA for the transformer of this model"
+
+
+def _own_model(shapes: Shapes) -> tuple[int, int]:
+    """Width and number of layers."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    return shapes["patch_embedding.weight"][0], len(layers)
+
+
+def _other_model(file: WeightFile, keys: Sequence[Key], shapes: Shapes) -> str | None:
+    """For which model adapters seem to be, if their width or their layers are not those of this one."""
+    layers = {int(match[1]) for key in keys if (match := re.search(r"(?<!vace_)blocks[._](\d{1,4})", key.module))}
     widths = {
         file.entries[key.name].shape[:1]
         for key in keys
         if key.part in ("up", "diff", "diff_b") and re.search(r"(?:self_attn[._]|attn1[._]to_)q$", key.module)
     }
     if not layers or len(widths) != 1:
-        return f"{said}; it seems to be for another kind of model, as it has '{next(iter(file.entries), 'no key')}'"
-    width = math.prod(widths.pop())
+        return None
+    width, (own_width, own_layers) = math.prod(widths.pop()), _own_model(shapes)
+    if width == own_width and max(layers) < own_layers:
+        return None
     image = ", with an image branch" if any(re.search("k_img|add_k", key.module) for key in keys) else ""
     known = f" ({_WIDTHS[width]})" if width in _WIDTHS else ""
-    return f"{said}; it seems to be for one of width {width}{known} with {len(layers)} layers{image}: take that model"
+    return f"one of width {width}{known} with {max(layers) + 1} layers{image}: take that model"
 
 
 def _tell(adapters: Adapters) -> None:
@@ -256,6 +286,8 @@ def _tell(adapters: Adapters) -> None:
     )  # fmt: skip
     if not adapters.unused:
         return
-    more = len(adapters.unused) - _TOLD
-    lines = [*adapters.unused[:_TOLD], *([f"and {more} more"] if more > 0 else [])]
+    told, rest = adapters.unused[:_TOLD], adapters.unused[_TOLD:]
+    lines = [*told, *([f"and {len(rest)} more"] if rest else [])]
     log.warning("LoRA %s: %d keys are not used:\n  %s", adapters.name, len(adapters.unused), "\n  ".join(lines))
+    if rest:  # what is quiet says the first alone
+        log.info("LoRA %s: the other keys that are not used:\n  %s", adapters.name, "\n  ".join(rest))

@@ -58,6 +58,9 @@ _PREFIXES = (
     "model.", "unet.", "lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
 _EXPERTS: Mapping[str, Expert] = {"transformer.": "high", "transformer_2.": "low"}
+NO_LAYER = "this model has no such layer"
+"""Why a key is not used that is of nothing known."""
+
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|text_encoder|text_model|lora_prior_te")
 _IMAGE = re.compile(r"[kv]_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
 _NOISE = re.compile(r"(?<![a-z])(high|low)(?:[-_ ]?noise)?(?![a-z])", re.IGNORECASE)
@@ -131,4 +134,4 @@ def stranger(module: str) -> str:
         return "this model has no image branch"
     if module.startswith("vace"):
         return "this model has no VACE blocks"
-    return "this model has no such layer"
+    return NO_LAYER

@@ -33,6 +33,7 @@ _KINDS: Mapping[str, tuple[tuple[Part | None, ...], ...]] = {
     "difference": (("diff", None, None, None),),
     "replacement": (("set", None, None, None),),
 }
+_OTHER_HALF: Mapping[str, str] = {"up": "lora_A or lora_down", "down": "lora_B or lora_up"}
 _JOINS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"LoHa": torch.mul, "LoKr": torch.kron}
 _WHOLE = ("difference", "replacement")
 _BESIDE: tuple[Part, ...] = ("alpha", "magnitude")  # what goes with factors
@@ -59,7 +60,7 @@ class Recipe:
             return "this model has no such parameter"
         products = self._products(self.kind)
         if not all(products):
-            return f"it is not complete: there is only {', '.join(sorted(self.entries))}"
+            return self._incomplete()
         found, wanted = self._made(products), self.shape if self.kind in _WHOLE else _flat(self.shape)
         if not found:
             return "its factors do not fit each other"
@@ -82,6 +83,12 @@ class Recipe:
             magnitude=None if magnitude is None else _numbers(magnitude).reshape(_along(magnitude.shape, self.shape)),
             replaces=self.kind == "replacement",
         )
+
+    def _incomplete(self) -> str:
+        other = [_OTHER_HALF[part] for part in ("up", "down") if part in self.entries]
+        if self.kind == "LoRA" and len(other) == 1:
+            return f"its other half ({other[0]}) is not there"
+        return f"it is not complete: there is only {', '.join(sorted(self.entries))}"
 
     def _products(self, kind: str) -> list[list[TensorEntry]]:
         """The entries of each product; none where its parts are not those of one."""

@@ -375,6 +375,7 @@ def test_blocks_of_vace_have_their_loras_and_are_missed_where_there_are_none(wei
 
 
 def test_what_does_not_fit_is_told_by_name_and_the_rest_applies(weights, write, caplog):
+    caplog.set_level(logging.INFO, "frameloom")
     tensors, expected = distilled(weights["i2v"])
     tensors |= {
         "lora_te_text_model_encoder.lora_up.weight": random(4, 4),
@@ -400,7 +401,7 @@ def test_what_does_not_fit_is_told_by_name_and_the_rest_applies(weights, write, 
     assert told["lora_te_text_model_encoder.lora_up.weight"] == "it is for the text encoder, which stays as it is"
     assert told["something.else"] == "it is of no kind of adapter that is known"
     assert told["diffusion_model.blocks.7.ffn.0.diff_b"] == "this model has no such layer"
-    assert told["diffusion_model.blocks.1.ffn.0.lora_up.weight"] == "it is not complete: there is only up"
+    assert told["diffusion_model.blocks.1.ffn.0.lora_up.weight"] == "its other half (lora_A or lora_down) is not there"
     assert told["diffusion_model.blocks.1.ffn.2.alpha"] == "what it belongs to is not there"
     assert told["diffusion_model.blocks.1.norm3.diff"] == "it is for 33, and this model has 32"
     assert told["diffusion_model.blocks.1.self_attn.q.lora_up.weight"] == "its factors do not fit each other"
@@ -409,6 +410,7 @@ def test_what_does_not_fit_is_told_by_name_and_the_rest_applies(weights, write, 
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1
     assert f"and {len(told) - 12} more" in warned[0].getMessage()
+    assert all(f"{key}: {reason}" in caplog.text for key, reason in told.items())
 
 
 def test_factors_in_float8_are_multiplied_by_their_scale(weights, write):
@@ -621,6 +623,66 @@ def test_a_lora_that_torch_saved_is_read_too_and_a_missing_one_is_said(weights, 
         read(tmp_path / "none.safetensors", weights["t2v"])
 
 
+def halves(name):
+    return {key: value for key, value in PAIR.items() if name in key}
+
+
+OF_TEXT = {
+    f"{prefix}encoder_block_0_q.{part}.weight": torch.ones(4, 4)
+    for prefix in ("lora_te_", "text_encoder.")
+    for part in ("lora_up", "lora_down")
+}
+UNUSED = {
+    "no key at all": ({}, "holds no tensors; download it again"),
+    "no up half": (
+        halves("down"),
+        r"none of the 1 keys .* can be used, such as '.*lora_down.weight': its other half \(lora_B or lora_up\) is not",
+    ),
+    "no down half": (halves("up"), r"its other half \(lora_A or lora_down\) is not there; give a whole LoRA"),
+    "text encoder": (
+        OF_TEXT,
+        "none of the 4 keys .* such as 'lora_te_.*': it is for the text encoder, which stays as it is; give",
+    ),
+    "numbers": ({"embedding": torch.ones(2)}, "such as 'embedding': it is of no kind of adapter that is known"),
+    "more layers": (
+        {key.replace("blocks.0", "blocks.2"): value for key, value in PAIR.items()},
+        "width 32 with 2 layers; it seems to be for one of width 32 with 3 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_a_file_of_which_nothing_is_used_says_why(case, weights, write):
+    tensors, said = UNUSED[case]
+    with pytest.raises(CheckpointError, match=said):
+        read(write(tensors), weights["t2v"])
+
+
+def test_keys_for_the_text_encoder_beside_others_are_told_by_name(weights, write):
+    adapters = read(write(PAIR | OF_TEXT), weights["t2v"])
+    why = "it is for the text encoder, which stays as it is"
+    assert adapters.unused == tuple(f"{key}: {why}" for key in sorted(OF_TEXT))
+    assert adapters.changes.keys() == {"blocks.0.attn1.to_q.weight"}
+
+
+WHOLE = {
+    "transformer": "blocks.0.self_attn.q.weight",
+    "vae": "vae.decoder.middle.1.to_qkv.weight",
+    "text-encoder": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "image-encoder": "vision_model.embeddings.class_embedding",
+}
+
+
+@pytest.mark.parametrize("option", WHOLE)
+def test_a_whole_network_is_no_lora_and_has_an_option_of_its_own(option, weights, write):
+    path = write({WHOLE[option]: torch.ones(2, 2)})
+    said = f"holds a whole {option.replace('-', ' ')} and is no LoRA; give it with --{option}$"
+    with pytest.raises(CheckpointError, match=said):
+        read(path, weights["t2v"])
+    with pytest.raises(CheckpointError, match="a whole transformer and vae and is no LoRA; give it with --model"):
+        read(write({WHOLE[name]: torch.ones(2) for name in ("transformer", "vae")}), weights["t2v"])
+
+
 def test_a_lora_of_another_model_is_said_to_be_one(weights, write):
     tensors = {}
     for block in range(30):
@@ -632,8 +694,6 @@ def test_a_lora_of_another_model_is_said_to_be_one(weights, write):
     )
     with pytest.raises(CheckpointError, match=said):
         read(write(tensors), weights["t2v"])
-    with pytest.raises(CheckpointError, match=r"none of the 0 keys"):
-        read(write({}), weights["t2v"])
     with pytest.raises(CheckpointError, match=r"another kind of model, as it has 'double_blocks"):
         read(write({"double_blocks.0.x.lora_up.weight": random(4, 4)}), weights["t2v"])
 
