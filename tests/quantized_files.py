@@ -30,6 +30,7 @@ class Stored:
     shape: tuple[int, ...]
     data: bytes
     scale: "Stored | None" = None
+    rotated: int = 0
 
 
 def plain(tensor: Tensor) -> Stored:
@@ -51,17 +52,33 @@ def in_blocks(weight: Tensor, kind: str, *, seed: int = 0) -> Stored:
     return Stored(dtype=kind, shape=tuple(weight.shape), data=raw.tobytes())
 
 
-def scaled(weight: Tensor, kind: str, *, by_row: bool = False) -> Stored:
-    """`weight` as float8 or int8, and the scale that brings its largest number back."""
+def rotation(group: int) -> Tensor:
+    """ConvRot's matrix of so many rows, as the paper defines it: Kronecker's power of a regular Hadamard matrix."""
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double() / 2
+    return four if group == 4 else torch.kron(rotation(group // 4), four)
+
+
+def _turned(weight: Tensor, group: int) -> Tensor:
+    return (weight.double().view(len(weight), -1, group) @ rotation(group).T).view(weight.shape)
+
+
+def scaled(weight: Tensor, kind: str, *, by_row: bool = False, rotated: int = 0) -> Stored:
+    """`weight` as float8 or int8, and the scale that brings its largest number back.
+
+    Rotated weights have powers of 2 for scales: whatever is added up of their numbers is exact in float32.
+    """
+    if rotated:
+        weight = _turned(weight, rotated).float()
     largest = weight.abs().amax(1, keepdim=True) if by_row else weight.abs().amax()
     if kind == "I8":
         scale = largest.float() / 127
+        scale = torch.exp2(scale.log2().ceil()) if rotated else scale
         numbers = (weight / scale).round().to(torch.int8)
     else:
         scale = largest.float() / torch.finfo(FLOAT8[kind]).max
         numbers = (weight / scale).to(FLOAT8[kind])
     data = numbers.view(torch.uint8).numpy().tobytes()
-    return Stored(dtype=kind, shape=tuple(weight.shape), data=data, scale=plain(scale))
+    return Stored(dtype=kind, shape=tuple(weight.shape), data=data, scale=plain(scale), rotated=rotated)
 
 
 def cast(weight: Tensor, kind: str) -> Stored:
@@ -76,7 +93,8 @@ def numbers(stored: Stored) -> Tensor:
     raw = np.frombuffer(stored.data, dtype=np.uint8)
     if stored.dtype in ("I8", *FLOAT8):
         values = torch.from_numpy(raw.copy()).view(FLOAT8.get(stored.dtype, torch.int8)).view(stored.shape).float()
-        return values if stored.scale is None else values * numbers(stored.scale)
+        values = values if stored.scale is None else values * numbers(stored.scale)
+        return _turned(values, stored.rotated).float() if stored.rotated else values
     rows = raw.reshape(*stored.shape[:-1], -1) if stored.shape else raw
     values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[stored.dtype])
     return torch.from_numpy(values.copy()).view(stored.shape)
@@ -117,7 +135,7 @@ def write(path: Path, tensors: Mapping[str, Stored]) -> Component:
             file.write(stored.data)
             return TensorEntry(
                 name=name, dtype=stored.dtype, shape=stored.shape, file=path, offset=offset,
-                size_bytes=len(stored.data), scale=scale,
+                size_bytes=len(stored.data), scale=scale, rotated=stored.rotated,
             )  # fmt: skip
 
         for name, stored in tensors.items():

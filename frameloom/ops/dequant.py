@@ -44,16 +44,23 @@ class BlockType:
 
 
 def dequantise(
-    raw_U8: Tensor, dtype_name: str, *, shape: tuple[int, ...], dtype: torch.dtype, scale: Tensor | None = None
+    raw_U8: Tensor,
+    dtype_name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    rotated: int = 0,
 ) -> Tensor:
     """The bytes of one tensor (size_bytes,) as numbers of `shape` in `dtype`, on their device.
 
     `dtype_name`: a safetensors name or a GGUF block type. `scale`: what the numbers are multiplied by, one for all or
-    one per row. Raises CheckpointError for a type that no weights have.
+    one per row. `rotated`: each row (R, K) is turned back, in groups of so many numbers. Raises CheckpointError for
+    a type that no weights have.
     """
     check_readable(dtype_name)
     if dtype_name not in BLOCK_TYPES:
-        return _scaled(raw_U8.view(_NUMBERS[dtype_name]).view(shape), scale, dtype)
+        return _scaled(raw_U8.view(_NUMBERS[dtype_name]).view(shape), scale, dtype, rotated)
     if scale is not None:
         return _scaled(dequantise(raw_U8, dtype_name, shape=shape, dtype=torch.float32), scale, dtype)
     kind = BLOCK_TYPES[dtype_name]
@@ -72,8 +79,8 @@ def check_readable(dtype_name: str) -> None:
         raise CheckpointError(f"weights stored as {dtype_name} cannot be read; take a file in one of {known}")
 
 
-def _scaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """stored · scale, in float32 until the end, some rows at a time."""
+def _scaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype, rotated: int = 0) -> Tensor:
+    """stored · scale, turned back where it is rotated, in float32 until the end, some rows at a time."""
     if scale is None:
         return stored.to(dtype)
     num_rows = stored.shape[0] if stored.dim() else 1
@@ -83,8 +90,25 @@ def _scaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     step = max(1, _at_once(out) // max(1, rows.shape[1]))
     split = functools.partial(torch.split, split_size_or_sections=step)
     for part, piece, factor in zip(split(out), split(rows), split(scale_R1), strict=True):
-        part.copy_(piece.float() * factor)
+        plain = piece.float() * factor
+        part.copy_(turned(plain, rotated) if rotated else plain)
     return out.view(stored.shape)
+
+
+def turned(x: Tensor, group: int) -> Tensor:
+    """x (..., K) times the regular Hadamard matrix of `group` rows, a power of 4, in groups of so many numbers.
+
+    Its own inverse: the Kronecker product of as many H = (1, 1, 1, -1; 1, 1, -1, 1; 1, -1, 1, 1; -1, 1, 1, 1) / 2 as
+    there are fours in `group`. H · x is half the sum of x's four numbers less these in reverse: additions in one order,
+    so that no number depends on how many are computed together. ConvRot, https://arxiv.org/abs/2512.03673.
+    """
+    axes = range(-1, -1 - (group.bit_length() - 1) // 2, -1)
+    y = x.reshape(-1, *(4 for _ in axes))
+    for axis in axes:
+        a, b, c, d = y.unbind(axis)
+        half = ((a + b) + (c + d)) * 0.5
+        y = torch.stack((half - d, half - c, half - b, half - a), axis)
+    return y.reshape(x.shape)
 
 
 def _at_once(out: Tensor) -> int:

@@ -20,12 +20,14 @@ class QuantizedWeight:
     """A tensor of `shape` as a file has it: its bytes, and what they mean (ops/dequant.py).
 
     `scale`: what the stored numbers are multiplied by, one for all or one per row; None: they mean themselves.
+    `rotated`: the rows are rotated in groups of so many numbers, 0: they are not.
     """
 
     raw_U8: Tensor
     dtype_name: str
     shape: tuple[int, ...]
     scale: Tensor | None = None
+    rotated: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +36,7 @@ class QuantizedWeight:
 
     def plain(self, dtype: torch.dtype) -> Tensor:
         """All of it, in memory of its own."""
-        return dequantise(self.raw_U8, self.dtype_name, shape=self.shape, dtype=dtype, scale=self.scale)
+        return self._numbers(self.raw_U8, self.shape, dtype, self.scale)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (...) -> (..., D): the rows that are asked for, of which each must be whole blocks."""
@@ -42,9 +44,10 @@ class QuantizedWeight:
         raw_U8 = self.raw_U8.view(self.shape[0], -1)[chosen].flatten()
         scale = self.scale if self.scale is None or self.scale.numel() == 1 else self.scale[chosen]
         shape = len(chosen), *self.shape[1:]
-        return dequantise(raw_U8, self.dtype_name, shape=shape, dtype=dtype, scale=scale).view(
-            *ids.shape, *self.shape[1:]
-        )
+        return self._numbers(raw_U8, shape, dtype, scale).view(*ids.shape, *self.shape[1:])
+
+    def _numbers(self, raw_U8: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+        return dequantise(raw_U8, self.dtype_name, shape=shape, dtype=dtype, scale=scale, rotated=self.rotated)
 
 
 class QuantizedLinear:

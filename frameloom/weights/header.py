@@ -44,7 +44,8 @@ class TensorEntry:
     """Where one tensor lies: `size_bytes` bytes of little-endian `dtype`, `offset` bytes into `file`.
 
     `shape` is torch's order, in numbers, also where `dtype` is a block type. `scale` is the entry of what the stored
-    numbers are multiplied by (one for all, or one per row), None where they mean themselves.
+    numbers are multiplied by (one for all, or one per row), None where they mean themselves. `rotated`: the rows are
+    stored rotated in groups of so many numbers (ops/dequant.py), 0: as they are.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TensorEntry:
     offset: int
     size_bytes: int
     scale: "TensorEntry | None" = None
+    rotated: int = 0
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...], *, where: str = "a tensor") -> int:

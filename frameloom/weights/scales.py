@@ -1,8 +1,8 @@
 """Which stored numbers are to be multiplied by which: fp8 and int8 weights as ComfyUI, Kijai and LightX2V write them.
 
 Old: `X.scale_weight` beside `X.weight`. New: `X.weight_scale`, and the kind of numbers in `X.comfy_quant` or in the
-metadata (`_quantization_metadata`). Scales of the inputs serve fp8 arithmetic: weights that are multiplied out do
-without. Torch-free.
+metadata (`_quantization_metadata`), of int8 also whether its rows are rotated (convrot). Scales of the inputs serve fp8
+arithmetic: weights that are multiplied out do without. Torch-free.
 """
 
 import json
@@ -17,6 +17,7 @@ from frameloom.weights.header import TensorEntry
 # The formats that are a stored number times its scale, and the dtype they are stored in.
 FORMATS: Mapping[str, str] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 
+_GROUPS = tuple(4**fours for fours in range(1, 7))  # numbers that convrot rotates together
 _SCALES = (".weight_scale", ".scale_weight")
 _MARK = ".comfy_quant"
 _MAX_MARK_BYTES = 4096  # real ones have under 200
@@ -38,13 +39,19 @@ def with_scales(
     Raises CheckpointError for weights that are packed in a way that a scale does not undo.
     """
     _refuse_packed(entries)
+    rotated = {}
     for module, told in _descriptions(entries, metadata, where=where):
-        _check_format(f"{where} stores '{module}'", told, entries.get(f"{module}.weight"))
+        stores, weight = f"{where} stores '{module}'", entries.get(f"{module}.weight")
+        _check_format(stores, told, weight)
+        if weight is not None and told.get("convrot"):
+            rotated[f"{module}.weight"] = _rotation(stores, told, weight)
     scale_of = dict(_pairs(entries))
     used = set(scale_of.values())
     kept = {name: entry for name, entry in entries.items() if name not in used and not _UNNEEDED.fullmatch(name)}
     for name, scale in scale_of.items():
-        kept[name] = replace(kept[name], scale=_checked(entries[scale], kept[name]))
+        kept[name] = replace(kept[name], scale=_checked(entries[scale], kept[name]), rotated=rotated.pop(name, 0))
+    if rotated:
+        raise CheckpointError(f"{where} lacks the scales of {', '.join(sorted(rotated)[:3])}; download it again")
     return kept
 
 
@@ -117,12 +124,22 @@ def _parsed(text: Any, *, what: str) -> Mapping[str, Any]:
 
 def _check_format(stores: str, told: Mapping[str, Any], weight: TensorEntry | None) -> None:
     name = told.get("format")
-    if told.get("convrot"):
-        raise CheckpointError(f"{stores} rotated (convrot, {name}), which is not readable; take {_readable()}")
     if not isinstance(name, str) or name not in FORMATS:
         raise CheckpointError(f"{stores} as {name!r}, which is not readable; take {_readable()}")
     if weight is not None and weight.dtype != FORMATS[name]:
         raise CheckpointError(f"{stores} as {weight.dtype}, but says that it is {name}; download it again")
+
+
+def _rotation(stores: str, told: Mapping[str, Any], weight: TensorEntry) -> int:
+    """How many numbers of a row are rotated together."""
+    size = told.get("convrot_groupsize", 256)
+    is_whole = type(size) is int and size in _GROUPS and len(weight.shape) == 2 and not weight.shape[1] % size
+    if told.get("format") != "int8_tensorwise" or not is_whole:
+        raise CheckpointError(
+            f"{stores} of shape {list(weight.shape)} as {told.get('format')} rotated in groups of {size!r}; readable "
+            "is int8_tensorwise in groups of a power of 4 that divides the rows, so take a file quantized in that way"
+        )
+    return size
 
 
 def _readable() -> str:

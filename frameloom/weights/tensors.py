@@ -131,9 +131,15 @@ class Reader:
         return _read(file, entry, out, self.staging_U8)
 
     def _as_stored(self, file: FileIO, entry: TensorEntry, mapped: UntypedStorage | None) -> QuantizedWeight:
-        raw = replace(entry, dtype="U8", shape=(entry.size_bytes,), scale=None)
+        raw = replace(entry, dtype="U8", shape=(entry.size_bytes,), scale=None, rotated=0)
         raw_U8 = self.plain(file, entry.name, raw, mapped)
-        return QuantizedWeight(raw_U8=raw_U8, dtype_name=entry.dtype, shape=entry.shape, scale=self._scale(entry))
+        return QuantizedWeight(
+            raw_U8=raw_U8,
+            dtype_name=entry.dtype,
+            shape=entry.shape,
+            scale=self._scale(entry),
+            rotated=entry.rotated,
+        )
 
     def _scale(self, entry: TensorEntry) -> Tensor | None:
         """What the numbers of a tensor are multiplied by, (1,) or (rows,) float32."""
@@ -175,7 +181,8 @@ def _expand(file: FileIO, entry: TensorEntry, out: Tensor, staging_U8: Tensor, *
         _read_into(file, piece_U8, entry)
         factor = scale if scale is None or scale.numel() == 1 else scale[start : start + step]
         shape = len(part), numbers
-        part.copy_(dequantise(piece_U8.to(out.device), entry.dtype, shape=shape, dtype=out.dtype, scale=factor))
+        raw_U8 = piece_U8.to(out.device)
+        part.copy_(dequantise(raw_U8, entry.dtype, shape=shape, dtype=out.dtype, scale=factor, rotated=entry.rotated))
     return out
 
 
@@ -216,7 +223,7 @@ def _read_into(file: FileIO, flat: Tensor, entry: TensorEntry) -> None:
 
 def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
     """Whether two tensors are stored alike, and the same."""
-    if (a.dtype, a.shape, a.scale is None) != (b.dtype, b.shape, b.scale is None):
+    if (a.dtype, a.shape, a.scale is None, a.rotated) != (b.dtype, b.shape, b.scale is None, b.rotated):
         return False
     if a.scale is not None and b.scale is not None and not same_bytes(a.scale, b.scale):
         return False

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_files import BY_GGUF, cast, in_blocks, scaled
+from quantized_files import BY_GGUF, cast, in_blocks, numbers, rotation, scaled
 
 from frameloom.errors import CheckpointError
 from frameloom.ops import dequant
-from frameloom.ops.dequant import BLOCK_TYPES, dequantise
+from frameloom.ops.dequant import BLOCK_TYPES, dequantise, turned
 from frameloom.weights.header import BLOCKS
 
 
@@ -87,10 +87,10 @@ def test_a_scale_multiplies_in_float32_and_is_rounded_once(monkeypatch, name, by
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(2)) * 3
     stored = scaled(weight, name, by_row=by_row)
     scale = torch.frombuffer(bytearray(stored.scale.data), dtype=torch.float32)
-    numbers = raw(stored.data).view({"I8": torch.int8, **FLOATS}[name]).view(6, 10)
+    values = raw(stored.data).view({"I8": torch.int8, **FLOATS}[name]).view(6, 10)
     for dtype in (torch.float32, torch.bfloat16):
         found = dequantise(raw(stored.data), name, shape=(6, 10), dtype=dtype, scale=scale)
-        assert torch.equal(found, (numbers.float() * scale.view(-1, 1)).to(dtype))
+        assert torch.equal(found, (values.float() * scale.view(-1, 1)).to(dtype))
         assert (found.float() - weight).norm() < 0.1 * weight.norm()
 
 
@@ -119,3 +119,18 @@ def test_no_numbers_are_no_numbers(name):
 def test_what_is_no_weight_is_refused_by_name(name):
     with pytest.raises(CheckpointError, match=f"stored as {name} cannot be read; take a file in one of F64, .*Q4_K"):
         dequantise(raw(bytes(292)), name, shape=(256,), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("group", [4, 16, 64, 256])
+@pytest.mark.parametrize("at_once", [7, 1 << 20])
+def test_rotated_rows_are_turned_back(monkeypatch, group, at_once):
+    """Against the matrix itself; pieces change nothing, and turning twice is turning back."""
+    weight = torch.randn(5, 768, generator=torch.Generator().manual_seed(5))
+    stored = scaled(weight, "I8", by_row=True, rotated=group)
+    monkeypatch.setattr(dequant, "_ON_CPU", at_once)
+    scale = numbers(stored.scale).flatten()
+    found = dequantise(raw(stored.data), "I8", shape=stored.shape, dtype=torch.float32, scale=scale, rotated=group)
+    assert torch.equal(found, numbers(stored))
+    assert (found - weight).norm() / weight.norm() < 0.02
+    assert torch.equal(turned(torch.eye(group), group).double(), rotation(group))
+    torch.testing.assert_close(turned(turned(weight, group), group), weight)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from frameloom.models.umt5 import Umt5Encoder, Umt5Spec
 from frameloom.models.vace import make_dit
 from frameloom.models.wan_vae import WanVAE
 from frameloom.weights.header import read_header
-from frameloom.weights.identify import identify, pair_of
+from frameloom.weights.identify import identify
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_LLAMA_CPP, UMT5_ORIGINAL, vae_21, vae_22
 
 WHERE = "model.safetensors"
@@ -383,9 +382,12 @@ def test_the_metadata_may_say_what_the_numbers_are(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (
-            {".comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=256)},
-            f"stores '{MODULE}' rotated",
+        *(
+            ({".comfy_quant": marked(format=kind, convrot=True, convrot_groupsize=size)}, said)
+            for kind, size, said in (
+                ("float8_e4m3fn", 16, "float8_e4m3fn rotated in groups of 16; readable is int8_tensorwise"),
+                ("int8_tensorwise", 32, "says that it is int8_tensorwise"),
+            )
         ),
         ({".comfy_quant": marked(format="mxfp8")}, f"stores '{MODULE}' as 'mxfp8'"),
         ({".comfy_quant": marked(format=["x"])}, "is not readable"),
@@ -402,6 +404,21 @@ def test_the_metadata_may_say_what_the_numbers_are(tmp_path):
 def test_scales_that_mean_something_else_are_refused(tmp_path, extra, said):
     with pytest.raises(CheckpointError, match=said):
         scaled(tmp_path / "fp8.safetensors", {MODULE + key: tensor for key, tensor in extra.items()})
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 100, 16.0, True, "16", None, -4, 4**9])
+def test_rotations_in_groups_that_make_no_sense_are_refused(tmp_path, size):
+    extra = {f"{MODULE}.comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=size)}
+    extra |= {f"{MODULE}.weight": torch.ones(128, 128, dtype=torch.int8), f"{MODULE}.weight_scale": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"rotated in groups of .*; readable is"):
+        scaled(tmp_path / "int8.safetensors", extra)
+
+
+def test_a_rotated_weight_without_a_scale_is_refused(tmp_path):
+    extra = {f"{MODULE}.comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=16)}
+    extra |= {f"{MODULE}.weight": torch.ones(128, 128, dtype=torch.int8)}
+    with pytest.raises(CheckpointError, match=f"lacks the scales of {MODULE}"):
+        scaled(tmp_path / "int8.safetensors", extra)
 
 
 # --- what is no network of Wan's ---
@@ -500,45 +517,3 @@ def test_any_tensors_at_all_are_a_network_or_one_sentence(data):
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert [part.kind for part in parts] == sorted({part.kind for part in parts})
-
-
-# --- noise experts ---
-
-
-@pytest.mark.parametrize(
-    ("high", "low"),
-    [
-        ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"),
-        ("HighNoise/Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", "LowNoise/Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf"),
-        (
-            "Wan2_2-I2V-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors",
-            "Wan2_2-I2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors",
-        ),
-        (
-            "wan2.2_i2v_A14b_high_noise_scaled_fp8_e4m3.safetensors",
-            "wan2.2_i2v_A14b_low_noise_scaled_fp8_e4m3.safetensors",
-        ),
-        ("high_noise_model/model-00001-of-00006.safetensors", "low_noise_model/model-00001-of-00006.safetensors"),
-        ("high_noise_model", "low_noise_model"),
-        ("flow-slow/x.HIGH.gguf", "flow-slow/x.LOW.gguf"),
-        ("low/x_high.gguf", "low/x_low.gguf"),
-    ],
-)
-def test_the_two_noise_experts_are_found_by_their_names(tmp_path, high, low):
-    paths = tmp_path / high, tmp_path / low
-    for path in paths:
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    found = [pair_of(path) for path in paths]
-    assert [(one.is_high, one.other) for one in found] == [(True, paths[1]), (False, paths[0])]
-
-
-def test_where_the_other_expert_would_be_is_said_though_it_is_not_there():
-    assert pair_of(Path("/x/T2V_HIGH.gguf")).other == Path("/x/T2V_LOW.gguf")
-
-
-@pytest.mark.parametrize(
-    "name", ["flow.gguf", "slow_highres.gguf", "wan2.1_t2v_14B.safetensors", "high_low_merged.gguf"]
-)
-def test_a_name_that_says_neither_has_no_pair(name):
-    assert pair_of(Path("/x") / name) is None

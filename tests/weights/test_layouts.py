@@ -114,6 +114,7 @@ GGUF = {
 _PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"plain fp8": "F8_E4M3", "scaled fp8, old": "F8_E4M3", "scaled fp8, new": "F8_E4M3", "scaled e5m2": "F8_E5M2"}
 FP8 |= {"plain e5m2": "F8_E5M2", "fp8 by row": "F8_E4M3", "int8": "I8", "int8 by row": "I8", "fp8, metadata": "F8_E4M3"}
+FP8 |= {"int8 by row, rotated": "I8", "int8 by row, rotated, metadata": "I8"}
 
 
 def is_matrix(name, value):
@@ -129,7 +130,9 @@ def in_gguf(name, value, kind, seed):
 
 
 def in_float8(value, kind):
-    return cast(value, FP8[kind]) if "plain" in kind else scaled(value, FP8[kind], by_row="row" in kind)
+    if "plain" in kind:
+        return cast(value, FP8[kind])
+    return scaled(value, FP8[kind], by_row="row" in kind, rotated=16 if "rotated" in kind else 0)
 
 
 def stored_as(state, kind):
@@ -144,7 +147,8 @@ def stored_as(state, kind):
 
 
 def mark_of(stored):
-    return {"format": {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}[stored.dtype]}
+    mark = {"format": {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}[stored.dtype]}
+    return mark | ({"convrot": True, "convrot_groupsize": stored.rotated} if stored.rotated else {})
 
 
 def metadata_of(tensors, kind, prefix):
