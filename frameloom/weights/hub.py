@@ -9,7 +9,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -227,11 +227,15 @@ def _listed_shards(index: Path) -> set[str]:
 
 
 def download_files(
-    name: str, paths: Sequence[str] = (), *, also: Sequence[str] = (), report: Report | None = None
+    name: str,
+    paths: Sequence[str] = (),
+    *,
+    also: Callable[[Collection[str]], Sequence[str]] = lambda _: (),
+    report: Report | None = None,
 ) -> tuple[Path, ...]:
     """Fetch single files of a repository, or the one that `name` ends with; where they are, in the same order.
 
-    Of `also` those are fetched with them that the repository holds. Raises CheckpointError, and if it lacks a file.
+    `also` is asked which of all its files to fetch with them. Raises CheckpointError, and if it lacks a file.
     """
     parsed = parse_name(name)
     wanted = list(paths) or [parsed.path]
@@ -240,7 +244,7 @@ def download_files(
         if path not in listing.files:
             what = f"holds no file {path!r}" if path else "is a repository, and a file of it is needed"
             raise CheckpointError(f"'{listing.repo}' {what}{_suggestion(path, listing)}")
-    root = download(listing, [*wanted, *also], report=report)
+    root = download(listing, [*wanted, *also(listing.files.keys())], report=report)
     return tuple(root / path for path in wanted)
 
 

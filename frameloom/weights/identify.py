@@ -1,6 +1,6 @@
 """What networks a set of tensors is: one Part for each, found by keys and shapes alone, under native names.
 
-Names of files decide nothing but which noise expert a file holds. Torch-free; no tensor is read.
+Names of files decide nothing here. Torch-free; no tensor is read.
 """
 
 import itertools
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from frameloom.errors import CheckpointError
@@ -53,14 +52,6 @@ class Part:
     vocabulary: TensorEntry | Mapping[str, Any] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Expert:
-    """Which of the two noise experts a file is by its name, and where by its name the other one would be."""
-
-    is_high: bool
-    other: Path
-
-
 def identify(
     entries: Entries, *, metadata: Mapping[str, Any] | None = None, config: JsonObject | None = None, where: str
 ) -> tuple[Part, ...]:
@@ -84,21 +75,6 @@ def identify(
         _part(one, told.get(one.family.kind, {}), left_over=left_over[index], vocabulary=vocabulary, where=where)
         for index, one in enumerate(found)
     )
-
-
-def pair_of(path: Path) -> Expert | None:
-    """Which noise expert a file (or a folder) is, by its name, or else by its folder's; None where it is not said.
-
-    The other one's path has the words exchanged: in name and folder, or in one of them, if there is such a file.
-    """
-    said = [{match[0].lower() for match in _NOISE.finditer(part)} for part in (path.name, path.parent.name)]
-    words = said[0] or said[1]
-    if len(words) != 1:
-        return None
-    folder, name = (_NOISE.sub(_exchanged, part) for part in (path.parent.name, path.name))
-    others = [path.parent.parent / folder / name, path.with_name(name), path.parent.parent / folder / path.name]
-    others = [other for other in others if other != path]
-    return Expert(is_high=words == {"high"}, other=next((other for other in others if other.exists()), others[0]))
 
 
 def kinds_in(names: Iterable[str]) -> tuple[Kind, ...]:
@@ -360,17 +336,3 @@ def _facts(text: Any, *, where: str) -> JsonObject:
     if not isinstance(facts, dict):
         raise damaged
     return facts
-
-
-# --- noise experts ---
-
-# As a word of its own (HIGH, _low_), or with "noise" behind it: not "low" in "flow" nor "high" in "highres".
-_NOISE = re.compile(
-    r"(?<![A-Za-z])(?:high|low|High|Low|HIGH|LOW)(?=[-_ .]?(?i:noise)|(?![A-Za-z]))|(?:High|Low)(?=Noise)"
-)
-
-
-def _exchanged(match: re.Match[str]) -> str:
-    word = match[0]
-    other = {"high": "low", "low": "high"}[word.lower()]
-    return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other

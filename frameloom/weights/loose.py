@@ -1,7 +1,7 @@
 """Opens networks that lie in loose files, not in Diffusers layout: single files, and the original repositories.
 
 What a file holds is decided by its keys and shapes (identify.py), never by its name; names only tell the two noise
-experts apart.
+experts apart (experts.py).
 """
 
 import json
@@ -14,9 +14,11 @@ from typing import Any
 from frameloom.errors import CheckpointError
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component, JsonObject, checkpoint_facts
+from frameloom.weights.configs import model_name
+from frameloom.weights.experts import files_near, is_high, pair_of, the_other
 from frameloom.weights.files import WeightFile, read_file
 from frameloom.weights.header import read_json, read_tensors, shard_names
-from frameloom.weights.identify import Part, identify, pair_of
+from frameloom.weights.identify import Part, identify
 from frameloom.weights.lora_keys import split
 
 log = logging.getLogger(LOGGER_NAME)
@@ -60,17 +62,18 @@ class Loose:
     facts: JsonObject = field(default_factory=dict)
 
 
-def open_file(path: Path, *, want: str | None = None) -> Loose:
+def open_file(path: Path, *, want: str | None = None, must_pair: bool = True) -> Loose:
     """The components of one weight file, and of the other noise expert's where the name says that there is one.
 
-    `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError.
+    `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError, also where several
+    files may be the other expert's, unless `must_pair` is off: then a warning says so.
     """
     loose = _open_set(path.parent, [read_file(path)])
     found = dict(loose.components)
     if want is not None:
         return replace(loose, components={want: _wanted(found, want, where=path)} | _tokenizer_of(found))
     if "transformer" in found:
-        found |= _experts(found["transformer"], path)
+        found |= _experts(found["transformer"], path, must_pair=must_pair)
     return replace(loose, components=found)
 
 
@@ -79,7 +82,7 @@ def open_folder(folder: Path) -> Loose:
 
     Raises CheckpointError where two files hold the same component, naming both.
     """
-    found: dict[str, Component] = {}
+    components: list[Component] = []
     said = folder / BESIDE
     facts = dict(checkpoint_facts(read_json(said), where=said)) if said.is_file() else {}
     for place, files in _weight_sets(folder):
@@ -89,15 +92,8 @@ def open_folder(folder: Path) -> Loose:
             continue
         one = _open_set(place, read)
         facts.update(one.facts)
-        for component in one.components.values():
-            name = _name_of(component, place, found)
-            if name in found and name != "tokenizer":
-                both = f"{found[name].files[0].name} and {component.files[0].name}"
-                option = f"--{name.replace('_', '-')}" + (", and --transformer-2" if name == "transformer" else "")
-                raise CheckpointError(
-                    f"'{folder}' holds two {_said(name)}s, {both}; name the one to take with {option}"
-                )
-            found[name] = replace(component, name=name)
+        components += [_of_place(component, place) for component in one.components.values()]
+    found = _by_name(_told_apart(components), folder)
     beside = _tokenizer_in(folder, found)
     if (folder / "image_processor" / IMAGE_PROCESSOR_FILE).is_file():
         beside["image_processor"] = _plain("image_processor", folder / "image_processor")
@@ -223,16 +219,22 @@ def _tokenizer_in(folder: Path, found: Mapping[str, Component]) -> dict[str, Com
     return {} if place is None or "tokenizer" in found else {"tokenizer": _plain("tokenizer", place)}
 
 
-def _experts(component: Component, path: Path) -> dict[str, Component]:
+def _experts(component: Component, path: Path, *, must_pair: bool) -> dict[str, Component]:
     """One transformer file, and the other noise expert's if there is one beside it."""
-    pair = pair_of(path)
+    pair = pair_of(path, files_near(path))
     if pair is None:
         return {"transformer": component}
-    if not pair.other.is_file():
-        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", path, pair.other)
+    if not pair.others:
+        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", path, pair.expected)
         return {"transformer": component}
-    log.info("%s: the other noise expert is %s", path, pair.other)
-    other = open_file(pair.other, want="transformer").components["transformer"]
+    if len(pair.others) > 1 and not must_pair:
+        log.warning("%s is one of two noise experts, and the other may be any of %s", path, _names(pair.others))
+        return {"transformer": component}
+    found = the_other(pair, path)
+    assert found is not None
+    why = f", of another {pair.differs}: no other name is nearer" if pair.differs else ""
+    log.info("%s: the other noise expert is %s%s", path, found, why)
+    other = open_file(found, want="transformer").components["transformer"]
     high, low = (component, other) if pair.is_high else (other, component)
     return {"transformer": replace(high, name="transformer"), "transformer_2": replace(low, name="transformer_2")}
 
@@ -245,25 +247,50 @@ def _is_lora(read: Sequence[WeightFile]) -> bool:
 
 def _tell_of_missing_expert(found: Mapping[str, Component]) -> None:
     """A warning where one of two experts is there alone."""
-    names = [name for name in EXPERT_FOLDERS.values() if name in found]
-    if len(names) == 1 and (pair := pair_of(found[names[0]].files[0])) is not None:
-        file = found[names[0]].files[0]
-        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", file, pair.other.name)
+    files = [found[name].files[0] for name in EXPERT_FOLDERS.values() if name in found]
+    if len(files) == 1 and (pair := pair_of(files[0], ())) is not None:
+        expected = pair.expected.name
+        log.warning("%s is one of two noise experts, and %s is not there: it denoises alone", files[0], expected)
 
 
-def _name_of(component: Component, place: Path, found: Mapping[str, Component]) -> str:
-    """What a component is in the checkpoint: of two experts, which one its folder or its file's name says."""
-    if component.name != "transformer":
-        return component.name
-    if place.name in EXPERT_FOLDERS:
-        return EXPERT_FOLDERS[place.name]
-    return "transformer_2" if "transformer" in found and _is_low(found["transformer"], component) else "transformer"
+def _of_place(component: Component, place: Path) -> Component:
+    """Of two experts in folders of their own, the folder says which one it is."""
+    is_expert = component.name == "transformer" and place.name in EXPERT_FOLDERS
+    return replace(component, name=EXPERT_FOLDERS[place.name]) if is_expert else component
 
 
-def _is_low(present: Component, new: Component) -> bool:
-    """Whether `new` is the low-noise expert of the pair that `present` is the high-noise one of, by their names."""
-    pair = pair_of(new.files[0])
-    return pair is not None and not pair.is_high and pair.other == present.files[0]
+def _told_apart(components: Sequence[Component]) -> list[Component]:
+    """The same, with the low-noise one of the only two transformers named so, where they are of one model."""
+    found = [component for component in components if component.name == "transformer"]
+    sides = [is_high(component.files[0]) for component in found]
+    models = {model_name("transformer", component.config) for component in found}
+    if sorted(map(str, sides)) != ["False", "True"] or len(models) > 1:
+        return list(components)
+    high, low = (found[sides.index(side)] for side in (True, False))
+    pair = pair_of(high.files[0], [low.files[0]])
+    if pair is None or not pair.others or pair.differs:
+        names = _names([high.files[0], low.files[0]])
+        log.info(
+            "%s are taken for the experts of high and low noise: no other is there, and both are a %s", names, *models
+        )
+    return [replace(one, name="transformer_2") if one is low else one for one in components]
+
+
+def _by_name(components: Iterable[Component], folder: Path) -> dict[str, Component]:
+    """One component of a name. Raises CheckpointError, naming two files of the same."""
+    found: dict[str, Component] = {}
+    for component in components:
+        name = component.name
+        if name in found and name != "tokenizer":
+            both = f"{found[name].files[0].name} and {component.files[0].name}"
+            option = f"--{name.replace('_', '-')}" + (", and --transformer-2" if name == "transformer" else "")
+            raise CheckpointError(f"'{folder}' holds two {_said(name)}s, {both}; name the one to take with {option}")
+        found[name] = component
+    return found
+
+
+def _names(files: Iterable[Path]) -> str:
+    return " and ".join(file.name for file in files)
 
 
 def _said(name: str) -> str:

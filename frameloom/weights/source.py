@@ -7,7 +7,7 @@ nothing in it is run, no name leaves its folder.
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from frameloom.errors import CheckpointError, InternalError
 from frameloom.weights.assemble import assemble
 from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
 from frameloom.weights.diffusers_layout import component_classes, has_weights, open_component, open_layout, read_index
+from frameloom.weights.experts import pair_of, the_other
 from frameloom.weights.header import read_json
 from frameloom.weights.hub import (
     RemoteFiles,
@@ -25,7 +26,6 @@ from frameloom.weights.hub import (
     list_files,
     parse_name,
 )
-from frameloom.weights.identify import pair_of
 from frameloom.weights.loose import CLASSES, Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
 
 Source = str | os.PathLike[str]
@@ -62,7 +62,7 @@ def open_parts(model: Source) -> Mapping[str, Component]:
     """
     path = Path(os.path.expanduser(os.fspath(model)))
     if path.is_file():
-        return open_file(path).components
+        return open_file(path, must_pair=False).components
     if path.is_dir() and not (path / "model_index.json").exists():
         config = path / "config.json"
         if config.is_file() and read_json(config).get("_class_name") == CLASSES["vae"]:  # a VAE makes sense alone
@@ -166,8 +166,14 @@ def _place(name: str, instead: Mapping[str, Component], *, fetch_weights: bool) 
 
 def _hub_file(name: str, *, with_pair: bool) -> Path:
     """A weight file of the hub; and beside it the other noise expert's, if its repository has one."""
-    pair = pair_of(Path(parse_name(name).path)) if with_pair else None
-    return download_files(name, also=[pair.other.as_posix()] if pair else ())[0]
+    path = Path(parse_name(name).path)
+
+    def other(paths: Iterable[str]) -> list[str]:
+        pair = pair_of(path, map(Path, paths)) if with_pair else None
+        found = None if pair is None else the_other(pair, path)
+        return [] if found is None else [found.as_posix()]
+
+    return download_files(name, also=other)[0]
 
 
 def _local(name: str) -> Path | None:
