@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.pipeline.media import Video
-    from frameloom.types import ImageInput, Lora, Pictures, Progress
+    from frameloom.types import ImageInput, Lora, Pictures, Progress, ProgressCallback
     from frameloom.verify.finding import Finding
 
 __version__ = "0.1.0"
@@ -50,8 +50,10 @@ __all__ = [
     "convert_model",
     "describe",
     "diagnose",
+    "jobs",
     "load",
     "read_image",
+    "resume",
     "shapes",
     "verify_model",
 ]
@@ -64,9 +66,13 @@ _LAZY = {
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
     "convert_model": "frameloom.weights.convert",
+    "all_jobs": "frameloom.engine.jobs",
     "describe_checkpoint": "frameloom.engine.describe",
     "examine": "frameloom.doctor",
+    "forget": "frameloom.engine.jobs",
     "image_of": "frameloom.pipeline.images",
+    "resume_job": "frameloom.engine.resume",
+    "to_resume": "frameloom.engine.resume",
     "verify": "frameloom.verify",
     "run_dit": "frameloom.bench.dit",
     "DitCase": "frameloom.bench.dit",
@@ -142,6 +148,24 @@ def describe(
     """
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts)
     return facts
+
+
+def resume(
+    job: str | None = None, *, anyway: bool = False, progress: "ProgressCallback | None" = None
+) -> dict[str, Any]:
+    """Go on with a job that ended early, by its name or folder; without one the newest that is not finished.
+
+    The video is, bit by bit, what it would have been. `anyway`: go on though versions, device or kernels are others.
+    Returns as `Engine.generate_to` does. Raises RequestError or CheckpointError.
+    """
+    made: dict[str, Any] = _lazy("resume_job")(job, anyway=anyway, progress=progress)
+    return made
+
+
+def jobs() -> list[dict[str, Any]]:
+    """What is known of every job in the folder of jobs, oldest first."""
+    found: list[dict[str, Any]] = _lazy("all_jobs")()
+    return found
 
 
 def read_image(source: "ImageInput") -> "Pictures":

@@ -3,7 +3,8 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import torch
 
@@ -11,6 +12,7 @@ from frameloom.config import memory_bytes
 from frameloom.engine.blueprint import Blueprint, draw
 from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit
 from frameloom.engine.engine import Engine
+from frameloom.engine.jobs import Origin, absolute, absolute_loras
 from frameloom.engine.loras import adapters_for, beside, exchange, expert_at, loras_of
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Ranks, Take, gather_ranks, own_device
@@ -34,7 +36,7 @@ from frameloom.models.umt5 import Umt5Encoder
 from frameloom.ops.registry import Policy
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.platform.allocator import keep_freed_memory
-from frameloom.platform.device import check_dtype_name, memory_errors
+from frameloom.platform.device import check_dtype_name, device_name, memory_errors
 from frameloom.settings import LOGGER_NAME, Launched, launched
 from frameloom.types import EngineConfig, Lora
 from frameloom.weights.checkpoint import Checkpoint
@@ -61,8 +63,15 @@ def build_engine(
     ranks = _gather(plan, chosen, config)
     _tune_allocator(chosen.device)
     loading = f"the weights of '{plan.checkpoint.name}' on {chosen.device}"
+    origin = Origin(
+        model=None if model is None else absolute(model),
+        parts={name: absolute(source) for name, source in (parts or {}).items()},
+        config=replace(config, loras=absolute_loras(chosen.loras)),
+        ranks=ranks.world.size,
+        facts=_facts(plan, chosen.device, ranks),
+    )
     with memory_errors(loading, "choose another device, or a narrower dtype"):
-        return _assembled(plan, chosen, ranks, attention=config.attention)
+        return _assembled(plan, chosen, ranks, origin)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -110,7 +119,7 @@ def _gather(plan: Blueprint, chosen: _Choices, config: EngineConfig) -> Ranks:
     )
 
 
-def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: str) -> Engine:
+def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) -> Engine:
     """Read the weights, one network after the other, and put the networks together."""
     device = chosen.device
     adapters = [
@@ -122,7 +131,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: st
     if plan.experts[0].image_dim is not None:  # in the VAE's dtype, as the reference documents it
         load_image = functools.partial(_load_image_encoder, plan.checkpoint, plan.vae_dtype, device)
         image_encoder = ranks.image_encoder(load_image)
-    experts, live = _load_experts(plan, chosen, ranks, adapters, attention=attention)
+    experts, live = _load_experts(plan, chosen, ranks, adapters, attention=origin.config.attention)
     vae = load_fast_vae(
         plan.checkpoint.components["vae"], plan.vae, plan.vae_dtype, device,
         policy=chosen.policy, budget_bytes=chosen.vae_bytes, ranks=ranks,
@@ -151,7 +160,20 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: st
         team=None if ranks.alone else ranks.world.everyone,
         adapters=live,
         loras=chosen.loras,
+        origin=origin,
     )
+
+
+def _facts(plan: Blueprint, device: torch.device, ranks: Ranks) -> dict[str, str]:
+    """What the bits of a video depend on, besides the request."""
+    return {
+        "frameloom": version("frameloom"),
+        "torch": torch.__version__,
+        "model": fingerprint(plan.checkpoint),
+        "device": device_name(device),
+        "dtype": f"{_name(plan.dtype)}, VAE {_name(plan.vae_dtype)}",
+        "parallel": str(ranks.plan),
+    }
 
 
 def _load_experts(

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
+from frameloom.engine.jobs import LATENTS, Job, Lock, Order, Origin, absolute_loras, begin, differences
+from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_for, exchange, expert_at, loras_of
-from frameloom.errors import InternalError, RequestError
+from frameloom.engine.shared_journal import SharedJournal
+from frameloom.errors import FrameloomError, InternalError, OutputError, RequestError
 from frameloom.models.adapters import Adapters
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
@@ -96,8 +99,9 @@ class Engine:
         team: Team | None = None,
         adapters: Sequence[Sequence[Adapters]] = (),
         loras: Sequence[Lora] = (),
+        origin: Origin | None = None,
     ) -> None:
-        self._team = team
+        self._team, self._origin = team, origin
         self._loras = tuple(loras)
         self._set_loras: tuple[Lora, ...] = ()
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
@@ -219,33 +223,89 @@ class Engine:
         *,
         quality: int | None = None,
         progress: ProgressCallback | None = None,
+        job: bool = False,
+        keep_latents: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> dict[str, Any]:
         """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
 
-        Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before
-        anything is computed; whatever happens, there is a whole file at `path` or none that was not there before.
+        `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
+        whatever happens; with `keep_latents` the latents are kept when all is done, too. Returns what `Video.metadata`
+        holds, and `output`, the absolute path. Raises RequestError or OutputError before anything is computed; whatever
+        happens, there is a whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._agreed(self.resolve(prompt, **options))
-        if not self._writes:
-            return self._help(request, progress or _silent)
-        check_output(path, fps=request.fps, quality=quality)
+        loras = absolute_loras(self._set_loras)
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras)
+        if self._writes:
+            target = check_output(path, fps=request.fps, quality=quality)
+            order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
+        begun = self._begin(order, request) if job and self._writes else None
+        return self._make(order, request, progress or _silent, begun)
+
+    def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
+        """Go on with a job that this engine, or one like it, has begun; returns as `generate_to` does.
+
+        Raises RequestError if it would be another video, or another process works on it. `anyway`: though the bits may
+        be others, as versions, device or kernels are.
+        """
+        changed = differences(job.origin.facts, self.facts)
+        model = [change for change in changed if change.startswith("model ")]
+        if model or (changed and not anyway):
+            way_out = (
+                "give the model that it began with" if model else "go back to that, or take other bits with --anyway"
+            )
+            raise RequestError(f"job {job.name} began with something else: {'; '.join(model or changed)}; {way_out}")
+        if job.order.loras != self._set_loras:
+            self.set_loras(job.order.loras)
+        return self._make(job.order, self._agreed(job.request), progress or _silent, job if self._writes else None)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the bits of a video depend on, besides the request: versions, model, device, kernels."""
+        used = ", ".join(sorted(decision.name for decision in self.decisions if decision.used))
+        return {**({} if self._origin is None else self._origin.facts), "rewrites": used}
+
+    def _begin(self, order: Order, request: ResolvedRequest) -> Job | None:
+        """A new job; None, with a line in the log, where none can be kept."""
+        if self._origin is None:
+            return None
+        try:
+            return begin(dataclasses.replace(self._origin, facts=self.facts), order, request)
+        except OutputError as error:
+            log.warning("%s; this run cannot be resumed", error)
+            return None
+
+    def _make(
+        self, order: Order, request: ResolvedRequest, report: ProgressCallback, job: Job | None
+    ) -> dict[str, Any]:
+        """The video of a request in its file, and what is told of it; all but the first rank help."""
         passages = self._open.plan(request)
-        report = progress or _silent
         clock = StageClock(device=self._open.device)
-        with self._memory_errors(request):
-            latents = self._equal(self._open.latents(request, clock, report))
-            frames = self._open.decode(latents, passages, clock, report)
-            dial = DEFAULT_QUALITY if quality is None else quality
-            writer = open_writer(path, width=request.width, height=request.height, fps=request.fps, quality=dial)
-            with writer, written_behind(writer) as write:
-                for (part,) in frames:
-                    write(part)
-                decoded = time.perf_counter()
-            clock.seconds["encode"] = time.perf_counter() - decoded
-        return {**self._metadata(request, 0, clock), "output": str(writer.target.path)}
+        with self._working_on(job), self._memory_errors(request):
+            journal = self._journal(job)
+
+            def computed() -> dict[str, Tensor]:
+                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal))}
+
+            latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
+
+            def decoded(done: int) -> Iterator[Frames]:
+                skipped = done if self._team is None else self._team.agree(done)
+                if skipped < request.num_frames:
+                    yield from self._open.decode(latents, passages, clock, report, skipped=skipped)
+
+            if self._writes:
+                clock.seconds["encode"] = self._write(order, request, journal, decoded)
+            else:
+                for _ in decoded(0):
+                    raise InternalError("frames came to a rank that does not write")
+        made = {**self._metadata(request, 0, clock), "output": order.output.rstrip("/")}
+        if job is not None:
+            job.finish(made)
+        return made
 
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
         """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several.
@@ -311,16 +371,50 @@ class Engine:
         """Whether this process writes files: the first rank, or the only one."""
         return self._team is None or self._team.index == 0
 
-    def _help(self, request: ResolvedRequest, report: ProgressCallback) -> dict[str, Any]:
-        """This rank's part of a video that another one writes."""
-        clock = StageClock(device=self._open.device)
-        passages = self._open.plan(request)
-        with self._memory_errors(request):
-            for _ in self._open.decode(
-                self._equal(self._open.latents(request, clock, report)), passages, clock, report
-            ):
-                raise InternalError("frames came to a rank that does not write")
-        return self._metadata(request, 0, clock)
+    def _write(
+        self,
+        order: Order,
+        request: ResolvedRequest,
+        journal: Journal | NoJournal,
+        decode: Callable[[int], Iterator[Frames]],
+    ) -> float:
+        """Write the frames that are there and those that `decode` makes; returns the seconds after the last of them."""
+        dial = DEFAULT_QUALITY if order.quality is None else order.quality
+        writer = open_writer(order.output, width=request.width, height=request.height, fps=request.fps, quality=dial)
+        with writer, written_behind(writer) as write:
+            done = 0
+            for part in journal.frames():
+                write(part)
+                done += len(part)
+            for (part,) in decode(done):
+                journal.keep_frames(done, part)
+                write(part)
+                done += len(part)
+            decoded = time.perf_counter()
+        return time.perf_counter() - decoded
+
+    def _journal(self, job: Job | None) -> Journal | NoJournal:
+        """Where this run keeps what it computes; on all ranks that of the first."""
+        if self._team is None:
+            return NO_JOURNAL if job is None else job.journal
+        if not self._team.agree(job is not None):
+            return NO_JOURNAL
+        return SharedJournal(self._team, None if job is None else job.journal)
+
+    @contextmanager
+    def _working_on(self, job: Job | None) -> Iterator[None]:
+        """Hold the job meanwhile; an error says how to go on."""
+        if job is None:
+            yield
+            return
+        with closing(Lock(job)) as lock:
+            if lock.before is not None:
+                check_output(job.order.output).remove_partials(lock.before)
+            try:
+                yield
+            except FrameloomError as error:
+                again = f"what was computed is kept, and `frameloom resume {job.name}` goes on from there"
+                raise type(error)(f"{error}; {again}") from error
 
     def _agreed(self, request: ResolvedRequest) -> ResolvedRequest:
         """The request, if all ranks were asked the same. Raises RequestError."""
