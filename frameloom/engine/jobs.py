@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -90,7 +89,7 @@ def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
     """Make the folder of a new job. Raises OutputError."""
     root = jobs_folder()
     began = time.time()
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{secrets.token_hex(2)}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{int(began * 1e6 % 1e6):06d}"
     asked, pictures = _written(request)
     told = {"origin": _plain(asdict(origin)), "order": asdict(order), "request": asked, "began": began}
     digest = _digest(told)
@@ -229,7 +228,7 @@ def _checked(folder: Path) -> tuple[dict[str, Any], str]:
         told = json.loads(path.read_text("utf-8"))
         if told.pop("format") == _FORMAT and told.pop("sha256") == (digest := _digest(told)):
             return told, digest
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise RequestError(f"{path} cannot be read ({error}); start the request again") from error
     raise RequestError(f"{path} is damaged, or of another version; start the request again")
 
