@@ -9,7 +9,8 @@ from torch import Tensor
 from frameloom.config import checked_lora
 from frameloom.config import lora as parsed_lora
 from frameloom.errors import RequestError
-from frameloom.models.adapters import Adapters, attach, merge
+from frameloom.models.adapters import Adapters, merge
+from frameloom.models.adapters_beside import attach
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
