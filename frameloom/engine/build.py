@@ -9,7 +9,7 @@ import torch
 
 from frameloom.config import memory_bytes
 from frameloom.engine.blueprint import Blueprint, draw
-from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit
+from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit, step_planner
 from frameloom.engine.engine import Engine
 from frameloom.engine.loras import adapters_for, beside, exchange, expert_at, loras_of
 from frameloom.engine.modules import fill, quantized_of
@@ -39,6 +39,7 @@ from frameloom.settings import LOGGER_NAME, Launched, launched
 from frameloom.types import EngineConfig, Lora
 from frameloom.weights.checkpoint import Checkpoint
 from frameloom.weights.fingerprint import fingerprint
+from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.load import Quantized
 from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.vocabulary import tokenizer_in
@@ -49,14 +50,20 @@ _DEFAULT = EngineConfig()
 
 
 def build_engine(
-    model: Source | None, config: EngineConfig = _DEFAULT, *, parts: Mapping[str, Source] | None = None
+    model: Source | None,
+    config: EngineConfig = _DEFAULT,
+    *,
+    parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    on_bytes: OnBytes | None = None,
 ) -> Engine:
-    """Open a checkpoint, build its networks and fill them; `model` and `parts` are those of `open_checkpoint`.
+    """Open a checkpoint, build its networks and fill them; all but `config` are as `open_checkpoint` takes them.
 
     Raises CheckpointError for a path or file, RequestError for the rest.
     """
     chosen = _choices_of(config)
-    plan = draw(open_checkpoint(model, parts=parts), chosen.device, dtype=config.dtype, preset=preset_of(config.preset))
+    checkpoint = open_checkpoint(model, parts=parts, variant=variant, on_bytes=on_bytes)
+    plan = draw(checkpoint, chosen.device, dtype=config.dtype, preset=preset_of(config.preset))
     log.info("dtype %s (VAE %s): %s", _name(plan.dtype), _name(plan.vae_dtype), plan.why_dtype)
     ranks = _gather(plan, chosen, config)
     _tune_allocator(chosen.device)
@@ -130,7 +137,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: st
     pipeline = WanPipeline(
         text_encoder=text_encoder,
         experts=tuple(expert.dit for expert in experts),
-        step_planner=ranks.step_planner(experts[0].planner, insisted=chosen.policy.insists(TOGETHER)),
+        step_planner=ranks.step_planner(step_planner(experts), insisted=chosen.policy.insists(TOGETHER)),
         vae=vae.vae,
         vae_planner=ranks.vae_planner(vae.planner, plan.vae),
         scheduler=plan.checkpoint.scheduler,
