@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapter_kinds import KINDS, a_difference, a_dora, a_dora_of_columns, a_loha, a_lokr, a_lora, for_all, random
 
-from frameloom.models.adapters import Adapter, Product, delta, merge
+from frameloom.models.adapters import Adapter, Adapters, Product, delta, merge
 from frameloom.models.adapters_beside import attach, detach
 from frameloom.models.dit_fast import DitChoices, LoopChoices, install
 from frameloom.models.spec import TransformerSpec
@@ -86,15 +86,31 @@ def test_several_apply_in_their_order_and_are_exchanged_at_once():
     assert torch.equal(computed(dit), computed(make_dit()))
 
 
-def test_in_bfloat16_it_is_no_further_from_the_truth_than_merged_weights():
+@pytest.mark.parametrize("make", KINDS)
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_merged_weights(make):
     dit, exact = make_dit(dtype=torch.bfloat16), make_dit()
     exact.load_state_dict({name: value.float() for name, value in dit.state_dict().items()})
-    sets = [for_all(dit, a_lora)]
+    sets = [for_all(dit, make, parameters=lambda name: name.startswith("blocks"))]
     truth = computed(with_merged(exact, sets))
     attach(dit, sets)
     beside, merged = computed(dit), computed(with_merged(make_dit(dtype=torch.bfloat16), sets))
     assert beside.dtype == torch.bfloat16
     assert distance(beside, truth) < 1.5 * distance(merged, truth)
+
+
+def test_in_bfloat16_a_dora_may_lengthen_rows_by_less_than_bfloat16_tells_from_1():
+    dit = make_dit(dtype=torch.bfloat16)
+    name = "blocks.0.ffn.net.0.proj.weight"
+    weight = dit.get_parameter(name).float()
+    magnitude = 1.003 * weight.norm(dim=1, keepdim=True)
+    dora = Adapter(factors=Product(a=torch.zeros(48, 1), b=torch.zeros(1, 32)), magnitude=magnitude)
+    layer, _ = dit.blocks[0].ffn.layers
+    layer.bias.data.zero_()
+    x = torch.randn(4000, 32, dtype=torch.bfloat16)
+    before = layer(x).double()
+    attach(dit, [Adapters(name="", strength=1.0, changes={name: dora}, num_keys=1)])
+    longer = (layer(x) * before).sum() / before.square().sum()
+    assert float(longer) == pytest.approx(1.003, abs=5e-4)
 
 
 def quantize(dit):
