@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -101,6 +101,7 @@ class Engine:
         self._loras = tuple(loras)
         self._set_loras: tuple[Lora, ...] = ()
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
+        self._is_answering = False
         self.name = name
         self.defaults = defaults
         self.decisions = tuple(decisions)
@@ -125,6 +126,8 @@ class Engine:
         where they are. Raises CheckpointError for a file and RequestError for the rest; then nothing changes.
         """
         chosen, experts = loras_of(loras), self._open.experts
+        if self._is_answering:
+            raise RequestError("LoRAs cannot be exchanged in the middle of a video; set them before it or after it")
         if self._team is not None:
             check_same(self._team, "LoRAs", repr(chosen))
         found = [adapters_for(dit.spec, chosen, expert_at(i, len(experts))) for i, dit in enumerate(experts)]
@@ -202,7 +205,7 @@ class Engine:
         report = progress or _silent
         clock = StageClock(device=self._open.device)
         passages = self._open.plan(request) if output == "video" else iter(())
-        with self._memory_errors(request):
+        with self._answering(request):
             latents = self._equal(self._open.latents(request, clock, report))
             if output == "latents":
                 return latents
@@ -235,7 +238,7 @@ class Engine:
         passages = self._open.plan(request)
         report = progress or _silent
         clock = StageClock(device=self._open.device)
-        with self._memory_errors(request):
+        with self._answering(request):
             latents = self._equal(self._open.latents(request, clock, report))
             frames = self._open.decode(latents, passages, clock, report)
             dial = DEFAULT_QUALITY if quality is None else quality
@@ -315,7 +318,7 @@ class Engine:
         """This rank's part of a video that another one writes."""
         clock = StageClock(device=self._open.device)
         passages = self._open.plan(request)
-        with self._memory_errors(request):
+        with self._answering(request):
             for _ in self._open.decode(
                 self._equal(self._open.latents(request, clock, report)), passages, clock, report
             ):
@@ -352,9 +355,16 @@ class Engine:
         whole: Frames = self._team.broadcast(frames).cpu().numpy()
         return whole
 
-    def _memory_errors(self, request: ResolvedRequest) -> AbstractContextManager[None]:
+    @contextmanager
+    def _answering(self, request: ResolvedRequest) -> Iterator[None]:
+        """While a video is computed; where memory runs out it is said what of."""
+        before, self._is_answering = self._is_answering, True
         what = f"{request.num_frames} frames of {request.width}x{request.height} on {self._open.device}"
-        return memory_errors(what, "ask for a smaller or a shorter video")
+        try:
+            with memory_errors(what, "ask for a smaller or a shorter video"):
+                yield
+        finally:
+            self._is_answering = before
 
     @property
     def _open(self) -> WanPipeline:

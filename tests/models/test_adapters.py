@@ -1,6 +1,7 @@
 """Adapters beside a network's weights: as exact as merged ones, and gone without a trace when they are taken away."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,35 @@ def test_quantized_weights_stay_as_they_are_stored(make):
     assert distance(computed(dit), computed(with_merged(plain, sets))) < TOLERANCE
     detach(dit)
     assert torch.equal(computed(dit), before)
+
+
+def test_a_lora_in_bfloat16_beside_float8_weights_is_as_exact_as_merged_into_expanded_ones():
+    dit, plain = make_dit(dtype=torch.bfloat16), make_dit(dtype=torch.bfloat16)
+    for module in dit.blocks.modules():
+        if isinstance(module, Linear):
+            raw = module.weight.to(torch.float8_e4m3fn)
+            weight = QuantizedWeight(
+                raw_U8=raw.flatten().view(torch.uint8), dtype_name="F8_E4M3", shape=tuple(raw.shape)
+            )
+            hold(module, weight, torch.bfloat16)
+    take_plain_weights(plain, dit)
+    exact = make_dit()
+    exact.load_state_dict({name: value.float() for name, value in plain.state_dict().items()})
+    narrow = {
+        name: replace(adapter, factors=Product(a=adapter.factors.a.bfloat16(), b=adapter.factors.b.bfloat16()))
+        for name, adapter in for_all(plain, a_lora).changes.items()
+        if adapter.factors.b is not None
+    }
+    sets = [Adapters(name="", strength=1.0, changes=narrow, num_keys=len(narrow))]
+    truth = computed(with_merged(exact, sets))
+    attach(dit, sets)
+    assert distance(computed(dit), truth) < 1.5 * distance(computed(with_merged(plain, sets)), truth)
+
+
+def test_a_row_of_zeros_stays_one_whatever_length_it_is_given():
+    nothing = Adapter(factors=Product(a=torch.zeros(2, 1), b=torch.zeros(1, 3)), magnitude=torch.full((2, 1), 5.0))
+    weight = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]])
+    assert torch.equal(delta(nothing, weight), torch.zeros(2, 3))
 
 
 WAYS = {
