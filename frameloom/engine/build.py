@@ -11,7 +11,7 @@ from frameloom.config import memory_bytes
 from frameloom.engine.blueprint import Blueprint, draw
 from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit, step_planner
 from frameloom.engine.engine import Engine
-from frameloom.engine.loras import adapters_for, beside, exchange, expert_at, loras_of
+from frameloom.engine.loras import adapters_of_experts, beside, exchange, loras_of, read_alike
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Ranks, Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
@@ -120,9 +120,9 @@ def _gather(plan: Blueprint, chosen: _Choices, config: EngineConfig) -> Ranks:
 def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: str) -> Engine:
     """Read the weights, one network after the other, and put the networks together."""
     device = chosen.device
-    adapters = [
-        adapters_for(spec, chosen.loras, expert_at(index, len(plan.experts))) for index, spec in enumerate(plan.experts)
-    ]  # first, so that a LoRA that does not fit is told before anything is loaded
+    team = None if ranks.alone else ranks.world.everyone
+    adapters = read_alike(team, functools.partial(adapters_of_experts, plan.experts, chosen.loras))
+    # first, so that a LoRA that does not fit is told before anything is loaded
     load_text = functools.partial(_load_text_encoder, plan.checkpoint, plan.dtype, device, quantized=chosen.quantized)
     text_encoder = ranks.text_encoder(load_text)
     image_encoder = None
@@ -155,7 +155,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, *, attention: st
         pipeline=pipeline,
         defaults=plan.defaults,
         decisions=decisions,
-        team=None if ranks.alone else ranks.world.everyone,
+        team=team,
         adapters=live,
         loras=chosen.loras,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
-from frameloom.engine.loras import adapters_for, exchange, expert_at, loras_of
+from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.adapters import Adapters
 from frameloom.models.defaults import Defaults
@@ -130,7 +130,7 @@ class Engine:
             raise RequestError("LoRAs cannot be exchanged in the middle of a video; set them before it or after it")
         if self._team is not None:
             check_same(self._team, "LoRAs", repr(chosen))
-        found = [adapters_for(dit.spec, chosen, expert_at(i, len(experts))) for i, dit in enumerate(experts)]
+        found = read_alike(self._team, lambda: adapters_of_experts([dit.spec for dit in experts], chosen))
         wanted = [[*base, *sets] for base, sets in zip(self._base, found, strict=True)]
         exchange(experts, before=self._attached, after=wanted)
         self._attached, self._set_loras = wanted, chosen

@@ -1,6 +1,8 @@
 """Adapters beside weights that ranks divide: what one process computes with them, and gone without a trace."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_engine_ranks import load
 from test_tensor import CASES, fast_choices, in_pieces_choices, predictions, random_dit
 
 import frameloom
+from frameloom.errors import InputError, RequestError
 from frameloom.models.adapters import merge
 from frameloom.models.adapters_beside import attach, detach
 from frameloom.models.dit_fast import DitChoices, install
@@ -136,3 +139,32 @@ def test_an_engine_of_several_ranks_exchanges_loras(plan, checkpoint_of, tmp_pat
     for found, is_back in run_ranks(2, exchanged, model, os.environ["FRAMELOOM_CACHE"], loras, plan):
         assert max(found) < TOLERANCE, found
         assert is_back
+
+
+def refused(world, model, cache, folder):
+    """What each rank says of a LoRA that another rank has otherwise, or not at all; and whether all go on as before."""
+    said = []
+    with load(world, model, cache, parallel="tp=2") as engine, contextlib.chdir(Path(folder) / str(world.rank)):
+        before = engine.generate("a red circle", **SMALL)
+        for name in ("other.safetensors", "missing.safetensors"):
+            with pytest.raises(InputError) as error:
+                engine.set_loras([name])
+            said.append(str(error.value))
+        with pytest.raises(RequestError) as error:
+            load(world, model, cache, parallel="tp=2", loras=["other.safetensors"])
+        return [*said, str(error.value)], torch.equal(engine.generate("a red circle", **SMALL), before)
+
+
+def test_ranks_that_have_another_lora_under_a_name_refuse_and_none_waits(checkpoint_of, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        write_lora(tmp_path / str(rank) / "other.safetensors", rank, dora=True)
+    write_lora(tmp_path / "0" / "missing.safetensors", 0, dora=False)
+    model, another = str(checkpoint_of()), "rank 1 was given another LoRA file than rank 0"
+    first, second = run_ranks(2, refused, model, os.environ["FRAMELOOM_CACHE"], str(tmp_path))
+    for said, goes_on in (first, second):
+        assert goes_on
+        assert said[0].startswith(another)
+        assert said[2].startswith(another)
+    assert first[0][1].startswith(another)
+    assert "missing.safetensors" in second[0][1]
