@@ -178,13 +178,19 @@ def read_image(source: "ImageInput") -> "Pictures":
 
 
 def verify_model(
-    model: str | os.PathLike[str] | None = None, *, device: str = "auto", parallel: str = "auto"
+    model: str | os.PathLike[str] | None = None,
+    *,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    device: str = "auto",
+    parallel: str = "auto",
 ) -> "Iterator[Finding]":
     """Compare every rewrite, and the model's networks in every way they have, with the reference, on this machine.
 
-    In processes that torchrun started: all ways to share the model over them, or those of the plan `parallel`.
+    `parts`: as `load` takes them. In processes that torchrun started: all ways to share the model over them, or those
+    of the plan `parallel`.
     """
-    findings: Iterator[Finding] = _lazy("verify")(_named(model), device=device, parallel=parallel)
+    ask_for_same_sums()
+    findings: Iterator[Finding] = _lazy("verify")(_named(model, parts), parts=parts, device=device, parallel=parallel)
     return findings
 
 

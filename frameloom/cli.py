@@ -328,7 +328,9 @@ def convert(
 
 
 @app.command()
+@_with_parts
 def verify(
+    parts: dict[str, str],
     model: ModelOption = None,
     device: DeviceOption = "auto",
     gpus: GpusOption = None,
@@ -345,7 +347,8 @@ def verify(
     console.print(
         f"{'':<9}{'rewrite':<44}{'max abs':>8}{'relative':>10}{'PSNR':>8}{'speed':>8}  promise", soft_wrap=True
     )
-    for finding in frameloom.verify_model(model, device=device, parallel=parallel):  # one by one: some take minutes
+    found = frameloom.verify_model(model, parts=parts, device=device, parallel=parallel)
+    for finding in found:  # one by one: some take minutes
         findings.append(finding)
         console.print(_finding_line(finding), soft_wrap=True)
     broken = [finding.name for finding in findings if finding.kept is False]

@@ -10,10 +10,10 @@ import torch
 
 from frameloom.config import memory_bytes
 from frameloom.engine.blueprint import Blueprint, draw
-from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit
+from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit, step_planner
 from frameloom.engine.engine import Engine
 from frameloom.engine.jobs import Origin, absolute, absolute_loras
-from frameloom.engine.loras import adapters_for, beside, exchange, expert_at, loras_of
+from frameloom.engine.loras import adapters_of_experts, beside, exchange, loras_of, read_alike
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Ranks, Take, gather_ranks, own_device
 from frameloom.engine.rewrites import policy_of
@@ -41,6 +41,7 @@ from frameloom.settings import LOGGER_NAME, Launched, launched
 from frameloom.types import EngineConfig, Lora
 from frameloom.weights.checkpoint import Checkpoint
 from frameloom.weights.fingerprint import fingerprint
+from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.load import Quantized
 from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.vocabulary import tokenizer_in
@@ -51,14 +52,20 @@ _DEFAULT = EngineConfig()
 
 
 def build_engine(
-    model: Source | None, config: EngineConfig = _DEFAULT, *, parts: Mapping[str, Source] | None = None
+    model: Source | None,
+    config: EngineConfig = _DEFAULT,
+    *,
+    parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    on_bytes: OnBytes | None = None,
 ) -> Engine:
-    """Open a checkpoint, build its networks and fill them; `model` and `parts` are those of `open_checkpoint`.
+    """Open a checkpoint, build its networks and fill them; all but `config` are as `open_checkpoint` takes them.
 
     Raises CheckpointError for a path or file, RequestError for the rest.
     """
     chosen = _choices_of(config)
-    plan = draw(open_checkpoint(model, parts=parts), chosen.device, dtype=config.dtype, preset=preset_of(config.preset))
+    checkpoint = open_checkpoint(model, parts=parts, variant=variant, on_bytes=on_bytes)
+    plan = draw(checkpoint, chosen.device, dtype=config.dtype, preset=preset_of(config.preset))
     log.info("dtype %s (VAE %s): %s", _name(plan.dtype), _name(plan.vae_dtype), plan.why_dtype)
     ranks = _gather(plan, chosen, config)
     _tune_allocator(chosen.device)
@@ -122,9 +129,9 @@ def _gather(plan: Blueprint, chosen: _Choices, config: EngineConfig) -> Ranks:
 def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) -> Engine:
     """Read the weights, one network after the other, and put the networks together."""
     device = chosen.device
-    adapters = [
-        adapters_for(spec, chosen.loras, expert_at(index, len(plan.experts))) for index, spec in enumerate(plan.experts)
-    ]  # first, so that a LoRA that does not fit is told before anything is loaded
+    team = None if ranks.alone else ranks.world.everyone
+    adapters = read_alike(team, functools.partial(adapters_of_experts, plan.experts, chosen.loras))
+    # first, so that a LoRA that does not fit is told before anything is loaded
     load_text = functools.partial(_load_text_encoder, plan.checkpoint, plan.dtype, device, quantized=chosen.quantized)
     text_encoder = ranks.text_encoder(load_text)
     image_encoder = None
@@ -139,7 +146,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
     pipeline = WanPipeline(
         text_encoder=text_encoder,
         experts=tuple(expert.dit for expert in experts),
-        step_planner=ranks.step_planner(experts[0].planner, insisted=chosen.policy.insists(TOGETHER)),
+        step_planner=ranks.step_planner(step_planner(experts), insisted=chosen.policy.insists(TOGETHER)),
         vae=vae.vae,
         vae_planner=ranks.vae_planner(vae.planner, plan.vae),
         scheduler=plan.checkpoint.scheduler,
@@ -157,7 +164,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
         pipeline=pipeline,
         defaults=plan.defaults,
         decisions=decisions,
-        team=None if ranks.alone else ranks.world.everyone,
+        team=team,
         adapters=live,
         loras=chosen.loras,
         origin=origin,

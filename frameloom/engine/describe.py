@@ -3,15 +3,18 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from frameloom.models.defaults import defaults_for
 from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.types import Expert
 from frameloom.weights.assemble import lacking
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.configs import model_name
+from frameloom.weights.experts import is_high
 from frameloom.weights.lora import describe_lora
 from frameloom.weights.source import Source, open_checkpoint, open_parts
 
@@ -60,7 +63,8 @@ def _whole(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _components(parts: Mapping[str, Component]) -> dict[str, Any]:
     """The networks among them, and their sums."""
-    found = [_component(part) for part in parts.values() if part.files]
+    is_pair = "transformer_2" in parts
+    found = [_component(part, is_pair=is_pair) for part in parts.values() if part.files]
     return {
         "components": found,
         "bytes": sum(part["bytes"] for part in found),
@@ -68,24 +72,37 @@ def _components(parts: Mapping[str, Component]) -> dict[str, Any]:
     }
 
 
-def _what(part: Component) -> str:
+def _what(part: Component, *, is_pair: bool) -> str:
     """What users call a network; its config may leave out what is the reference's default."""
     config, where = part.config, str(part.described_by)
     if part.name.startswith("transformer"):
         spec = TransformerSpec.from_config(config, where=where)
-        return model_name("transformer", {**dataclasses.asdict(spec), **config})
+        expert, how = _expert(part, is_pair=is_pair)
+        name = model_name("transformer", {**dataclasses.asdict(spec), **config}, expert=expert)
+        return f"{name}{how}" if name.endswith("expert") else name
     if part.name == "vae":
         return model_name("vae", dataclasses.asdict(VaeSpec.from_config(config, where=where)))
     return model_name(part.name, config.get("vision_config", config))
 
 
-def _component(part: Component) -> dict[str, Any]:
+def _expert(part: Component, *, is_pair: bool) -> tuple[Expert | None, str]:
+    """Which noise expert a transformer is said to be, and how that is known: the tensors of both are alike."""
+    high = is_high(part.files[0])
+    named: Expert | None = None if high is None else "high" if high else "low"
+    if is_pair:
+        role: Expert = "low" if part.name == "transformer_2" else "high"
+        return role, " by its name" if named == role else ""
+    is_21 = re.search(r"2[._]1(?!\d)", part.files[0].name) is not None  # where "high" means something else
+    return (None, "") if is_21 else (named, " by its name")
+
+
+def _component(part: Component, *, is_pair: bool) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for entry in part.tensors.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
     return {
         "name": part.name,
-        "what": _what(part),
+        "what": _what(part, is_pair=is_pair),
         "class": part.class_name,
         "parameters": sum(dtypes.values()),
         "dtypes": sorted(dtypes, key=dtypes.__getitem__, reverse=True),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -126,6 +126,12 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks
     backend, _, reason = chosen.partition(": ")
     told = Decision(name=f"attention.{backend.partition(' ')[0]}", used=True, reason=reason)
     return FastDit(dit=dit, choices=choices, planner=planner, decisions=(*choices.decisions, told))
+
+
+def step_planner(experts: Sequence[FastDit]) -> StepPlanner:
+    """One for all experts: what each may have beside its weights, and as stored, is counted."""
+    plain_bytes = max(expert.planner.plain_bytes for expert in experts)
+    return replace(experts[0].planner, plain_bytes=plain_bytes, experts=tuple(expert.dit for expert in experts))
 
 
 @torch.inference_mode()

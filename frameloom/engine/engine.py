@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from frameloom.config import check_request, resolve
 from frameloom.engine.jobs import LATENTS, Job, Lock, Order, Origin, absolute_loras, begin, differences
 from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
-from frameloom.engine.loras import adapters_for, exchange, expert_at, loras_of
+from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
 from frameloom.engine.shared_journal import SharedJournal
 from frameloom.errors import FrameloomError, InternalError, OutputError, RequestError
 from frameloom.models.adapters import Adapters
@@ -105,6 +105,7 @@ class Engine:
         self._loras = tuple(loras)
         self._set_loras: tuple[Lora, ...] = ()
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
+        self._is_answering = False
         self.name = name
         self.defaults = defaults
         self.decisions = tuple(decisions)
@@ -129,9 +130,11 @@ class Engine:
         where they are. Raises CheckpointError for a file and RequestError for the rest; then nothing changes.
         """
         chosen, experts = loras_of(loras), self._open.experts
+        if self._is_answering:
+            raise RequestError("LoRAs cannot be exchanged in the middle of a video; set them before it or after it")
         if self._team is not None:
             check_same(self._team, "LoRAs", repr(chosen))
-        found = [adapters_for(dit.spec, chosen, expert_at(i, len(experts))) for i, dit in enumerate(experts)]
+        found = read_alike(self._team, lambda: adapters_of_experts([dit.spec for dit in experts], chosen))
         wanted = [[*base, *sets] for base, sets in zip(self._base, found, strict=True)]
         exchange(experts, before=self._attached, after=wanted)
         self._attached, self._set_loras = wanted, chosen
@@ -206,7 +209,7 @@ class Engine:
         report = progress or _silent
         clock = StageClock(device=self._open.device)
         passages = self._open.plan(request) if output == "video" else iter(())
-        with self._memory_errors(request):
+        with self._answering(request):
             latents = self._equal(self._open.latents(request, clock, report))
             if output == "latents":
                 return latents
@@ -284,7 +287,7 @@ class Engine:
         """The video of a request in its file, and what is told of it; all but the first rank help."""
         passages = self._open.plan(request)
         clock = StageClock(device=self._open.device)
-        with self._working_on(job), self._memory_errors(request):
+        with self._working_on(job), self._answering(request):
             journal = self._journal(job)
 
             def computed() -> dict[str, Tensor]:
@@ -446,9 +449,16 @@ class Engine:
         whole: Frames = self._team.broadcast(frames).cpu().numpy()
         return whole
 
-    def _memory_errors(self, request: ResolvedRequest) -> AbstractContextManager[None]:
+    @contextmanager
+    def _answering(self, request: ResolvedRequest) -> Iterator[None]:
+        """While a video is computed; where memory runs out it is said what of."""
+        before, self._is_answering = self._is_answering, True
         what = f"{request.num_frames} frames of {request.width}x{request.height} on {self._open.device}"
-        return memory_errors(what, "ask for a smaller or a shorter video")
+        try:
+            with memory_errors(what, "ask for a smaller or a shorter video"):
+                yield
+        finally:
+            self._is_answering = before
 
     @property
     def _open(self) -> WanPipeline:

@@ -3,19 +3,25 @@ exchanged between requests.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from torch import Tensor
 
 from frameloom.config import checked_lora
 from frameloom.config import lora as parsed_lora
-from frameloom.errors import RequestError
-from frameloom.models.adapters import Adapters, attach, merge
+from frameloom.errors import FrameloomError, RequestError
+from frameloom.models.adapters import Adapters, merge
+from frameloom.models.adapters_beside import attach
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import WanDiT
+from frameloom.parallel.agreement import check_same
+from frameloom.parallel.team import Team
 from frameloom.types import Expert, Lora
 from frameloom.weights.checkpoint import Component
+from frameloom.weights.fingerprint import fingerprint_of_files
 from frameloom.weights.load import Quantized
 from frameloom.weights.lora import read_loras
 from frameloom.weights.tensors import is_quantized
@@ -32,18 +38,38 @@ def loras_of(given: Sequence[Lora | str]) -> tuple[Lora, ...]:
     return tuple(parsed_lora(one) if isinstance(one, str) else checked_lora(one) for one in given)
 
 
-def expert_at(index: int, count: int) -> Expert | None:
-    """What the expert at a place is called: of two, the first is for high noise; None of one."""
-    return None if count == 1 else ("high", "low")[index]
+def adapters_of_experts(specs: Sequence[TransformerSpec], loras: Sequence[Lora]) -> list[list[Adapters]]:
+    """What LoRAs change in each of one or two transformers; of two, the first is for high noise.
+
+    Raises CheckpointError or RequestError as `read_loras` does.
+    """
+    experts: tuple[Expert | None, ...] = (None,) if len(specs) == 1 else ("high", "low")
+    return [_adapters_for(spec, loras, expert) for spec, expert in zip(specs, experts, strict=True)]
 
 
-def adapters_for(spec: TransformerSpec, loras: Sequence[Lora], expert: Expert | None) -> list[Adapters]:
-    """What LoRAs change in a transformer. Raises CheckpointError or RequestError as `read_loras` does."""
+def _adapters_for(spec: TransformerSpec, loras: Sequence[Lora], expert: Expert | None) -> list[Adapters]:
     if not loras:
         return []
     with on_meta():
         shapes = {name: tuple(value.shape) for name, value in make_dit(spec).state_dict().items()}
     return read_loras(loras, shapes, expert=expert)
+
+
+def read_alike(team: Team | None, read: Callable[[], list[list[Adapters]]]) -> list[list[Adapters]]:
+    """What `read` reads, if every rank reads the same: else ranks would compute with parts of different files.
+
+    Where it fails on some rank it fails on all, so that none waits for another.
+    """
+    if team is None:
+        return read()
+    try:
+        found = read()
+    except FrameloomError:
+        with suppress(RequestError):  # the others get that, this one its own error
+            check_same(team, "LoRA file", "")
+        raise
+    check_same(team, "LoRA file", fingerprint_of_files(Path(one.name) for sets in found for one in sets))
+    return found
 
 
 def merging(sets: Sequence[Adapters], take: Take | None) -> Take | None:

@@ -1,11 +1,14 @@
 """Plans the steps of a video: whether the predictions with and without the prompt pass the transformer in one batch."""
 
 import functools
+import re
 from dataclasses import dataclass, replace
 
 import torch
 
 from frameloom.memory.meter import peak_bytes
+from frameloom.models.adapters import Adapter, Adapters
+from frameloom.models.adapters_beside import attach
 from frameloom.models.dit_fast import DitChoices, LoopChoices, without_weights
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import under_empty_control
@@ -16,14 +19,15 @@ _OVERHEAD = 1.1  # workspaces of the libraries and the allocator's rounding, whi
 _SHARE_OF_FREE = 0.6
 _TEXT_TOKENS = 512
 _FEW_TOKENS = 1024  # on a CPU: so many are over before the next operation has been looked up
+_BLOCK = re.compile(r"((?:vace_)?blocks\.)(\d+)(\..+)")
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: `_twin` is kept
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlanner:
     """Says how the steps of a video are computed: what is allowed, and of that what the memory has room for.
 
     `insisted`: the batch of both branches was asked for by name. `plain_bytes`: of the quantized weights that are plain
-    at a time.
+    at a time. `experts`: the networks, for what is computed beside their weights.
     """
 
     spec: TransformerSpec
@@ -32,6 +36,7 @@ class StepPlanner:
     device: torch.device
     insisted: bool = False
     plain_bytes: int = 0
+    experts: tuple[WanDiT, ...] = ()
 
     def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
         """The way, and why: with guidance, both branches in one batch or one after the other."""
@@ -57,21 +62,41 @@ class StepPlanner:
         return fits, f"{way}: a batch takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
 
     def needed(self, latents_BCTHW: tuple[int, ...]) -> int:
-        """Bytes of a step with both branches in one batch, besides the weights and the keys of other blocks."""
-        batch, channels, *cells = latents_BCTHW
-        twin = self._twin  # made here: its weights do not count
+        """Bytes of a step with both branches in one batch, besides the weights and the keys of other blocks.
 
-        def run() -> None:
+        Adapters are counted as they are attached now: not their numbers, which have their memory already, but what is
+        computed beside the weights.
+        """
+        batch, channels, *cells = latents_BCTHW
+
+        def run(twin: WanDiT) -> None:
             x = torch.empty(batch, channels, *cells, device="meta")
             text = torch.empty(2 * batch, _TEXT_TOKENS, self.spec.text_dim, device="meta", dtype=self.dtype)
             prompt = under_empty_control(twin.read_prompt(text), twin, x)
             twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
 
-        with torch.inference_mode():
-            return round(_OVERHEAD * peak_bytes(run)) + self.plain_bytes
+        most = 0
+        for sets in {expert.adapters for expert in self.experts} or {()}:
+            twin = self._twin()  # made here: its weights do not count
+            attach(twin, [_in_few_blocks(adapters, twin) for adapters in sets])
+            with torch.inference_mode():
+                most = max(most, peak_bytes(functools.partial(run, twin)))
+        return round(_OVERHEAD * most) + self.plain_bytes
 
-    @functools.cached_property
     def _twin(self) -> WanDiT:
         """Two blocks without weights: the others use the same memory again."""
         spec = replace(self.spec.first_layers(2), image_dim=None, added_kv_proj_dim=None)
         return without_weights(spec, self.dtype, replace(self.choices, collapses_padding=False))
+
+
+def _in_few_blocks(adapters: Adapters, twin: WanDiT) -> Adapters:
+    """For every block of a network with fewer, what any block has: all there is to compute beside one."""
+    modules = {path for path, _ in twin.named_modules()}
+    changes: dict[str, Adapter] = {}
+    for name, adapter in adapters.changes.items():
+        block = _BLOCK.fullmatch(name)
+        for index in range(twin.spec.num_blocks) if block else (0,):
+            own = name if block is None else f"{block[1]}{index}{block[3]}"
+            if own.rpartition(".")[0] in modules:
+                changes.setdefault(own, adapter)
+    return replace(adapters, changes=changes)

@@ -9,7 +9,6 @@ From the top: the network, what its blocks are told, its conditions, the block, 
 # condition; P values of one patch; F frames of tokens; M distinct timesteps per sample (1; L where each token has
 # its own); 6 shift, scale and gate of two branches.
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 
 from frameloom.attention.core import Attend, sdpa
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.models.adapters import Adapters
+from frameloom.models.division import Division, Undo
 from frameloom.models.spec import TransformerSpec
 from frameloom.ops.dit_ops import Ops
+from frameloom.ops.linear import PlainLinear
 from frameloom.ops.norm import at_least_fp32, layer_norm, rms_norm
 from frameloom.ops.patch import Grid, unpatchify
 from frameloom.ops.quantized import Kernel, Linear
@@ -213,7 +215,9 @@ class WanDiT(nn.Module):
         self.share_tokens: ShareTokens = all_tokens
         self.collapses_padding = False
         self.ops = Ops()
-        self.undo_adapters: tuple[Callable[[], None], ...] = ()  # models/adapters.py
+        self.division = Division()
+        self.adapters: tuple[Adapters, ...] = ()  # models/adapters_beside.py
+        self.undo_adapters: tuple[Undo, ...] = ()
         self._rope_tables: dict[tuple[Grid, torch.device], RotaryTable] = {}
 
     def forward(
@@ -525,7 +529,7 @@ class SelfAttention(Attention):
         layers = (self.to_q, self.to_k, self.to_v)
         weight = torch.cat([layer.weight.detach() for layer in layers])
         bias = torch.cat([layer.bias.detach() for layer in layers])
-        self.project = make(weight, bias) if make else functools.partial(F.linear, weight=weight, bias=bias)
+        self.project = (make or PlainLinear)(weight, bias)
         for layer in layers:
             layer.register_parameter("weight", None)
             layer.register_parameter("bias", None)

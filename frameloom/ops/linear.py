@@ -25,11 +25,22 @@ def refuses_packed(weight: Tensor) -> str | None:
     return None
 
 
+class PlainLinear:
+    """x · weightᵀ + bias, for weights that are no layer's own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return F.linear(x, self.weight, self.bias)
+
+
 class PackedLinear:
     """x · weightᵀ + bias, and GELU in its tanh form after it if asked for; keeps no other form of the weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
-        self._bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach()
         self._activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self._packed = weight.detach()
         if not weight.is_meta:
@@ -38,13 +49,20 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if x.is_meta:
-            return F.linear(x, self._packed, self._bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, *self._activation)
+            return F.linear(x, self._packed, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, *self._activation)
         return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K) laid out as usual, made for this call."""
+        return self._packed.to_dense() if self._packed.is_mkldnn else self._packed
 
     def product(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), without GELU after it."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if x.is_meta:
+            return F.linear(x, self._packed, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return out
 
 

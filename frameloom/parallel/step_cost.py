@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from frameloom.errors import RequestError
-from frameloom.models.spec import TransformerSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.parallel.cost import Exchange, RankCost
 from frameloom.parallel.sequence import WORTH_HIDING_BYTES, divide_frames
 from frameloom.types import ParallelPlan
 
 _WIDE = 4  # bytes of a sum's numbers: float32
 _LIVE_TOKENS = 6  # copies of the token stream that a block has at once, besides its hidden channels
+_LIVE_BESIDE = 2  # copies that wait beside it where there is a control: the control's, and what it was made of
 
 
 class _Calls(NamedTuple):
@@ -49,14 +50,29 @@ class StepWork:
         return frames, height, width
 
     def looks(self, branches: int) -> list[_Calls]:
-        """How often the first half of a block is passed: the first block's once for all branches."""
+        """How often the first half of a block is passed: each stream's first block's once for all branches."""
         calls, samples = self._split(branches)
-        return [_Calls(1, self.batch), _Calls(calls * (self.spec.num_layers - 1), samples)]
+        return [_Calls(self.streams, self.batch), _Calls(calls * (self.spec.num_blocks - self.streams), samples)]
 
     def reads(self, branches: int) -> _Calls:
         """How often the second half is."""
         calls, samples = self._split(branches)
-        return _Calls(calls * self.spec.num_layers, samples)
+        return _Calls(calls * self.spec.num_blocks, samples)
+
+    @property
+    def streams(self) -> int:
+        """Token streams that pass blocks: the video's, and that of VACE's control beside it."""
+        return 1 + isinstance(self.spec, VaceSpec)
+
+    def beside(self, tokens: int, branches: int) -> int:
+        """Operations of what VACE has besides blocks: the control as tokens, their start, and the hints."""
+        spec = self.spec
+        if not isinstance(spec, VaceSpec):
+            return 0
+        embedded = math.prod(self.grid) * spec.vace_in_channels * spec.patch_volume
+        started = tokens * self.batch * spec.dim
+        hinted = tokens * self.batch * branches * len(spec.vace_layers) * spec.dim
+        return 2 * spec.dim * (embedded + started + hinted)
 
     def _split(self, branches: int) -> tuple[int, int]:
         return (1, self.batch * branches) if self.batched else (branches, self.batch)
@@ -100,7 +116,8 @@ class _RankOfStep:
     def cost(self) -> RankCost:
         kinds = [self._ulysses(), self._ring(), self._tensor(), self._cells(), self._guidance()]
         spec, samples = self.spec, self.reads.samples
-        live = samples * self.computed * (_LIVE_TOKENS * spec.dim + spec.ffn_dim // self.plan.tp)
+        kept = _LIVE_TOKENS + _LIVE_BESIDE * (self.work.streams - 1)
+        live = samples * self.computed * (kept * spec.dim + spec.ffn_dim // self.plan.tp)
         return RankCost(
             flops=self._flops(),
             exchanges=tuple(itertools.chain.from_iterable(kinds)),
@@ -121,7 +138,7 @@ class _RankOfStep:
         of_reads = self.reads.calls * self.reads.samples * read
         embedded = math.prod(self.work.grid) * self.spec.in_channels * self.spec.patch_volume * self.work.batch
         out = tokens * self.spec.out_channels * self.spec.patch_volume * self.work.batch * self.branches
-        return of_looks + of_reads + 2 * dim * (embedded + out)
+        return of_looks + of_reads + 2 * dim * (embedded + out) + self.work.beside(tokens, self.branches)
 
     def _rank(self, **moved: int) -> int:
         return self.place._replace(**moved).rank(self.plan)
@@ -205,4 +222,12 @@ def num_parameters(spec: TransformerSpec, *, tp: int = 1) -> int:
     cells = spec.patch_volume * (spec.in_channels + spec.out_channels)
     embedded = (spec.text_dim + spec.freq_dim + 2 * dim + 6 * dim) * dim + 10 * dim
     once = cells * dim + dim + spec.patch_volume * spec.out_channels + 2 * dim + embedded
-    return spec.num_layers * (divided // tp + whole) + once
+    return spec.num_blocks * (divided // tp + whole) + once + _beside(spec)
+
+
+def _beside(spec: TransformerSpec) -> int:
+    """What VACE has besides blocks."""
+    if not isinstance(spec, VaceSpec):
+        return 0
+    square = spec.dim**2 + spec.dim
+    return spec.patch_volume * spec.vace_in_channels * spec.dim + spec.dim + square * (1 + len(spec.vace_layers))

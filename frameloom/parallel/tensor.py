@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.division import Division
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
@@ -44,7 +45,7 @@ def check_tensor_plan(spec: TransformerSpec, tp: int) -> None:
 
 def own_part(name: str, whole: Tensor, *, team: Team) -> Tensor:
     """What this rank keeps of the parameter `name`, in memory of its own; all of it where every rank needs it."""
-    axis = 0 if _COLUMNS.match(name) else 1 if _ROWS.match(name) else None
+    axis = _axis(name)
     if axis is None or team.size == 1:
         return whole
     return whole.tensor_split(team.size, axis)[team.index].clone(memory_format=torch.contiguous_format)
@@ -64,6 +65,7 @@ def divide(dit: WanDiT, team: Team) -> None:
         for layer in _layers_by_rows(block):
             layer.register_parameter(_SET_ASIDE, layer.bias)
             layer.register_parameter("bias", None)
+    dit.division = _ByHeads(team)
 
 
 def join(dit: WanDiT, team: Team) -> None:
@@ -81,6 +83,24 @@ def join(dit: WanDiT, team: Team) -> None:
                 block.attn2.add_module(name, _NormOverRanks(norm, team))
         norm_rotate = functools.partial(_norm_rotate, team, block.attn1.ops.norm_rotate)
         block.attn1.ops = replace(block.attn1.ops, norm_rotate=norm_rotate)
+
+
+class _ByHeads(Division):
+    """What adapters must know of a network that was divided."""
+
+    def __init__(self, team: Team) -> None:
+        self.team, self.size, self.index = team, team.size, team.index
+
+    def axis(self, name: str) -> int | None:
+        return _axis(name)
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return self.team.add_up(x)
+
+
+def _axis(name: str) -> int | None:
+    """The axis along which the parameter `name` is cut: 0 outputs, 1 inputs; None: it stays whole."""
+    return 0 if _COLUMNS.match(name) else 1 if _ROWS.match(name) else None
 
 
 def _cut(name: str, parameter: nn.Parameter, whole: torch.Size, team: Team) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.dit_rewrites import QKV_FUSED
+from frameloom.models.division import Division, Undo
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.models.wan_dit import FeedForward, WanDiT
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED
@@ -57,6 +58,7 @@ def shard_dit(dit: WanDiT, team: Team, device: torch.device) -> None:
     It may be on the meta device, to be filled with `own_shard`, or hold the same weights on all ranks.
     """
     _shard(dit, _units_of_dit(dit), team, device, entries=("read_prompt", "velocities"))
+    dit.division = _AtRest()
 
 
 def shard_text_encoder(encoder: Umt5Encoder, team: Team, device: torch.device) -> None:
@@ -77,8 +79,7 @@ def own_shard(module: nn.Module) -> Callable[[str, Tensor], Tensor]:
         if not isinstance(slot, DTensor):
             return whole
         mesh = slot.device_mesh
-        parts = whole.chunk(mesh.size())
-        mine = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else whole[:0]
+        mine = _chunk(whole, mesh.size(), mesh.get_local_rank())
         return DTensor.from_local(
             mine.clone(), mesh, slot.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
@@ -99,6 +100,38 @@ def bytes_at_rest(module: nn.Module) -> int:
 
     weights = set(module.parameters())
     return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in weights)
+
+
+class _AtRest(Division):
+    """What adapters must know of weights that are away: every rank computes with all of them once they are gathered."""
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    def exchange(self, owner: nn.Module, attribute: str, value: Tensor) -> Undo:
+        """What is gathered is this rank's own part, so that is written into and not replaced."""
+        from torch.distributed.tensor import DTensor
+
+        parameter = getattr(owner, attribute)
+        if not isinstance(parameter, DTensor):
+            return super().exchange(owner, attribute, value)
+        own, mesh = parameter.to_local(), parameter.device_mesh
+        undo = functools.partial(_write, own, own.clone())
+        _write(own, _chunk(value, mesh.size(), mesh.get_local_rank()))
+        return undo
+
+
+@torch.no_grad()
+def _write(own: Tensor, value: Tensor) -> None:
+    own.copy_(value)
+
+
+def _chunk(whole: Tensor, count: int, index: int) -> Tensor:
+    """The rows of one of so many ranks, which may be none."""
+    parts = whole.chunk(count)
+    return parts[index] if index < len(parts) else whole[:0]
 
 
 def _computed_now(run: Callable[..., Tensor], feed: FeedForward, x: Tensor) -> Tensor:

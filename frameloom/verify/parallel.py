@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -36,7 +37,8 @@ from frameloom.platform.device import free_memory_bytes, timed
 from frameloom.settings import Launched
 from frameloom.types import ParallelPlan
 from frameloom.verify.finding import Errors, Finding
-from frameloom.verify.networks import PROMISE_FP32, Compute, Trial, lack_of_memory, latents_and_frames
+from frameloom.verify.networks import PROMISE_FP32, lack_of_memory, latents_and_frames
+from frameloom.verify.trial import Compute, Trial
 from frameloom.weights.checkpoint import Component
 from frameloom.weights.fingerprint import fingerprint_of_parts
 
@@ -48,11 +50,18 @@ _ASKED = "everything that may be asked of it"
 
 
 def verify_parallel(
-    parts: Mapping[str, Component], name: str, *, place: Launched, device: torch.device, plan: ParallelPlan | None
+    parts: Mapping[str, Component],
+    name: str,
+    *,
+    samples: Mapping[str, Component] = MappingProxyType({}),
+    place: Launched,
+    device: torch.device,
+    plan: ParallelPlan | None,
 ) -> Iterator[Finding]:
     """The VAE and the transformers of a checkpoint over the ranks that were started, the same findings on all of them.
 
-    `plan`: the only one to prove; None: all that there are. Raises RequestError as `join`.
+    `samples`: other transformers, by what they are called. `plan`: the only one to prove; None: all that there are.
+    Raises RequestError as `join`.
     """
     versions = {"frameloom": version("frameloom"), "torch": torch.__version__}
     world = join(place, device=device, facts={**versions, "model": fingerprint_of_parts(parts), "plan": str(plan)})
@@ -61,9 +70,9 @@ def verify_parallel(
     ranks = Ranks(world=world, plan=of_vae, mesh=None, device=device, per_machine=place.local_world_size)
     if "vae" in parts:
         yield from _verify_vae(parts["vae"], f"VAE of {name}", ranks)
-    for part in ("transformer", "transformer_2"):
-        if part in parts:
-            yield from _verify_transformer(parts[part], f"{part} of {name}", ranks, plans)
+    own = {f"{part} of {name}": parts[part] for part in ("transformer", "transformer_2") if part in parts}
+    for title, component in {**samples, **own}.items():
+        yield from _verify_transformer(component, title, ranks, plans)
 
 
 def plans_for(num_ranks: int) -> Iterator[ParallelPlan]:
@@ -218,9 +227,7 @@ def _load_predictions(
     """Load a transformer; what is returned asks it all that a Trial asks, on these ranks."""
     fast = load_fast_dit(component, spec, dtype, ranks.device, policy=policy, ranks=ranks)
     loop = replace(fast.choices.loop, guidance_batched=False)
-    asked = Trial.of(spec, ranks.device).fast(fast.dit, loop, ranks.make_predictor)
-    computations = [compute for _, _, compute in asked]
-    return lambda: torch.cat([compute().flatten() for compute in computations])
+    return Trial.of(spec, ranks.device).everything(fast.dit, loop, ranks.make_predictor)
 
 
 def _refusal(plan: ParallelPlan, spec: TransformerSpec) -> str | None:

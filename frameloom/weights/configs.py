@@ -11,6 +11,7 @@ from typing import Any
 
 from frameloom.errors import CheckpointError
 from frameloom.models.spec import VaeSpec
+from frameloom.types import Expert
 from frameloom.weights.header import TensorEntry
 
 JsonObject = Mapping[str, Any]
@@ -326,8 +327,11 @@ _READERS = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_enco
 _SIZES: Mapping[int, str] = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # by width
 
 
-def model_name(kind: str, config: JsonObject) -> str:
-    """What users call a network of this config, such as "Wan 2.1 I2V 14B"."""
+def model_name(kind: str, config: JsonObject, *, expert: Expert | None = None) -> str:
+    """What users call a network of this config, such as "Wan 2.1 I2V 14B".
+
+    `expert`: which of two noise experts a transformer is said to be; not heeded of models that have none.
+    """
     if kind == "vae":
         return "Wan VAE 2.2" if config["is_residual"] else "Wan VAE 2.1"
     if kind == "text_encoder":
@@ -336,11 +340,14 @@ def model_name(kind: str, config: JsonObject) -> str:
         layers = config.get("num_hidden_layers", "?")
         return "CLIP ViT-H/14" if config.get("hidden_size") == 1280 else f"CLIP ({layers} layers)"
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return _transformer_name(config, _SIZES.get(dim, f"({config['num_layers']} layers, {dim} wide)"))
+    size = _SIZES.get(dim, f"({config['num_layers']} layers, {dim} wide)")
+    if expert is None or size in ("1.3B", "5B") or config["image_dim"] is not None:
+        return _transformer_name(config, size)
+    return f"{_transformer_name(config, size, is_expert=True)}, {expert}-noise expert"
 
 
-def _transformer_name(config: JsonObject, size: str) -> str:
-    """As far as shapes tell: the experts of T2V-A14B have those of T2V-14B."""
+def _transformer_name(config: JsonObject, size: str, *, is_expert: bool = False) -> str:
+    """As far as shapes tell: the experts of T2V A14B have those of T2V 14B."""
     channels, out = config["in_channels"], config["out_channels"]
     # Behind the noise images have a mask of 4 frames a latent one, and their latents.
     if channels not in (out, 2 * out + 4):
@@ -349,7 +356,8 @@ def _transformer_name(config: JsonObject, size: str) -> str:
         return f"Wan 2.1 VACE {size}"
     if config["image_dim"] is not None:
         return f"Wan 2.1 {'I2V' if config['pos_embed_seq_len'] is None else 'FLF2V'} {size}"
-    if channels != out:
-        return f"Wan 2.2 I2V {'A14B' if size == '14B' else size}"
-    also = " or Wan 2.2 T2V A14B" if size == "14B" else ""
-    return f"Wan 2.2 TI2V {size}" if out == 48 else f"Wan 2.1 T2V {size}{also}"
+    if out == 48:
+        return f"Wan 2.2 TI2V {size}"
+    if channels != out or is_expert:
+        return f"Wan 2.2 {'T2V' if channels == out else 'I2V'} {'A14B' if size == '14B' else size}"
+    return f"Wan 2.1 T2V {size}" + (", or an expert of Wan 2.2 T2V A14B" if size == "14B" else "")

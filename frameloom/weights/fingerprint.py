@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from frameloom.weights.checkpoint import Checkpoint, Component
@@ -32,6 +32,14 @@ def fingerprint_of_parts(parts: Mapping[str, Component], *facts: object) -> str:
         told.update(json.dumps([name, part.config, tensors], sort_keys=True, default=str).encode())
         for file in sorted(part.files):
             _sample(file, told)
+    return told.hexdigest()[:16]
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """The same of any files, in their order."""
+    told = hashlib.sha256()
+    for file in files:
+        _sample(file, told)
     return told.hexdigest()[:16]
 
 

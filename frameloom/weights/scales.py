@@ -133,13 +133,13 @@ def _check_format(stores: str, told: Mapping[str, Any], weight: TensorEntry | No
 def _rotation(stores: str, told: Mapping[str, Any], weight: TensorEntry) -> int:
     """How many numbers of a row are rotated together."""
     size = told.get("convrot_groupsize", 256)
-    is_whole = type(size) is int and size in _GROUPS and len(weight.shape) == 2 and not weight.shape[1] % size
-    if told.get("format") != "int8_tensorwise" or not is_whole:
+    fits = isinstance(size, int) and size in _GROUPS and len(weight.shape) == 2 and not weight.shape[1] % size
+    if told.get("format") != "int8_tensorwise" or not fits:
         raise CheckpointError(
             f"{stores} of shape {list(weight.shape)} as {told.get('format')} rotated in groups of {size!r}; readable "
             "is int8_tensorwise in groups of a power of 4 that divides the rows, so take a file quantized in that way"
         )
-    return size
+    return int(size)
 
 
 def _readable() -> str:

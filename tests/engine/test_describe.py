@@ -18,10 +18,21 @@ def test_every_kind_of_checkpoint_is_told_by_name(kind, checkpoint_of):
     facts = frameloom.describe(checkpoint_of(kind))
     said = {part["name"]: part["what"] for part in facts["components"]}
     branch = {"image": "2.1 I2V", "image, two experts": "2.2 I2V", "first and last image": "2.1 FLF2V"}
+    branch |= {"two experts": "2.2 T2V"}
     assert said["transformer"].startswith(f"Wan {branch.get(kind, '2.1 T2V')} (2 layers")
+    assert said["transformer"].endswith(", high-noise expert" if "transformer_2" in said else " wide)")
+    assert said.get("transformer_2", "low-noise expert").endswith("low-noise expert")
     assert said["vae"] == ("Wan VAE 2.2" if kind == "per-token timesteps" else "Wan VAE 2.1")
     assert said["text_encoder"] == "UMT5 (2 layers)"
     assert "lacks" not in facts
+
+
+def test_files_of_two_experts_are_told_apart_by_their_names(checkpoint_of, tmp_path):
+    files = convert(open_checkpoint(checkpoint_of("two experts")), tmp_path, to="single-file")
+    for model in (tmp_path, files[1]):
+        said = {part["name"]: part["what"] for part in frameloom.describe(model)["components"]}
+        assert said["transformer"] == "Wan 2.2 T2V (2 layers, 32 wide), high-noise expert by its name"
+        assert said["transformer_2"] == "Wan 2.2 T2V (2 layers, 32 wide), low-noise expert by its name"
 
 
 @pytest.mark.parametrize("to", ["single-file", "original"])

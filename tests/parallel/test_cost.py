@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from frameloom.errors import RequestError
 from frameloom.models.meta import on_meta
-from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec, VaeSpec
+from frameloom.models.vace import VaceDiT, make_dit, under_empty_control
 from frameloom.models.vae_fast import REFERENCE, without_weights
-from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_dit import Control, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.parallel import tensor
 from frameloom.parallel.cost import Exchange, Link, Network, RankCost, predicted_s
@@ -25,6 +26,7 @@ from frameloom.parallel.step_cost import StepWork, num_parameters, step_costs
 from frameloom.parallel.vae_margin import margin_cells
 from frameloom.parallel.vae_passage import SharedPassage
 from frameloom.pipeline import stages
+from frameloom.pipeline.vace import VaceConditions
 from frameloom.types import ParallelPlan
 
 SMALL = {
@@ -37,6 +39,7 @@ SMALL = {
     "ffn_dim": 48,
     "num_layers": 3,
 }
+VACE = {**SMALL, "vace_layers": (0, 2), "vace_in_channels": 5}
 LATENT = (3, 10, 14)  # 35 tokens of a frame: they divide by none of the ranks
 PLANS = [
     ParallelPlan(ulysses=2),
@@ -55,19 +58,21 @@ PLANS = [
 BRANCHES = {"shared": {}, "batched": {"batched": True}, "one": {"branches": 1}}
 
 
-def step_work(plan: ParallelPlan, branches: str, dtype: torch.dtype) -> StepWork:
-    return StepWork(
-        spec=TransformerSpec(**SMALL), latent_THW=LATENT, batch=2, itemsize=dtype.itemsize, **BRANCHES[branches]
-    )
+def spec_of(kind: str) -> TransformerSpec:
+    return VaceSpec(**VACE) if kind == "vace" else TransformerSpec(**SMALL)
+
+
+def step_work(kind: str, branches: str, dtype: torch.dtype) -> StepWork:
+    return StepWork(spec=spec_of(kind), latent_THW=LATENT, batch=2, itemsize=dtype.itemsize, **BRANCHES[branches])
 
 
 @torch.inference_mode()
-def sent_in_steps(world, plan: ParallelPlan, latent: tuple[int, int, int]) -> dict[str, int]:
+def sent_in_steps(world, plan: ParallelPlan, latent: tuple[int, int, int], kind: str = "plain") -> dict[str, int]:
     """Bytes that this rank sent in a step, of every way to compute the branches."""
     mesh, found = Mesh.of(world, plan), {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        dit = WanDiT(TransformerSpec(**SMALL)).eval()
+        dit = make_dit(spec_of(kind)).eval()
         for name, parameter in dit.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else dtype)
         tensor.divide(dit, mesh.tp)
@@ -83,6 +88,9 @@ def _sent_in_step(world, mesh: Mesh, dit: WanDiT, branches: str, latent: tuple[i
     texts = [torch.randn(2, 20, 12) for _ in range(1 if branches == "one" else 2)]
     choices = stages.LoopChoices(prompt_once=True, shared_branches=True, guidance_batched=branches == "batched")
     make = stages.Predictor if mesh.cfg.size == 1 else one_branch_each(stages.Predictor, mesh.cfg)
+    if isinstance(dit, VaceDiT):
+        control = Control(torch.randn(1, 5, *latent), (1.0, 0.5))
+        make = VaceConditions(control=control, num_references=0).predictor(make)
     predict = make(texts, choices)
     predict(dit, x, t)  # which reads the prompt
     before = world.sent_bytes
@@ -90,11 +98,14 @@ def _sent_in_step(world, mesh: Mesh, dit: WanDiT, branches: str, latent: tuple[i
     return world.sent_bytes - before
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_what_a_step_sends_is_what_is_counted(plan: ParallelPlan) -> None:
-    counted = run_ranks(plan.num_ranks, sent_in_steps, plan, LATENT)
+OF_VACE = [("vace", plan) for plan in PLANS if plan.num_ranks == 2]
+
+
+@pytest.mark.parametrize(("kind", "plan"), [*(("plain", plan) for plan in PLANS), *OF_VACE], ids=str)
+def test_what_a_step_sends_is_what_is_counted(kind: str, plan: ParallelPlan) -> None:
+    counted = run_ranks(plan.num_ranks, sent_in_steps, plan, LATENT, kind)
     for branches, dtype in itertools.product(BRANCHES, (torch.float32, torch.bfloat16)):
-        expected = [cost.sent_bytes for cost in step_costs(step_work(plan, branches, dtype), plan)]
+        expected = [cost.sent_bytes for cost in step_costs(step_work(kind, branches, dtype), plan)]
         assert [found[f"{branches} {dtype}"] for found in counted] == expected, (branches, dtype)
 
 
@@ -231,13 +242,18 @@ def test_a_halving_convolution_sends_one_row_upwards() -> None:
     assert up - down == halving
 
 
-def test_operations_of_a_step_are_those_of_the_network() -> None:
-    spec = TransformerSpec(num_attention_heads=12, ffn_dim=8960, num_layers=3)
+SIZES = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 3}
+
+
+@pytest.mark.parametrize(
+    "spec", [TransformerSpec(**SIZES), VaceSpec(**SIZES, vace_layers=(0, 1))], ids=["plain", "vace"]
+)
+def test_operations_of_a_step_are_those_of_the_network(spec: TransformerSpec) -> None:
     with on_meta():
-        dit = WanDiT(spec).eval()
+        dit = make_dit(spec).eval()
     x, t, text = (torch.empty(*shape, device="meta") for shape in ((1, 16, 5, 30, 52), (1,), (1, 512, 4096)))
     with torch.inference_mode():
-        prompts = [dit.read_prompt(text)] * 2
+        prompts = [under_empty_control(dit.read_prompt(text), dit, x)] * 2
         with FlopCounterMode(display=False) as counter:
             dit.velocities(x, t, prompts)
     work = StepWork(spec=spec, latent_THW=(5, 30, 52))
@@ -249,10 +265,13 @@ def test_operations_of_a_step_are_those_of_the_network() -> None:
 
 
 def test_weights_are_counted() -> None:
-    for changes in ({}, {"cross_attn_norm": False}):
-        spec = TransformerSpec(**SMALL, **changes)
+    for spec in (
+        TransformerSpec(**SMALL),
+        TransformerSpec(**SMALL, cross_attn_norm=False),
+        VaceSpec(**VACE),
+    ):
         with on_meta():
-            assert num_parameters(spec) == sum(parameter.numel() for parameter in WanDiT(spec).parameters())
+            assert num_parameters(spec) == sum(parameter.numel() for parameter in make_dit(spec).parameters())
 
 
 @pytest.mark.parametrize("encodes", [False, True])

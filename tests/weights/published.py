@@ -18,7 +18,7 @@ T2V_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 CLIP_BRANCH = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Wan 2.1 T2V 1.3B": T2V_1_3B,
-    "Wan 2.1 T2V 14B or Wan 2.2 T2V A14B": T2V_14B,
+    "Wan 2.1 T2V 14B, or an expert of Wan 2.2 T2V A14B": T2V_14B,
     "Wan 2.1 I2V 14B": T2V_14B | CLIP_BRANCH | {"in_channels": 36},
     "Wan 2.1 FLF2V 14B": T2V_14B | CLIP_BRANCH | {"in_channels": 36, "pos_embed_seq_len": 514},
     "Wan 2.2 I2V A14B": T2V_14B | {"in_channels": 36},

@@ -1,11 +1,16 @@
 """The two noise experts: told apart by the names of their files, and found beside each other."""
 
+import json
 import logging
+import math
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+from published import published_transformer
 
+import frameloom
 from frameloom.errors import CheckpointError
 from frameloom.weights.convert import convert
 from frameloom.weights.experts import files_near, pair_of, the_other
@@ -163,3 +168,36 @@ def test_two_models_are_no_pair(pair, checkpoint_of, tmp_path):
     image.rename(models / "other_LOW.safetensors")
     with pytest.raises(CheckpointError, match=r"two transformers, other_LOW.safetensors and wan_HIGH.safetensors"):
         open_checkpoint(models.parent)
+
+
+# --- what they are called ---
+
+T2V = "Wan 2.1 T2V 14B, or an expert of Wan 2.2 T2V A14B"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "what"),
+    [
+        (T2V, "wan2.2_t2v_high_noise_14B", "Wan 2.2 T2V A14B, high-noise expert by its name"),
+        (T2V, "Wan2.2-T2V-A14B-LowNoise-Q4_K_M", "Wan 2.2 T2V A14B, low-noise expert by its name"),
+        (T2V, "my_merge", T2V),
+        (T2V, "wan2.1_t2v_14B_high", T2V),
+        ("Wan 2.2 I2V A14B", "x_HIGH", "Wan 2.2 I2V A14B, high-noise expert by its name"),
+        ("Wan 2.2 I2V A14B", "x", "Wan 2.2 I2V A14B"),
+        *((one, "x_low", one) for one in ("Wan 2.1 T2V 1.3B", "Wan 2.1 I2V 14B", "Wan 2.2 TI2V 5B")),
+    ],
+)
+def test_a_lone_expert_is_told_by_its_name_where_tensors_cannot_tell(model, name, what, tmp_path):
+    shapes = published_transformer(model)
+    entries = {key: {"dtype": "BF16", "shape": shape} for key, shape in shapes.items()}
+    offset = 0
+    for key, entry in entries.items():
+        end = offset + 2 * math.prod(shapes[key])
+        entry["data_offsets"], offset = [offset, end], end
+    header = json.dumps(entries).encode()
+    path = tmp_path / f"{name}.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + offset)  # a hole: no disk holds its zeros
+    (part,) = frameloom.describe(path)["components"]
+    assert part["what"] == what
