@@ -100,11 +100,15 @@ def load(
     quantized: str = "keep",
     loras: "Sequence[Lora | str]" = (),
     preset: str | None = None,
+    variant: str = "",
+    on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> "Engine":
     """Load a checkpoint: a folder, a weight file, or a hub id; without an argument the built-in model.
 
     `parts`: components from elsewhere, such as {"transformer": "wan.gguf", "vae": "wan_2.1_vae.safetensors"}; names are
     transformer, transformer_2, text_encoder, vae, image_encoder and tokenizer, and all that are needed are a model.
+    `variant`: such as "fp16", of the weight files in Diffusers layout; by default those without, or the only one.
+    `on_bytes` is told of a download: the repository, the bytes that are done, and of how many; without it the log is.
     The other options are explained in `frameloom.types.EngineConfig`; `Engine.set_loras` exchanges LoRAs between
     requests. Use the engine in a `with` statement, or call its `close`. Raises CheckpointError or RequestError, each
     one sentence.
@@ -114,7 +118,9 @@ def load(
         device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
         attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized, loras=loras, preset=preset,
     )  # fmt: skip
-    engine: Engine = _lazy("build_engine")(_named(model, parts), config, parts=parts)
+    engine: Engine = _lazy("build_engine")(
+        _named(model, parts), config, parts=parts, variant=variant, on_bytes=on_bytes
+    )
     return engine
 
 
@@ -125,28 +131,34 @@ def convert_model(
     to: str,
     dtype: str | None = None,
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
-    on_bytes: Callable[[str, int, int], None] = lambda *_: None,
+    variant: str = "",
+    on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> "list[Path]":
     """Write a checkpoint, as `load` takes it, into a folder: to="diffusers", "original" or "single-file".
 
     `dtype`: float32, bfloat16 or float16 for all but the VAE, None as stored. A second call goes on where the first was
-    ended; every file is read back. `on_bytes` is told the file, the bytes of it that are done, and of how many. Returns
-    the weight files. Raises CheckpointError, OutputError or RequestError.
+    ended; every file is read back. `on_bytes` is told the file, or the repository it comes from, the bytes of it that
+    are done, and of how many. `parts` and `variant`: as in `load`. Returns the weight files. Raises CheckpointError,
+    OutputError or RequestError.
     """
     files: list[Path] = _lazy("convert_model")(
-        _named(model, parts), destination, to=to, dtype=dtype, parts=parts, on_bytes=on_bytes
+        _named(model, parts), destination, to=to, dtype=dtype, parts=parts, variant=variant, on_bytes=on_bytes
     )
     return files
 
 
 def describe(
-    model: str | os.PathLike[str] | None = None, *, parts: Mapping[str, str | os.PathLike[str]] | None = None
+    model: str | os.PathLike[str] | None = None,
+    *,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    variant: str = "",
+    on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What is in a checkpoint or weight file, without loading it: components, parameters, dtypes, bytes, defaults.
 
-    Also of a file that is part of a checkpoint, and of a LoRA.
+    Also of a file that is part of a checkpoint, and of a LoRA. `parts`, `variant` and `on_bytes`: as in `load`.
     """
-    facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts)
+    facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts, variant=variant, on_bytes=on_bytes)
     return facts
 
 
@@ -183,14 +195,17 @@ def verify_model(
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "auto",
     parallel: str = "auto",
+    on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> "Iterator[Finding]":
     """Compare every rewrite, and the model's networks in every way they have, with the reference, on this machine.
 
-    `parts`: as `load` takes them. In processes that torchrun started: all ways to share the model over them, or those
-    of the plan `parallel`.
+    `parts` and `on_bytes`: as `load` takes them. In processes that torchrun started: all ways to share the model over
+    them, or those of the plan `parallel`.
     """
     ask_for_same_sums()
-    findings: Iterator[Finding] = _lazy("verify")(_named(model, parts), parts=parts, device=device, parallel=parallel)
+    findings: Iterator[Finding] = _lazy("verify")(
+        _named(model, parts), parts=parts, device=device, parallel=parallel, on_bytes=on_bytes
+    )
     return findings
 
 

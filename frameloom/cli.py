@@ -43,6 +43,7 @@ app = typer.Typer(
 _INTERRUPTED = 130
 _INTERRUPTION = Ending(code=_INTERRUPTED, message="interrupted; nothing was written")
 _TERMINATION = Ending(code=128 + signal.SIGTERM, message="terminated; nothing was written")
+_SECONDS_BETWEEN_LINES = 10.0
 _STAGE_NAMES = {
     "text": "reading the prompt",
     "image": "reading pictures",
@@ -81,6 +82,9 @@ GpusOption = Annotated[
 ]
 ParallelOption = Annotated[
     str, typer.Option(help="How to share: auto, or such as cfg=2,ulysses=2,ring=1,tp=1,vae=4: their product is --gpus.")
+]
+VariantOption = Annotated[
+    str, typer.Option(help="Which weight files in Diffusers layout, such as fp16. Default: those without, or the only.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
@@ -142,6 +146,7 @@ def generate(
     parts: dict[str, str],
     prompt: Annotated[str, typer.Argument(help="What the video should show.")],
     model: ModelOption = None,
+    variant: VariantOption = "",
     quantized: Annotated[
         str, typer.Option(help="Quantized weights: keep them as they are stored, or expand them (faster, more memory).")
     ] = "keep",
@@ -233,11 +238,13 @@ def generate(
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
         begun = time.perf_counter()
-        with frameloom.load(
-            model, parts=parts, quantized=quantized, loras=lora or (), preset=preset, device=device, dtype=dtype,
-            exactness=exactness, rewrites=rewrite or (), compilation=compilation, attention=attention,
-            vae_memory=vae_memory, parallel=parallel,
-        ) as engine:  # fmt: skip
+        with _byte_bars(console) as on_bytes:
+            engine = frameloom.load(
+                model, parts=parts, variant=variant, quantized=quantized, loras=lora or (), preset=preset,
+                device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
+                attention=attention, vae_memory=vae_memory, parallel=parallel, on_bytes=on_bytes,
+            )  # fmt: skip
+        with engine:
             loaded_s = time.perf_counter() - begun
             if explain:
                 for decision in engine.decisions:
@@ -263,10 +270,12 @@ def inspect(
     model: Annotated[
         str | None, typer.Argument(help="Folder, weight file, LoRA or hub id; without one the built-in model.")
     ] = None,
+    variant: VariantOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint, a weight file or a LoRA holds, without loading it."""
-    facts = frameloom.describe(model)
+    with _byte_bars(_console(quiet=as_json)) as on_bytes:
+        facts = frameloom.describe(model, variant=variant, on_bytes=on_bytes)
     if as_json:
         print(json.dumps(facts))
         return
@@ -314,15 +323,17 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for all but the VAE. Default: as stored.")
     ] = None,
+    variant: VariantOption = "",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
     """Write a checkpoint in another layout; the same command again goes on where it was ended."""
     console = _console(quiet=quiet)
     again = "the same command goes on where it was ended"
-    with _last_words(lambda: again), _file_progress(console) as report:
+    with _last_words(lambda: again), _byte_bars(console) as bars:
         files = frameloom.convert_model(
-            None if source == "-" else source, destination, to=to, dtype=dtype, parts=parts, on_bytes=report
-        )
+            None if source == "-" else source, destination, to=to, dtype=dtype, parts=parts, variant=variant,
+            on_bytes=bars or _byte_lines(console),
+        )  # fmt: skip
     for file in files:
         console.print(f"{file}: {_bytes(file.stat().st_size)}, read back", soft_wrap=True)
 
@@ -347,10 +358,11 @@ def verify(
     console.print(
         f"{'':<9}{'rewrite':<44}{'max abs':>8}{'relative':>10}{'PSNR':>8}{'speed':>8}  promise", soft_wrap=True
     )
-    found = frameloom.verify_model(model, parts=parts, device=device, parallel=parallel)
-    for finding in found:  # one by one: some take minutes
-        findings.append(finding)
-        console.print(_finding_line(finding), soft_wrap=True)
+    with _byte_bars(console) as on_bytes:
+        found = frameloom.verify_model(model, parts=parts, device=device, parallel=parallel, on_bytes=on_bytes)
+        for finding in found:  # one by one: some take minutes
+            findings.append(finding)
+            console.print(_finding_line(finding), soft_wrap=True)
     broken = [finding.name for finding in findings if finding.kept is False]
     if as_json and _is_first(launched()):
         print(json.dumps({"findings": [finding.record() for finding in findings], "broken": broken}))
@@ -715,21 +727,39 @@ def _one_or_each(numbers: list[float] | None) -> float | list[float] | None:
 
 
 @contextmanager
-def _file_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback for bytes of files: bars on a terminal, otherwise a line at the end of each file."""
+def _byte_bars(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback for the bytes of files that shows bars; None where there is no terminal: then the log tells."""
     if not console.is_terminal or console.quiet:
-        yield lambda name, done, total: console.print(f"{name}: {_bytes(total)}") if done == total else None
+        yield None
         return
     columns = (TextColumn("{task.description:>28}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Bars(*columns, console=console)
+    tasks: dict[str, TaskID] = {}
 
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done, total=total)
+    def show(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            bars.start()
+            tasks[name] = bars.add_task(name, total=total)
+        bars.update(tasks[name], completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        bars.stop()
+
+
+def _byte_lines(console: Console) -> Callable[[str, int, int], None]:
+    """The same in lines: one at the end of each file, and one every ten seconds."""
+    told_s = time.monotonic()
+
+    def tell(name: str, done: int, total: int) -> None:
+        nonlocal told_s
+        if done < total and time.monotonic() < told_s + _SECONDS_BETWEEN_LINES:
+            return
+        told_s = time.monotonic()
+        console.print(f"{name}: {_bytes(done)}" + (f" of {_bytes(total)}" if done < total else ""))
+
+    return tell
 
 
 @contextmanager

@@ -2,18 +2,26 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom.engine.compiled import COMPILED
 from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import CheckpointError
+from frameloom.models.vace import VaceBlock
 from frameloom.models.vae_rewrites import BUFFERS
+from frameloom.models.wan_dit import Block
 from frameloom.ops import vae_rewrites as ops
+from frameloom.ops.quantized import QuantizedWeight
 from frameloom.ops.registry import Policy
-from frameloom.verify import networks, verify, verify_rewrite
+from frameloom.verify import networks, verify, verify_rewrite, verify_samples
+from frameloom.verify.samples import write_network, write_quantized
+from frameloom.verify.stored import verify_stored
+from frameloom.weights.tensors import Reader
 
 CPU = torch.device("cpu")
 
@@ -28,13 +36,38 @@ def quick(monkeypatch) -> set[str]:
 
 @pytest.fixture
 def no_rewrites(monkeypatch) -> None:
-    """The networks alone."""
+    """The networks of the checkpoint alone."""
     monkeypatch.setattr("frameloom.verify.REWRITES", ())
+    monkeypatch.setattr("frameloom.verify.verify_samples", lambda *_: ())
+
+
+@pytest.fixture
+def kept_alone(no_rewrites, monkeypatch) -> None:
+    """Of the checkpoint nothing but weights that stay as they are stored."""
+    monkeypatch.setattr("frameloom.verify.attention_rewrites", lambda *_: ())
+    monkeypatch.setattr("frameloom.verify.verify_networks", lambda *_: ())
+
+
+@pytest.fixture(scope="module")
+def float8_checkpoint(checkpoint_of, tmp_path_factory):
+    """A checkpoint whose matrices are float8, as those that are shared to save space."""
+    folder = tmp_path_factory.mktemp("float8") / "model"
+    shutil.copytree(checkpoint_of(), folder)
+    for part in ("transformer", "text_encoder"):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        narrow = {name for name, value in state.items() if value.dim() == 2 and ("block" in name or "shared" in name)}
+        save_file({name: x.to(torch.float8_e4m3fn) if name in narrow else x for name, x in state.items()}, path)
+    return folder
+
+
+def broken(findings) -> set[str]:
+    return {finding.name for finding in findings if not finding.kept}
 
 
 def test_every_promise_is_kept_here(quick) -> None:
     findings = list(verify())
-    assert {finding.name.split()[0] for finding in findings} == quick | {"attention.native"}
+    assert {finding.name.split()[0] for finding in findings} == quick | {"attention.native", "random"}
     assert [finding.name for finding in findings if finding.kept is False] == []
     assert all(finding.note for finding in findings if finding.kept is None)
     assert all(finding.speedup > 0 for finding in findings if finding.kept)
@@ -47,7 +80,10 @@ def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
     assert {finding.name.split(", ")[1] for finding in found} == {"decode", "encode"}
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("one expert", 1), ("two experts", 2), ("per-token timesteps", 1)])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("one expert", 1), ("two experts", 2), ("per-token timesteps", 1), ("first and last image", 1), ("vace", 1)],
+)
 def test_the_transformers_of_a_checkpoint_are_tried_in_every_way(kind, parts, checkpoint_of, no_rewrites) -> None:
     found = [finding for finding in verify(checkpoint_of(kind)) if finding.name.startswith("transformer")]
     assert len(found) == 4 * parts
@@ -72,6 +108,110 @@ def test_a_transformer_that_does_not_fit_is_told(checkpoint_of, no_rewrites, mon
     (found,) = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("transformer")]
     assert found.kept is None
     assert "in float32 its weights take 0.0 GB" in found.note
+
+
+def test_small_networks_of_every_kind_are_tried_in_every_way(tmp_path) -> None:
+    found = list(verify_samples(tmp_path, CPU))
+    networks_tried = [finding.name.split(", ")[0] for finding in found]
+    assert {name: networks_tried.count(name) for name in networks_tried} == dict.fromkeys(
+        [
+            "random image network",
+            "random image network with CLIP",
+            "random first-and-last-image network",
+            "random VACE network",
+            "random transformer in GGUF's blocks",
+            "random text encoder in GGUF's blocks",
+            "random transformer in 8 bits a number",
+            "random text encoder in 8 bits a number",
+        ],
+        4,
+    )
+    assert broken(found) == set()
+
+
+def without_a_hint(dit) -> None:
+    """The last hint is made and not added."""
+    block = dit.block_list[dit.spec.vace_layers[-1]]
+    block.read = lambda *told: Block.read(block, *told)
+
+
+def with_hints_alike(dit) -> None:
+    """Every hint counts fully."""
+    block = dit.blocks_beside[-1]
+    block.hint = lambda control_BLD, _: VaceBlock.hint(block, control_BLD, 1.0)
+
+
+def with_other_images(dit) -> None:
+    dit.block_list[-1].attn2.add_v_proj.bias.add_(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("VACE network", without_a_hint),
+        ("VACE network", with_hints_alike),
+        ("image network with CLIP", with_other_images),
+        ("first-and-last-image network", with_other_images),
+    ],
+)
+def test_a_hint_or_an_image_that_is_lost_is_found(kind, fault, tmp_path, monkeypatch) -> None:
+    plain = networks.load_fast_dit
+
+    def wrong(*args, **kwargs):
+        fast = plain(*args, **kwargs)
+        fault(fast.dit)
+        return fast
+
+    monkeypatch.setattr(networks, "load_fast_dit", wrong)
+    assert len(broken(networks.verify_transformer(write_network(tmp_path, kind), kind, CPU))) == 4
+
+
+def test_numbers_that_kept_weights_do_not_stand_for_are_found(tmp_path, monkeypatch) -> None:
+    samples, plain = list(write_quantized(tmp_path)), QuantizedWeight.plain
+    monkeypatch.setattr(QuantizedWeight, "plain", lambda self, dtype: plain(self, dtype) * 1.01)
+    for sample in samples:
+        found = broken(verify_stored(sample.stored, sample.name, CPU, plain=sample.plain))
+        assert found == {f"{sample.name}, kept as stored, {dtype}" for dtype in ("float32", "bfloat16")}
+
+
+def test_a_scale_that_is_read_wrongly_is_found_in_both_ways(tmp_path, monkeypatch) -> None:
+    read = Reader._scale
+    monkeypatch.setattr(Reader, "_scale", lambda self, entry: None if entry.scale is None else read(self, entry) * 2)
+    for sample in write_quantized(tmp_path):
+        found = broken(verify_stored(sample.stored, sample.name, CPU, plain=sample.plain))
+        assert len(found) == (4 if "8 bits" in sample.name else 0)
+
+
+def test_quantized_weights_of_a_checkpoint_are_tried_as_they_are_stored(float8_checkpoint, kept_alone) -> None:
+    names = [f"{part} of model, kept as stored" for part in ("transformer", "text_encoder")]
+    assert {finding.name: finding.kept for finding in verify(float8_checkpoint)} == {
+        f"{name}, {dtype}": True for name in names for dtype in ("float32", "bfloat16")
+    }
+
+
+def test_plain_weights_have_nothing_to_keep(checkpoint_of, kept_alone) -> None:
+    assert list(verify(checkpoint_of())) == []
+
+
+def test_other_rows_of_a_kept_table_are_found(float8_checkpoint, kept_alone, monkeypatch) -> None:
+    rows = QuantizedWeight.rows
+    monkeypatch.setattr(QuantizedWeight, "rows", lambda self, ids, dtype: rows(self, ids.flip(-1), dtype))
+    assert {name.split(" of ")[0] for name in broken(verify(float8_checkpoint))} == {"text_encoder"}
+
+
+def test_kept_weights_that_do_not_fit_are_told(float8_checkpoint, kept_alone, monkeypatch) -> None:
+    monkeypatch.setattr("frameloom.verify.stored.free_memory_bytes", lambda device: 1000)
+    found = list(verify(float8_checkpoint))
+    assert [(finding.kept, "GB are free" in finding.note) for finding in found] == [(None, True)] * 2
+
+
+def test_the_command_takes_parts_from_elsewhere(run, checkpoint_of, float8_checkpoint, kept_alone) -> None:
+    part = float8_checkpoint / "transformer"
+    code, out, err = run("verify", "--model", checkpoint_of(), "--transformer", part, "--device", "cpu")
+    assert code == 0, err
+    assert [line.split()[:5] for line in out.splitlines()[1:-1]] == [
+        ["kept", "transformer", "of", "model,", "kept"]
+    ] * 2
 
 
 def test_a_folder_of_nothing_says_what_it_lacks(tmp_path) -> None:

@@ -15,12 +15,19 @@ from frameloom.weights.assemble import lacking
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.configs import model_name
 from frameloom.weights.experts import is_high
+from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.lora import describe_lora
 from frameloom.weights.source import Source, open_checkpoint, open_parts
 
 
-def describe_checkpoint(model: Source, *, parts: Mapping[str, Source] | None = None) -> dict[str, Any]:
-    """Facts as plain data. Raises CheckpointError.
+def describe_checkpoint(
+    model: Source,
+    *,
+    parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    on_bytes: OnBytes | None = None,
+) -> dict[str, Any]:
+    """Facts as plain data; `variant` and `on_bytes` are those of `open_checkpoint`. Raises CheckpointError.
 
     Of a checkpoint: pipeline, components, defaults. Of files that are part of one: their components, and what it
     "lacks". Of a LoRA ("kind"): its keys and ranks. Of a hub id only the JSON files and the headers of the weight files
@@ -30,10 +37,10 @@ def describe_checkpoint(model: Source, *, parts: Mapping[str, Source] | None = N
     if path.is_file() and path.name != "model_index.json" and (found := describe_lora(path)) is not None:
         return found
     if not parts and path.exists() and not (path / "model_index.json").exists():
-        found_parts = open_parts(model)
+        found_parts = open_parts(model, variant=variant)
         if lacks := lacking(found_parts):
             return {"model": os.fspath(model), "path": str(path), "lacks": lacks, **_components(found_parts)}
-    return _whole(open_checkpoint(model, parts=parts, fetch_weights=False))
+    return _whole(open_checkpoint(model, parts=parts, variant=variant, fetch_weights=False, on_bytes=on_bytes))
 
 
 def _whole(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from frameloom.ops.quantized import Kernel, Linear
 Step = Callable[[], Undo]
 
 _FUSED = ("to_q", "to_k", "to_v")
+_FED = ("net.0.proj", "net.2")
 
 
 class Term(Protocol):
@@ -123,7 +124,7 @@ def _computed_elsewhere(dit: WanDiT) -> Iterator[tuple[str, Plain]]:
             for index, name in enumerate(_FUSED):
                 yield f"{path}.{name}", functools.partial(_third, module.project, index)
         elif isinstance(module, FeedForward) and isinstance(module.kernel, PackedMlp):
-            for name, packed in (("net.0.proj", module.kernel.first), ("net.2", module.kernel.second)):
+            for name, packed in zip(_FED, (module.kernel.first, module.kernel.second), strict=True):
                 yield f"{path}.{name}", functools.partial(_of_packed, packed)
 
 
@@ -145,21 +146,38 @@ def _of_layer(division: Division, layer: nn.Linear) -> tuple[Tensor, Tensor | No
     return division.whole(layer.weight), bias
 
 
-def _opened_feed_forwards(dit: WanDiT, terms: Mapping[str, Sequence[Term]]) -> Iterator[Step]:
-    """Feed-forwards whose layers are computed by one kernel get one that calls these layers, for as many tokens."""
+def _opened_feed_forwards(dit: WanDiT, terms: dict[str, tuple[Term, ...]]) -> Iterator[Step]:
+    """Where one kernel computes both layers, each is computed for itself; takes their terms out of `terms`."""
     for path, feed in dit.named_modules():
-        if not isinstance(feed, FeedForward) or feed.kernel is None:
-            continue
-        if terms.keys().isdisjoint((f"{path}.net.0.proj", f"{path}.net.2")):
-            continue
-        first, second = feed.layers
-        rows = rows_at_once(torch.empty(first.out_features, 0, dtype=dit.dtype))
-        if isinstance(feed.kernel, PackedMlp):
-            rows = feed.kernel.rows
-            yield functools.partial(_exchange, first, "kernel", feed.kernel.first.product)
-            yield functools.partial(_exchange, second, "kernel", feed.kernel.second)
-        kernel = functools.partial(in_pieces, feed.net, width=second.out_features, rows=rows)
-        yield functools.partial(_exchange, feed, "kernel", kernel)
+        if isinstance(feed, FeedForward) and feed.kernel is not None:
+            parts = tuple(terms.pop(f"{path}.{name}", ()) for name in _FED)
+            if any(parts):
+                kernel = functools.partial(_fed, feed, feed.kernel, parts)
+                yield functools.partial(_exchange, feed, "kernel", kernel)
+
+
+def _fed(feed: FeedForward, kernel: Kernel, parts: Sequence[Sequence[Term]], x: Tensor) -> Tensor:
+    """(..., D) -> (..., D), for as many tokens at a time as the kernel takes; weights are made plain once for all."""
+    (first, second), rows = _one_by_one(feed, kernel)
+
+    def run(piece: Tensor) -> Tensor:
+        hidden = feed.net[1](_added(parts[0], piece, first(piece)))
+        return _added(parts[1], hidden, second(hidden))
+
+    return in_pieces(run, x, width=feed.layers[1].out_features, rows=rows)
+
+
+def _one_by_one(feed: FeedForward, kernel: Kernel) -> tuple[tuple[Kernel, Kernel], int]:
+    """Both layers of a feed-forward that a kernel computes, and how many tokens it takes at a time."""
+    if isinstance(kernel, PackedMlp):
+        return (kernel.first.product, kernel.second), kernel.rows
+    first, second = feed.layers
+    rows = rows_at_once(torch.empty(first.out_features, 0, dtype=first.dtype))
+    return (_made_plain(first), _made_plain(second)), rows
+
+
+def _made_plain(layer: Linear) -> Kernel:
+    return layer if layer.stored is None else PlainLinear(layer.plain_weight(), layer.bias)
 
 
 def _fused_projections(dit: WanDiT, terms: dict[str, tuple[Term, ...]]) -> Iterator[Step]:

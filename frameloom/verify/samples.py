@@ -20,10 +20,10 @@ from frameloom.weights.checkpoint import Component, JsonObject
 from frameloom.weights.header import TensorEntry
 
 _SMALL = TransformerSpec(
-    num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
-    ffn_dim=96, num_layers=3,
+    num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=24, freq_dim=32,
+    ffn_dim=256, num_layers=3,
 )  # fmt: skip
-_FROM_IMAGE = replace(_SMALL, in_channels=12)  # latents of the image and a mask beside the noise
+_FROM_IMAGE = replace(_SMALL, in_channels=36)  # latents of the image and a mask beside the noise
 _WITH_CLIP = replace(_FROM_IMAGE, image_dim=20, added_kv_proj_dim=_SMALL.dim)
 SPECS: Mapping[str, TransformerSpec] = MappingProxyType(
     {

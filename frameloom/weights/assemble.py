@@ -6,7 +6,7 @@ from typing import Any
 
 from frameloom.errors import CheckpointError
 from frameloom.models.defaults import boundary_ratio_of, scheduler_of
-from frameloom.models.spec import TransformerSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
 
 REQUIRED = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -30,7 +30,7 @@ def assemble(components: Mapping[str, Component], *, facts: JsonObject, name: st
     spec = TransformerSpec.from_config(transformer.config, where=str(transformer.described_by))
     is_pair = "transformer_2" in components
     per_token = facts.get("expand_timesteps", bool(components["vae"].config.get("is_residual")))
-    pipeline = facts.get("pipeline", _pipeline(transformer.config, expand_timesteps=bool(per_token)))
+    pipeline = facts.get("pipeline", _pipeline(spec, expand_timesteps=bool(per_token)))
     scheduler = facts.get("scheduler", scheduler_of(spec, expand_timesteps=bool(per_token)))
     return Checkpoint(
         path=path,
@@ -65,10 +65,10 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _pipeline(config: JsonObject, *, expand_timesteps: bool) -> str:
-    if config.get("vace_layers") is not None:
+def _pipeline(spec: TransformerSpec, *, expand_timesteps: bool) -> str:
+    if isinstance(spec, VaceSpec):
         return "WanVACEPipeline"
-    takes_image = config.get("image_dim") is not None or config["in_channels"] != config["out_channels"]
+    takes_image = spec.image_dim is not None or spec.in_channels != spec.out_channels
     return "WanImageToVideoPipeline" if takes_image and not expand_timesteps else "WanPipeline"
 
 

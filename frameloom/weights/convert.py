@@ -26,6 +26,7 @@ from frameloom.weights.files import read_file
 from frameloom.weights.fingerprint import fingerprint
 from frameloom.weights.header import BLOCKS, TensorEntry, read_safetensors
 from frameloom.weights.hub_choice import is_weights
+from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
 from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.tensors import DTYPES, read_tensor
@@ -33,8 +34,6 @@ from frameloom.weights.write import NAMES, Planned, Target, compare, make_folder
 
 Layout = Literal["diffusers", "original", "single-file"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "original", "single-file")
-OnBytes = Callable[[str, int, int], None]
-"""Called with the name of a file, the bytes of it that are written, and of how many."""
 
 SHARD_BYTES = 10 * 10**9
 """Largest file of a Diffusers component; more is cut into shards with an index, as save_pretrained does."""
@@ -59,11 +58,13 @@ def convert_model(
     to: str,
     dtype: str | None = None,
     parts: Mapping[str, Source] | None = None,
-    on_bytes: OnBytes = lambda *_: None,
+    variant: str = "",
+    on_bytes: OnBytes | None = None,
 ) -> list[Path]:
     """Open a checkpoint as `open_checkpoint` does, and write it as `convert` does.
 
-    `dtype`: float32, bfloat16, float16, or None. Raises RequestError for another, and for a layout that is not known.
+    `dtype`: float32, bfloat16, float16, or None. `on_bytes` is told of what is fetched, and of what is written. Raises
+    RequestError for another dtype, and for a layout that is not known.
     """
     if to not in LAYOUTS:
         raise RequestError(f"the layout {to!r} is unknown; use {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
@@ -71,9 +72,10 @@ def convert_model(
         raise RequestError(f"the dtype {dtype!r} is not possible; use {', '.join(FLOATS)}, or none to leave it")
     if not os.fspath(destination):
         raise RequestError("the destination is empty; give a folder that is new, empty, or of an earlier run")
-    checkpoint = open_checkpoint(model, parts=parts)
+    checkpoint = open_checkpoint(model, parts=parts, variant=variant, on_bytes=on_bytes)
     folder = Path(os.path.expanduser(destination))
-    return convert(checkpoint, folder, to=to, dtype=None if dtype is None else FLOATS[dtype], on_bytes=on_bytes)
+    torch_dtype = None if dtype is None else FLOATS[dtype]
+    return convert(checkpoint, folder, to=to, dtype=torch_dtype, on_bytes=on_bytes or (lambda *_: None))
 
 
 def convert(

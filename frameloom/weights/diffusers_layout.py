@@ -4,14 +4,19 @@ JSON and the headers of the safetensors files only, so it is quick. Everything i
 leaves its folder.
 """
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from frameloom.errors import CheckpointError
+from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import PIPELINES, Checkpoint, Component, JsonObject, boundary_ratio, expand_timesteps
 from frameloom.weights.header import read_header, read_json, read_tensors, shard_names
 from frameloom.weights.hub import RemoteFiles
+from frameloom.weights.hub_choice import choose_variant
+
+log = logging.getLogger(LOGGER_NAME)
 
 # Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
 _MODEL_CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -44,16 +49,18 @@ def open_layout(
     *,
     instead: Mapping[str, Component] | None = None,
     remote: RemoteFiles | None = None,
+    variant: str = "",
 ) -> Checkpoint:
     """The checkpoint in a folder with a model_index.json; components that are given `instead` are not looked at.
 
-    `remote`: where weight files are that were not fetched. Raises CheckpointError.
+    `remote`: where weight files are that were not fetched. `variant`: of the weight files, where a component has it.
+    Raises CheckpointError.
     """
     index, where, own = read_index(root), root / "model_index.json", root / "frameloom.json"
     instead = instead or {}
     classes = component_classes(index, where=where, without=instead)
     components = {
-        part: open_component(root / part, part, class_name=class_name, remote=remote)
+        part: open_component(root / part, part, class_name=class_name, remote=remote, variant=variant)
         for part, class_name in classes.items()
         if part != "scheduler"
     }
@@ -148,12 +155,13 @@ def _check_parts(checkpoint: Checkpoint) -> None:
 # --- one component ---
 
 
-def has_weights(root: Path, classes: Collection[str]) -> bool:
-    """Whether the weight files of every network are in the folder, all shards of them."""
+def has_weights(root: Path, classes: Collection[str], remote: RemoteFiles, *, variant: str = "") -> bool:
+    """Whether the weight files of every network that a repository has are in the folder, all shards of them."""
     try:
         for part in classes:
             if part in _MODEL_CLASSES:
-                read_tensors(_weight_files(root / part, _names(root / part)))
+                _, files = _weight_files(root / part, remote.names(part), variant)
+                read_tensors(files)
     except CheckpointError:
         return False
     return True
@@ -164,14 +172,20 @@ def _names(folder: Path) -> list[str]:
 
 
 def open_component(
-    folder: Path, name: str, *, class_name: str | None = None, remote: RemoteFiles | None = None
+    folder: Path,
+    name: str,
+    *,
+    class_name: str | None = None,
+    remote: RemoteFiles | None = None,
+    variant: str = "",
 ) -> Component:
     """One component's folder; None takes the class that its config.json names. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing, though model_index.json lists it; download the checkpoint again")
     is_model = name in _MODEL_CLASSES
     names = remote.names(name) if remote else _names(folder)
-    files = _weight_files(folder, names) if is_model else ()
+    taken, files = _weight_files(folder, names, variant) if is_model else (variant, ())
+    _tell_variant(folder, variant, taken)
     described_by = folder / "config.json"
     class_name = class_name or _class_in(described_by, name)
     return Component(
@@ -200,18 +214,24 @@ def _config(path: Path, class_name: str) -> JsonObject:
     return config
 
 
-def _weight_files(folder: Path, names: list[str]) -> tuple[Path, ...]:
-    """The weight files of one component: without a variant if there is such a set, else its only variant."""
+def _weight_files(folder: Path, names: list[str], variant: str) -> tuple[str, tuple[Path, ...]]:
+    """The variant that is taken, "" for none, and its weight files: see `choose_variant`."""
     found: dict[str, Path] = {}
     for name in sorted(names, key=lambda name: name.endswith(".json")):  # an index wins over a single file
         if match := _WEIGHTS.fullmatch(name):
             found[match[1] or match[2] or ""] = folder / name
     if not found:
         raise CheckpointError(_no_weights(folder, names))
-    if "" not in found and len(found) > 1:
-        raise CheckpointError(f"{folder} holds the variants {', '.join(sorted(found))}; keep one of them")
-    chosen = found.get("") or next(iter(found.values()))
-    return _shards(chosen, names) if chosen.suffix == ".json" else (chosen,)
+    taken = choose_variant(found.keys(), variant, where=str(folder))
+    chosen = found[taken]
+    return taken, _shards(chosen, names) if chosen.suffix == ".json" else (chosen,)
+
+
+def _tell_variant(folder: Path, asked: str, taken: str) -> None:
+    if asked and taken != asked:
+        log.info("%s has no variant %s: its %s files are taken", folder, asked, taken or "plain")
+    elif taken != asked:
+        log.info("%s holds the variant %s alone, which is taken", folder, taken)
 
 
 def _shards(index_path: Path, present: list[str]) -> tuple[Path, ...]:

@@ -32,7 +32,7 @@ from frameloom.errors import CheckpointError
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.header import TensorEntry, read_json, tensor_entries
 from frameloom.weights.hub_choice import WEIGHT_SUFFIXES, choose_files, is_index, is_weights
-from frameloom.weights.hub_fetch import Listing, Report, StoredFile, fetch, home_of, notes_of, write_note
+from frameloom.weights.hub_fetch import Listing, OnBytes, StoredFile, fetch, home_of, notes_of, write_note
 
 log = logging.getLogger(LOGGER_NAME)
 _PREFIX = "hf://"
@@ -188,10 +188,10 @@ def _found_in_cache(name: HubName, *, problem: str) -> Listing | None:
 # --- files ---
 
 
-def download(listing: Listing, paths: Sequence[str], *, report: Report | None = None) -> Path:
+def download(listing: Listing, paths: Sequence[str], *, on_bytes: OnBytes | None = None) -> Path:
     """Have those of `paths` that the repository holds in the cache; the folder they are in. Raises CheckpointError."""
     with _explained(HubName(repo=listing.repo, revision=listing.commit)):
-        return fetch(listing, [path for path in paths if path in listing.files], report=report)
+        return fetch(listing, [path for path in paths if path in listing.files], on_bytes=on_bytes)
 
 
 def download_checkpoint(
@@ -200,7 +200,7 @@ def download_checkpoint(
     components: Collection[str] | None = None,
     variant: str = "",
     weights: bool = True,
-    report: Report | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> Path:
     """Fetch what `choose_files` takes of a repository, and of shards those that the index lists.
 
@@ -210,14 +210,14 @@ def download_checkpoint(
         listing.files, components=components, variant=variant, weights=weights, where=listing.repo
     )  # fmt: skip
     texts = [path for path in chosen if not is_weights(path)]
-    root = download(listing, texts, report=report)
+    root = download(listing, texts, on_bytes=on_bytes)
     if not weights:
         return root
     by_folder = {path.rpartition("/")[0]: _listed_shards(root / path) for path in texts if is_index(path)}
     large = {path for path in chosen if is_weights(path) and path.rpartition("/")[0] not in by_folder}
     for folder, names in by_folder.items():
         large |= {f"{folder}/{name}".lstrip("/") for name in names}
-    return download(listing, [*texts, *sorted(large)], report=report)
+    return download(listing, [*texts, *sorted(large)], on_bytes=on_bytes)
 
 
 def _listed_shards(index: Path) -> set[str]:
@@ -231,7 +231,7 @@ def download_files(
     paths: Sequence[str] = (),
     *,
     also: Callable[[Collection[str]], Sequence[str]] = lambda _: (),
-    report: Report | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> tuple[Path, ...]:
     """Fetch single files of a repository, or the one that `name` ends with; where they are, in the same order.
 
@@ -244,7 +244,7 @@ def download_files(
         if path not in listing.files:
             what = f"holds no file {path!r}" if path else "is a repository, and a file of it is needed"
             raise CheckpointError(f"'{listing.repo}' {what}{_suggestion(path, listing)}")
-    root = download(listing, [*wanted, *also(listing.files.keys())], report=report)
+    root = download(listing, [*wanted, *also(listing.files.keys())], on_bytes=on_bytes)
     return tuple(root / path for path in wanted)
 
 

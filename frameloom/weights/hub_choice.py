@@ -50,9 +50,36 @@ def choose_files(
         chosen = _of_original(folders, variant, where=where)
     else:
         raise CheckpointError(_no_layout(folders, where))
-    if variant and not any(_variant(PurePosixPath(path).name) == variant for path in chosen):
-        raise CheckpointError(f"'{where}' has no variant '{variant}'; leave it out, or choose one of its file names")
+    if variant and not any(variant_of(path) == variant for path in chosen):
+        in_use = {path.rpartition("/")[0] for path in chosen}
+        raise no_such_variant(variant, (name for folder in in_use for name in folders[folder]), where=where)
     return tuple(sorted(path for path in chosen if weights or not is_weights(path)))
+
+
+def variant_of(path: str) -> str:
+    """The variant of a weight file, or of an index of some, by its name, such as "fp16"; "" for one without."""
+    match = _WEIGHTS.fullmatch(PurePosixPath(path).name)
+    return (match["before"] or match["after"] or match["last"] or "") if match else ""
+
+
+def choose_variant(there: Collection[str], variant: str, *, where: str) -> str:
+    """Of the variants of a component ("": the plain files) the one to take: the asked one, the plain, or the only one.
+
+    Raises CheckpointError where there are several and nobody chose.
+    """
+    chosen = next((name for name in (variant, "") if name in there), None)
+    if chosen is not None:
+        return chosen
+    if len(there) > 1:
+        raise CheckpointError(f"'{where}' has the variants {', '.join(sorted(there))}; choose one with --variant")
+    return next(iter(there))
+
+
+def no_such_variant(variant: str, paths: Iterable[str], *, where: str) -> CheckpointError:
+    """What to raise where none of the weight files among `paths` is of the variant."""
+    others = sorted({other for path in paths if (other := variant_of(path))})
+    instead = f"choose {' or '.join(others)}, or leave --variant out" if others else "it has none: leave --variant out"
+    return CheckpointError(f"'{where}' has no variant {variant[:40]!r}; {instead}")
 
 
 def is_weights(path: str) -> bool:
@@ -102,11 +129,6 @@ def _is_expert(names: Iterable[str]) -> bool:
     return "config.json" in names and any(_WEIGHTS.fullmatch(name) for name in names)
 
 
-def _variant(name: str) -> str:
-    match = _WEIGHTS.fullmatch(name)
-    return (match["before"] or match["after"] or match["last"] or "") if match else ""
-
-
 def _weights(names: Iterable[str], variant: str, *, where: str) -> list[str]:
     """One set of weights of a folder with its index; none if there is none."""
     matches = [match for name in names if (match := _WEIGHTS.fullmatch(name))]
@@ -114,13 +136,10 @@ def _weights(names: Iterable[str], variant: str, *, where: str) -> list[str]:
     sets: dict[str, list[re.Match[str]]] = {}
     for match in matches:
         if match["kind"] == kind:
-            sets.setdefault(_variant(match.string), []).append(match)
+            sets.setdefault(variant_of(match.string), []).append(match)
     if not sets:
         return []
-    chosen = next((name for name in (variant, "") if name in sets), None)
-    if chosen is None and len(sets) > 1:
-        raise CheckpointError(f"'{where}' has the variants {', '.join(sorted(sets))}; choose one of them")
-    return _one_of_each(sets[chosen] if chosen is not None else next(iter(sets.values())))
+    return _one_of_each(sets[choose_variant(sets.keys(), variant, where=where)])
 
 
 def _one_of_each(matches: Sequence[re.Match[str]]) -> list[str]:

@@ -58,16 +58,8 @@ class Listing:
         return self.home / "snapshots" / self.commit
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Transfer:
-    """How far the files of `repo` are that are fetched together."""
-
-    repo: str
-    done_bytes: int
-    total_bytes: int
-
-
-Report = Callable[[Transfer], None]
+OnBytes = Callable[[str, int, int], None]
+"""Called with the name of a file or repository, the bytes of it that are done, and of how many."""
 
 
 def home_of(repo: str) -> Path:
@@ -81,19 +73,19 @@ def notes_of(repo: str) -> Path:
     return home_of(repo) / "frameloom"
 
 
-def fetch(listing: Listing, paths: Sequence[str], *, report: Report | None = None) -> Path:
+def fetch(listing: Listing, paths: Sequence[str], *, on_bytes: OnBytes | None = None) -> Path:
     """Have these files of the listing in the cache, whole and undamaged; the folder they are in is its `snapshot`.
 
-    `report` is called with every piece that arrives, from one thread at a time; without one the log tells every ten
-    seconds. Raises CheckpointError for a lack of space, for what is damaged (and removed, so that it can be fetched
-    again) or missing while the hub cannot be reached; what the hub library raises is raised as it is.
+    `on_bytes` is called with the repository and every piece that arrives, from one thread at a time; without it the log
+    tells every ten seconds. Raises CheckpointError for a lack of space, for what is damaged (and removed, so that it
+    can be fetched again) or missing while the hub cannot be reached; what the hub library raises is raised as it is.
     """
     missing = [path for path in paths if not (listing.snapshot / path).is_file()]
     if missing and listing.problem:
         raise CheckpointError(f"{listing.problem}; the cache lacks {missing[0]}{_and_more(len(missing) - 1)}")
     if missing:
         _check_space(listing, missing)
-        _fetch_all(listing, missing, report or _LogLines(listing, missing))
+        _fetch_all(listing, missing, on_bytes or _LogLines(listing, missing))
     for path in paths:
         _check_file(listing, path)
     return listing.snapshot
@@ -148,19 +140,19 @@ class _LogLines:
         self._next_s = time.monotonic() + _SECONDS_BETWEEN_LINES
         log.log(self._level, "fetching %s (%d files, %s)", listing.repo, len(paths), _bytes(total_bytes))
 
-    def __call__(self, news: Transfer) -> None:
-        is_whole = news.done_bytes >= news.total_bytes
+    def __call__(self, repo: str, done_bytes: int, total_bytes: int) -> None:
+        is_whole = done_bytes >= total_bytes
         if time.monotonic() >= self._next_s or is_whole:
             self._next_s = time.monotonic() + _SECONDS_BETWEEN_LINES
-            log.log(self._level, "%s: %s of %s", news.repo, _bytes(news.done_bytes), _bytes(news.total_bytes))
+            log.log(self._level, "%s: %s of %s", repo, _bytes(done_bytes), _bytes(total_bytes))
             self._level = logging.DEBUG if is_whole else self._level  # that it is whole is told once
 
 
 class _Count:
     """Bytes that have arrived over all connections; `add` ends a connection once `stop` was called."""
 
-    def __init__(self, listing: Listing, paths: Sequence[str], report: Report) -> None:
-        self._repo, self._report = listing.repo, report
+    def __init__(self, listing: Listing, paths: Sequence[str], on_bytes: OnBytes) -> None:
+        self._repo, self._on_bytes = listing.repo, on_bytes
         self._sizes = {path: listing.files[path].size_bytes or 0 for path in paths}
         self._done = dict.fromkeys(paths, 0)
         self._lock = threading.Lock()
@@ -180,9 +172,11 @@ class _Count:
         if self._stopped:
             raise _StoppedError
         with self._lock:
+            if self._done[path] == count:
+                return
             self._done[path] = count
             done, total = sum(self._done.values()), sum(self._sizes.values())
-            self._report(Transfer(repo=self._repo, done_bytes=done, total_bytes=max(done, total)))
+            self._on_bytes(self._repo, done, max(done, total))
 
 
 class _StoppedError(Exception):
@@ -208,8 +202,8 @@ class _Bar:
 # --- transfer ---
 
 
-def _fetch_all(listing: Listing, paths: Sequence[str], report: Report) -> None:
-    count = _Count(listing, paths, report)
+def _fetch_all(listing: Listing, paths: Sequence[str], on_bytes: OnBytes) -> None:
+    count = _Count(listing, paths, on_bytes)
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         waiting = [pool.submit(_fetch_file, listing, path, count) for path in paths]
         try:

@@ -6,9 +6,10 @@ nothing in it is run, no name leaves its folder.
 """
 
 import difflib
+import functools
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frameloom.errors import CheckpointError, InternalError
@@ -26,6 +27,8 @@ from frameloom.weights.hub import (
     list_files,
     parse_name,
 )
+from frameloom.weights.hub_choice import no_such_variant, variant_of
+from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.loose import CLASSES, Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
 
 Source = str | os.PathLike[str]
@@ -36,45 +39,71 @@ PARTS = (*_EXPERTS, "text_encoder", "vae", "image_encoder", "tokenizer")
 
 
 def open_checkpoint(
-    model: Source | None, *, parts: Mapping[str, Source] | None = None, fetch_weights: bool = True
+    model: Source | None,
+    *,
+    parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    fetch_weights: bool = True,
+    on_bytes: OnBytes | None = None,
 ) -> Checkpoint:
     """Open a folder, a weight file, or "owner/name[@revision][/file]" of the hub, which is downloaded first.
 
     `parts`: components that are taken from elsewhere, each a weight file, a folder or a name of the hub; with all that
-    are needed, `model` may be None. Without `fetch_weights` the weight files of a Diffusers repository stay on the hub,
-    if they were not fetched before: only their headers are read, and the components' `files` are names. Raises
-    CheckpointError, one sentence that says what to do, for what is missing, damaged or not supported.
+    are needed, `model` may be None. `variant`: such as "fp16", of weight files in Diffusers layout, for every component
+    that has it. Without `fetch_weights` the weight files of a Diffusers repository stay on the hub, if they were not
+    fetched before: only their headers are read, and the components' `files` are names. `on_bytes` is told how far a
+    download is; without it the log is. Raises CheckpointError, one sentence that says what to do, for what is missing,
+    damaged or not supported.
     """
     name = "the parts" if model is None else os.fspath(model)
     try:
-        instead = _parts({part: source for part, source in (parts or {}).items() if source is not None})
+        wish = _Wish(variant=variant, fetch_weights=fetch_weights, on_bytes=on_bytes)
+        instead = _parts({part: source for part, source in (parts or {}).items() if source is not None}, wish)
         if model is None:
-            return assemble(instead.components, facts=instead.facts, name=name, path=Path())
-        return _opened(name, instead, fetch_weights=fetch_weights)
+            found = assemble(instead.components, facts=instead.facts, name=name, path=Path())
+        else:
+            found = _opened(name, instead, wish)
+        _check_variant(found.components, variant, name)
+        return found
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
 
 
-def open_parts(model: Source) -> Mapping[str, Component]:
+def open_parts(model: Source, *, variant: str = "", on_bytes: OnBytes | None = None) -> Mapping[str, Component]:
     """The components of a checkpoint, or those that a file or folder holds though they make no whole checkpoint.
 
     Raises CheckpointError as `open_checkpoint` does.
     """
+    found = _parts_of(model, variant=variant, on_bytes=on_bytes)
+    _check_variant(found, variant, os.fspath(model))
+    return found
+
+
+def _parts_of(model: Source, *, variant: str, on_bytes: OnBytes | None) -> Mapping[str, Component]:
     path = Path(os.path.expanduser(os.fspath(model)))
     if path.is_file():
         return open_file(path, must_pair=False).components
     if path.is_dir() and not (path / "model_index.json").exists():
         config = path / "config.json"
         if config.is_file() and read_json(config).get("_class_name") == CLASSES["vae"]:  # a VAE makes sense alone
-            return {"vae": open_component(path, "vae")}
+            return {"vae": open_component(path, "vae", variant=variant)}
         return _loose_folder(path).components
-    return open_checkpoint(model).components
+    return open_checkpoint(model, variant=variant, on_bytes=on_bytes).components
 
 
-def _opened(name: str, instead: Loose, *, fetch_weights: bool) -> Checkpoint:
-    path, remote = _place(name, instead.components, fetch_weights=fetch_weights)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wish:
+    """What `open_checkpoint` was asked for besides the names of files."""
+
+    variant: str
+    fetch_weights: bool
+    on_bytes: OnBytes | None
+
+
+def _opened(name: str, instead: Loose, wish: _Wish) -> Checkpoint:
+    path, remote = _place(name, instead.components, wish)
     if path.is_dir() and (path / "model_index.json").exists():
-        found = open_layout(path, name, instead=instead.components, remote=remote)
+        found = open_layout(path, name, instead=instead.components, remote=remote, variant=wish.variant)
         if "transformer" not in instead.components:
             return found
         facts: JsonObject = {"scheduler": found.scheduler, **instead.facts}
@@ -93,7 +122,16 @@ def _loose_folder(folder: Path) -> Loose:
     raise InternalError(f"'{folder}' has a model_index.json after all")
 
 
-def _parts(given: Mapping[str, Source]) -> Loose:
+def _check_variant(found: Mapping[str, Component], variant: str, name: str) -> None:
+    """Raise CheckpointError for a variant that no component has."""
+    parts = found.values()
+    names = [file.name for part in parts for file in part.files]
+    names += [file.name for part in parts if part.folder.is_dir() for file in part.folder.iterdir()]
+    if variant and variant not in map(variant_of, names):
+        raise no_such_variant(variant, names, where=name)
+
+
+def _parts(given: Mapping[str, Source], wish: _Wish) -> Loose:
     """Components from elsewhere; what a file says of the whole checkpoint is heeded of the transformer's.
 
     What a file brings besides the part that was asked of it gives way to what was asked for by name.
@@ -104,34 +142,35 @@ def _parts(given: Mapping[str, Source]) -> Loose:
     for part, source in given.items():
         if part not in PARTS:
             raise CheckpointError(f"there is no part '{part}'; parts are {', '.join(PARTS)}")
-        found = _part(part, os.fspath(source), alone="transformer_2" in given)
+        found = _part(part, os.fspath(source), wish, alone="transformer_2" in given)
         brought.update(found.components)
         asked[part] = found.components[part]
         facts = found.facts if part == "transformer" else facts
     return Loose(components={**brought, **asked}, facts=facts)
 
 
-def _part(part: str, source: str, *, alone: bool) -> Loose:
+def _part(part: str, source: str, wish: _Wish, *, alone: bool) -> Loose:
     """The component `part` of a file, a folder or a hub name; with a text encoder, the tokenizer in its file.
 
     `alone`: both noise experts are given, so none is looked for beside the other.
     """
-    path = _local(source) or _hub_file(source, with_pair=part == "transformer" and not alone)
+    with_pair = part == "transformer" and not alone
+    path = _local(source) or _hub_file(source, with_pair=with_pair, on_bytes=wish.on_bytes)
     if part == "tokenizer":
         return Loose(components={part: open_tokenizer(path)})
     if path.is_dir():
-        return _part_of_folder(part, path)
-    if part == "transformer" and not alone:
+        return _part_of_folder(part, path, variant=wish.variant)
+    if with_pair:
         found = open_file(path)
         if part in found.components:
             return _only(found, _EXPERTS)
     return open_file(path, want=part)  # which says what it holds instead
 
 
-def _part_of_folder(part: str, folder: Path) -> Loose:
+def _part_of_folder(part: str, folder: Path, *, variant: str) -> Loose:
     inside = folder / part if (folder / "model_index.json").is_file() else folder
     if (inside / "config.json").is_file():
-        return Loose(components={part: open_component(inside, part)})
+        return Loose(components={part: open_component(inside, part, variant=variant)})
     found = _loose_folder(folder)
     if part not in found.components:
         raise CheckpointError(f"'{folder}' holds no {part.replace('_', ' ')}; give its file, or another folder")
@@ -146,25 +185,26 @@ def _only(found: Loose, names: Collection[str]) -> Loose:
 # --- where it is ---
 
 
-def _place(name: str, instead: Mapping[str, Component], *, fetch_weights: bool) -> tuple[Path, RemoteFiles | None]:
+def _place(name: str, instead: Mapping[str, Component], wish: _Wish) -> tuple[Path, RemoteFiles | None]:
     """The file or folder that `name` means, fetched if it is on the hub; and where its weights are if they are not."""
     local = _local(name)
     if local is not None:
         return local, None
     parsed = parse_name(name)
     if parsed.path:
-        return _hub_file(name, with_pair="transformer" not in instead), None
+        return _hub_file(name, with_pair="transformer" not in instead, on_bytes=wish.on_bytes), None
     listing = list_files(parsed, hint=_suggestion(Path(name)))
-    root = download(listing, ["model_index.json", "frameloom.json"])
+    root = download(listing, ["model_index.json", "frameloom.json"], on_bytes=wish.on_bytes)
+    fetch = functools.partial(download_checkpoint, listing, variant=wish.variant, on_bytes=wish.on_bytes)
     if not (root / "model_index.json").exists():
-        return download_checkpoint(listing), None
+        return fetch(), None
     classes = component_classes(read_index(root), where=root / "model_index.json", without=instead)
-    root = download_checkpoint(listing, components=classes, weights=fetch_weights)
-    remote = None if fetch_weights or has_weights(root, classes) else RemoteFiles(listing)
-    return root, remote
+    root, remote = fetch(components=classes, weights=wish.fetch_weights), RemoteFiles(listing)
+    is_here = wish.fetch_weights or has_weights(root, classes, remote, variant=wish.variant)
+    return root, None if is_here else remote
 
 
-def _hub_file(name: str, *, with_pair: bool) -> Path:
+def _hub_file(name: str, *, with_pair: bool, on_bytes: OnBytes | None) -> Path:
     """A weight file of the hub; and beside it the other noise expert's, if its repository has one."""
     path = Path(parse_name(name).path)
 
@@ -173,7 +213,7 @@ def _hub_file(name: str, *, with_pair: bool) -> Path:
         found = None if pair is None else the_other(pair, path)
         return [] if found is None else [found.as_posix()]
 
-    return download_files(name, also=other)[0]
+    return download_files(name, also=other, on_bytes=on_bytes)[0]
 
 
 def _local(name: str) -> Path | None:

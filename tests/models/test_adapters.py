@@ -218,7 +218,9 @@ def test_several_at_once_in_the_fast_ways_of_a_network(way):
     assert torch.equal(computed(dit), before)
 
 
-def test_a_feed_forward_of_quantized_weights_that_goes_by_rows_has_its_adapters():
+@pytest.mark.parametrize("tokens", [1 << 20, 5])
+def test_a_feed_forward_of_quantized_weights_that_goes_by_rows_has_its_adapters(tokens, monkeypatch):
+    monkeypatch.setattr("frameloom.ops.mlp._HIDDEN_BYTES", tokens * SMALL["ffn_dim"] * 4)
     dit, plain = make_dit(), make_dit()
     sets = [for_all(dit, a_dora)]
     quantize(dit)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import test_vace_ranks
 import torch
 from adapter_kinds import KINDS, a_difference, a_dora, a_dora_of_columns, a_lora, for_all
 from ranks import run_ranks
@@ -81,6 +82,22 @@ def test_every_kind_equals_merged_weights_of_one_process_and_leaves_no_trace(way
     for found, is_back in run_ranks(2, errors, way):
         assert max(found) < TOLERANCE, found
         assert is_back
+
+
+@torch.inference_mode()
+def errors_of_vace(world, way):
+    divides, choices = WAYS[way]
+    dit, whole = test_vace_ranks.random_dit(), test_vace_ranks.random_dit()
+    sets = [for_all(dit, make, strength=0.4) for make in (a_lora, a_dora, a_difference)]
+    whole.load_state_dict({name: merge(sets, name, value) for name, value in whole.state_dict().items()})
+    divides(dit, world.everyone, choices)
+    attach(dit, sets)
+    return relative_error(test_vace_ranks.predictions(dit), test_vace_ranks.predictions(whole))
+
+
+@pytest.mark.parametrize("way", ["tp, fast", "fsdp"])
+def test_the_blocks_of_vace_have_theirs(way):
+    assert max(run_ranks(2, errors_of_vace, way)) < TOLERANCE
 
 
 SMALL = {"width": 32, "height": 64, "num_frames": 5, "steps": 2, "seed": 5, "output": "latents"}

@@ -3,9 +3,12 @@
 Fetching happens in processes of their own, with the real hub library, which reads its settings once, at import.
 """
 
+import contextlib
 import json
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +140,12 @@ def test_safetensors_of_an_original_part_are_preferred_to_its_pickle():
     ("paths", "variant", "match"),
     [
         (["model_index.json", "vae/model.fp16.safetensors", "vae/model.bf16.safetensors"], "", "variants bf16, fp16"),
-        (["model_index.json", "vae/model.safetensors"], "fp16", "has no variant 'fp16'"),
+        (["model_index.json", "vae/model.safetensors"], "fp16", "has no variant 'fp16'; it has none: leave --variant"),
+        (
+            [f"vae/model.{kind}safetensors" for kind in ("", "fp16.", "bf16.")] + ["model_index.json"],
+            "fp8",
+            "has no variant 'fp8'; choose bf16 or fp16, or leave --variant out",
+        ),
         (
             [f"split_files/diffusion_models/wan2.1_t2v_{size}.safetensors" for size in ("1.3B_fp16", "14B_fp16")],
             "",
@@ -540,8 +548,8 @@ def test_tells_how_far_it_is(hub, home):
     hub.add("o/n", files)
     code = PRELUDE + (
         "news = []\n"
-        "download_checkpoint(list_files(parse_name('o/n')), report=lambda new: news.append(new))\n"
-        "print(json.dumps([[new.repo, new.done_bytes, new.total_bytes] for new in news]))"
+        "download_checkpoint(list_files(parse_name('o/n')), on_bytes=lambda *new: news.append(new))\n"
+        "print(json.dumps(news))"
     )
     news = json.loads(ask(hub, home, code))
     assert {repo for repo, _, _ in news} == {"o/n"}
@@ -580,6 +588,26 @@ def command(address, home, *arguments, **settings):
     return done.returncode, done.stdout, done.stderr
 
 
+def on_a_terminal(address, home, *arguments):
+    """What a command shows there."""
+    terminal, side = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "frameloom", *arguments],
+        env=environment(address, home, TERM="xterm", COLUMNS="120"), stdout=side, stderr=side,
+    ) as process:  # fmt: skip
+        os.close(side)
+        shown = b""
+        with contextlib.suppress(OSError):  # how the end is told
+            while piece := os.read(terminal, 1 << 16):
+                shown += piece
+        os.close(terminal)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+BAR = re.compile(r"o/n .*━.*/[\d.]+ [kM]B")
+
+
 def test_inspects_and_generates_from_the_hub_and_then_without_it(hub, home, checkpoint_of, tmp_path):
     root = checkpoint_of()
     hub.add("o/n", files_in(root) | BALLAST)
@@ -588,17 +616,80 @@ def test_inspects_and_generates_from_the_hub_and_then_without_it(hub, home, chec
     assert json.loads(out)["components"] == frameloom.describe(root)["components"]
     assert not list(home.rglob("*.safetensors"))
 
-    request = ("generate", "a fox", "--width", "32", "--height", "32", "--frames", "5", "--steps", "1", "--json")
-    results = []
-    for name, model, address in (("a", "o/n", hub.address), ("b", "o/n@main", DEAD)):
-        target = tmp_path / name / "%04d.png"
-        target.parent.mkdir()
-        code, out, err = command(address, home, *request, "--model", model, "-o", str(target))
-        assert code == 0, err
-        results.append([path.read_bytes() for path in sorted(target.parent.iterdir())])
-    assert results[0]
-    assert results[0] == results[1]
+    request = ("generate", "a fox", "--width", "32", "--height", "32", "--frames", "5", "--steps", "1", "--model")
+    shown = on_a_terminal(hub.address, home, *request, "o/n", "-o", str(tmp_path / "a"))
+    assert BAR.search(shown).end() < shown.index("denoising")
+    code, _, err = command(DEAD, home, *request, "o/n@main", "-o", str(tmp_path / "b"), "--json")
+    assert code == 0, err
+    assert files_in(tmp_path / "a")
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
     assert hub.fetched().isdisjoint(BALLAST)
+
+
+def with_variant(files):
+    """The same with other weights of the transformer beside the plain ones."""
+    data = files["transformer/diffusion_pytorch_model.safetensors"]
+    size = int.from_bytes(data[:8], "little")
+    return {
+        **files,
+        "transformer/diffusion_pytorch_model.fp16.safetensors": data[: 8 + size] + bytes(len(data) - 8 - size),
+    }
+
+
+def test_fetches_and_opens_the_variant_that_is_asked_for(hub, home, checkpoint_of):
+    files = with_variant(files_in(checkpoint_of()))
+    hub.add("o/n", files)
+    weights = {name for name in files if name.startswith("transformer/") and name.endswith(".safetensors")}
+    code = (
+        "import sys; from frameloom.weights.source import open_checkpoint\n"
+        "print(open_checkpoint('o/n', variant=sys.argv[1]).components['transformer'].files[0].name)"
+    )
+    for variant, name in (
+        ("fp16", "diffusion_pytorch_model.fp16.safetensors"),
+        ("", "diffusion_pytorch_model.safetensors"),
+    ):
+        hub.asked.clear()
+        assert ask(hub, home, code, variant) == name
+        assert hub.fetched() & weights == {f"transformer/{name}"}
+    code, _, err = command(hub.address, home, "inspect", "o/n", "--variant", "fp8")
+    assert (code, err) == (
+        2, "frameloom: 'o/n' has no variant 'fp8'; choose fp16, or leave --variant out\n"
+    )  # fmt: skip
+
+
+def test_inspects_the_variant_though_the_plain_files_were_fetched_before(hub, home, checkpoint_of):
+    files = files_in(checkpoint_of())
+    hub.add("o/n", files | {"transformer/diffusion_pytorch_model.fp16.safetensors": one_tensor()})
+    ask(hub, home, "from frameloom.weights.source import open_checkpoint; open_checkpoint('o/n')")
+    sizes = {}
+    for variant in ("", "fp16"):
+        code, out, err = command(hub.address, home, "inspect", "o/n", "--variant", variant, "--json")
+        assert code == 0, err
+        sizes[variant] = {part["name"]: part["bytes"] for part in json.loads(out)["components"]}
+    assert sizes[""] == {part["name"]: part["bytes"] for part in frameloom.describe(checkpoint_of())["components"]}
+    assert sizes["fp16"] == sizes[""] | {"transformer": 8}
+    assert not list(home.rglob("*.fp16.safetensors"))
+
+
+def one_tensor():
+    header = json.dumps({"patch_embedding.bias": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+def test_a_terminal_shows_a_bar_of_a_download_unless_it_is_to_be_quiet(hub, home, checkpoint_of):
+    hub.add("o/n", files_in(checkpoint_of()))
+    assert BAR.search(on_a_terminal(hub.address, home, "inspect", "o/n"))
+    assert not BAR.search(on_a_terminal(hub.address, home / "another", "inspect", "o/n", "--json"))
+
+
+def test_converting_without_a_terminal_tells_of_the_download_in_lines(hub, home, checkpoint_of, tmp_path):
+    hub.add("o/n", files_in(checkpoint_of()))
+    code, out, err = command(hub.address, home, "convert", "o/n", str(tmp_path / "out"), "--to", "original")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("o/n: ")]
+    assert lines == list(dict.fromkeys(lines))
+    assert lines
+    assert all(re.fullmatch(r"o/n: [\d.]+ [KM]?B", line) for line in lines)
 
 
 def test_opens_original_repositories_and_single_files_of_the_hub(hub, home, checkpoint_of, tmp_path):

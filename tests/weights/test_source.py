@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ import pytest
 import frameloom
 from frameloom.errors import CheckpointError
 from frameloom.weights import header, source
+from frameloom.weights.convert import convert
 from frameloom.weights.header import read_header, read_json, read_tensors
 from frameloom.weights.source import open_checkpoint
 
@@ -289,10 +291,12 @@ def rename_weights(root, new_name):
     return folder
 
 
-def test_takes_the_only_variant(root):
+def test_takes_the_only_variant(root, caplog):
     rename_weights(root, "diffusion_pytorch_model.fp16.safetensors")
-    files = open_checkpoint(root).components["transformer"].files
+    with caplog.at_level(logging.INFO, "frameloom"):
+        files = open_checkpoint(root).components["transformer"].files
     assert [file.name for file in files] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert "transformer holds the variant fp16 alone, which is taken" in caplog.text
 
 
 def test_prefers_the_files_without_variant(root):
@@ -304,8 +308,33 @@ def test_prefers_the_files_without_variant(root):
 def test_refuses_to_choose_between_variants(root):
     folder = rename_weights(root, "diffusion_pytorch_model.fp16.safetensors")
     (folder / "diffusion_pytorch_model.bf16.safetensors").write_bytes(safetensors({"w": (2, 3)}))
-    with pytest.raises(CheckpointError, match="variants bf16, fp16; keep one"):
+    with pytest.raises(CheckpointError, match=r"transformer' has the variants bf16, fp16; choose one with --variant"):
         open_checkpoint(root)
+    assert open_checkpoint(root, variant="bf16").components["transformer"].files[0].stem.endswith(".bf16")
+
+
+def test_takes_the_variant_that_is_asked_for_where_a_component_has_it(root, caplog):
+    folder = root / "transformer"
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(safetensors({"v": (1,)}))
+    with caplog.at_level(logging.INFO, "frameloom"):
+        components = open_checkpoint(root, variant="fp16").components
+    assert set(components["transformer"].tensors) == {"v"}
+    assert components["vae"].files[0].name == "diffusion_pytorch_model.safetensors"
+    assert "vae has no variant fp16: its plain files are taken" in caplog.text
+    parts = {"transformer": folder}
+    assert set(open_checkpoint(root, parts=parts, variant="fp16").components["transformer"].tensors) == {"v"}
+
+
+def test_an_unknown_variant_is_refused_with_those_that_there_are(root, checkpoint_of, tmp_path):
+    with pytest.raises(CheckpointError, match="has no variant 'fp16'; it has none: leave --variant out"):
+        open_checkpoint(root, variant="fp16")
+    (root / "vae" / "diffusion_pytorch_model.bf16.safetensors").write_bytes(safetensors({"v": (1,)}))
+    with pytest.raises(CheckpointError, match="has no variant 'fp16'; choose bf16, or leave --variant out"):
+        open_checkpoint(root, variant="fp16")
+    (file, *_) = convert(open_checkpoint(checkpoint_of()), tmp_path / "loose", to="single-file")
+    for model in (tmp_path / "loose", file):
+        with pytest.raises(CheckpointError, match="has no variant 'fp16'; it has none: leave --variant out"):
+            frameloom.describe(model, variant="fp16")
 
 
 def write_shards(root, weight_map, *, index="diffusion_pytorch_model.safetensors.index.json"):
