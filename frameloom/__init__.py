@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
+    from frameloom.engine.job import Job
     from frameloom.pipeline.media import Video
     from frameloom.types import ImageInput, Lora, Pictures, Progress, ProgressCallback
     from frameloom.verify.finding import Finding
@@ -50,6 +51,9 @@ __all__ = [
     "convert_model",
     "describe",
     "diagnose",
+    "forget_job",
+    "job_left_for",
+    "job_to_resume",
     "jobs",
     "load",
     "read_image",
@@ -71,6 +75,7 @@ _LAZY = {
     "examine": "frameloom.doctor",
     "forget": "frameloom.engine.jobs",
     "image_of": "frameloom.pipeline.images",
+    "left_for": "frameloom.engine.jobs",
     "resume_job": "frameloom.engine.resume",
     "to_resume": "frameloom.engine.resume",
     "verify": "frameloom.verify",
@@ -178,6 +183,23 @@ def jobs() -> list[dict[str, Any]]:
     """What is known of every job in the folder of jobs, oldest first."""
     found: list[dict[str, Any]] = _lazy("all_jobs")()
     return found
+
+
+def job_left_for(output: str, *, since: float) -> str | None:
+    """The name of the job that a run for an absolute output path has left unfinished, begun since a time; or None."""
+    name: str | None = _lazy("left_for")(output, since=since)
+    return name
+
+
+def job_to_resume(name: str | None = None) -> "Job":
+    """The job of a name, or the newest unfinished one. Raises RequestError for one that cannot be gone on with."""
+    job: Job = _lazy("to_resume")(name)
+    return job
+
+
+def forget_job(name: str) -> None:
+    """Remove a job and what it has kept. Raises RequestError."""
+    _lazy("forget")(name)
 
 
 def read_image(source: "ImageInput") -> "Pictures":

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NoReturn
 
@@ -86,6 +86,7 @@ ParallelOption = Annotated[
 VariantOption = Annotated[
     str, typer.Option(help="Which weight files in Diffusers layout, such as fp16. Default: those without, or the only.")
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
 
@@ -202,9 +203,11 @@ def generate(
     vae_memory: VaeMemoryOption = "auto",
     gpus: GpusOption = None,
     parallel: ParallelOption = "auto",
+    journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
+    keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Keep the latents when all is done.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Generate a video from a prompt."""
     first = _is_first(launched())
@@ -233,8 +236,9 @@ def generate(
     target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
     before = target.written() if target else ()
-    with _last_words(lambda: _fate(target, before)):
-        _share(gpus, parallel, tidy=target.remove_partials if target else None)
+    since = time.time()
+    with _last_words(functools.partial(_fate, target, before, since)):
+        _share(gpus, parallel, target=target, since=since)
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
         begun = time.perf_counter()
@@ -252,17 +256,68 @@ def generate(
             with _progress(console) as report:
                 if quality is not None:
                     options["quality"] = quality
-                made = engine.generate_to(output, prompt, progress=report, **options)
+                made = engine.generate_to(
+                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, **options
+                )
     if not first:
         return
     record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
     if explain:
         record["rewrites"] = [str(decision) for decision in engine.decisions]
+    _print_made(record, console, as_json=as_json)
+
+
+def _print_made(record: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    """What became of a request."""
     if as_json:
         print(json.dumps(record))
     else:
         console.print(_timing_table(record))
         console.print(f"The video is at {record['output']}", style="bold", soft_wrap=True)
+
+
+@app.command()
+def resume(
+    job: Annotated[str | None, typer.Argument(help="Name of a job; without one the newest unfinished one.")] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Go on though versions, device or kernels are others: bits may be, too.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Go on with a job that ended early; the video is what it would have been, bit by bit."""
+    begun = frameloom.job_to_resume(job)
+    target = check_output(begun.order.output)
+    console = _console(quiet=quiet or as_json)
+    console.print(f"going on with {begun.name}: {begun.request.prompts[0]}", soft_wrap=True)
+    ranks = begun.origin.ranks if begun.origin.ranks > 1 else None
+    with _last_words(functools.partial(_fate, target, target.written(), begun.began)):
+        names = [] if job is not None else [begun.name]  # all ranks the same
+        _share(ranks, begun.origin.config.parallel, target=target, since=begun.began, further=names)
+        with _progress(console) as report:
+            made = frameloom.resume(begun.name, anyway=anyway, progress=report)
+    if _is_first(launched()):
+        _print_made(made, console, as_json=as_json)
+
+
+@app.command()
+def jobs(
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Remove this job and what it has kept. May be given several times.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the jobs: what has begun, what is finished, and what `frameloom resume` would go on with."""
+    for name in forget or ():
+        frameloom.forget_job(name)
+    found = frameloom.jobs()
+    if as_json:
+        print(json.dumps({"jobs": found}))
+        return
+    table = Table("job", "state", "size", "prompt", "output")
+    for job in found:
+        table.add_row(job["name"], job["state"], _bytes(job["bytes"]), job["prompt"], job["output"])
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
 
 
 @app.command()
@@ -324,7 +379,7 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16 for all but the VAE. Default: as stored.")
     ] = None,
     variant: VariantOption = "",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a checkpoint in another layout; the same command again goes on where it was ended."""
     console = _console(quiet=quiet)
@@ -650,24 +705,48 @@ def _last_words(became: Callable[[], str]) -> Iterator[None]:
         raise _Ended(Ending(code=_TERMINATION.code, message=f"terminated; {became()}")) from None
 
 
-def _fate(target: OutputTarget | None, before: tuple[int, ...]) -> str:
-    """What became of a video: `before` is what `written` said when the command began."""
-    is_there = target is not None and target.written() not in ((), before)
-    return f"the video had been written to {target.path}" if target and is_there else "nothing was written"
+def _fate(target: OutputTarget | None, before: tuple[int, ...], since: float) -> str:
+    """What became of the output, and of what was computed for it."""
+    if target is None:
+        return "nothing was written"
+    is_there = target.written() not in ((), before)
+    if is_there:
+        return f"the video had been written to {target.path}"
+    return "; ".join(filter(None, ("nothing was written", _way_on(target, since))))
 
 
-def _share(gpus: int | None, parallel: str, *, tidy: Callable[[int], object] | None = None) -> None:
-    """Where several ranks are asked for and this is none of them: start them, and end as they do; see `run_ranks`."""
+def _way_on(target: OutputTarget, since: float) -> str:
+    """How to go on with what was computed, where any of it is kept."""
+    job = frameloom.job_left_for(str(target.path), since=since)
+    return f"`frameloom resume {job}` goes on from what was computed" if job else ""
+
+
+def _share(
+    gpus: int | None,
+    parallel: str,
+    *,
+    target: OutputTarget | None = None,
+    since: float = 0.0,
+    further: Sequence[str] = (),
+) -> None:
+    """Where several ranks are asked for and this is none of them: start them, and end as they do; see `run_ranks`.
+
+    `target`: what they write, for a job that has begun `since`. `further`: arguments besides those of this command.
+    """
     place = launched()
     count = count_ranks(gpus, parallel, place)
     if place is not None or count == 1:
         return
     # As the installed command does, ranks import nothing from the working folder, unless `python -m` began it all.
     safe = [] if sys.path[0] == _working_folder() else ["-P"]
-    outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error, tidy=tidy)
+    command = [sys.executable, *safe, "-m", "frameloom", *sys.argv[1:], *further]
+    outcome = run_ranks(command, count, say=_say_error, tidy=target.remove_partials if target else None)
     if outcome.code and sys.stdout.isatty():
         Console().show_cursor()  # which the bars of a rank that was killed had hidden
-    raise _Ended(Ending(code=outcome.code, message=outcome.message))
+    message = outcome.message
+    if outcome.code and target and "frameloom resume" not in message:
+        message = "; ".join(filter(None, (message, _way_on(target, since))))
+    raise _Ended(Ending(code=outcome.code, message=message))
 
 
 def _working_folder() -> str:

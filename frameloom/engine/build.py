@@ -12,7 +12,7 @@ from frameloom.config import memory_bytes
 from frameloom.engine.blueprint import Blueprint, draw
 from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit, step_planner
 from frameloom.engine.engine import Engine
-from frameloom.engine.jobs import Origin, absolute, absolute_loras
+from frameloom.engine.job import Origin, absolute, absolute_loras
 from frameloom.engine.loras import adapters_of_experts, beside, exchange, loras_of, read_alike
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.ranks import Ranks, Take, gather_ranks, own_device

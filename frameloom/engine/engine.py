@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
-from frameloom.engine.jobs import LATENTS, Job, Lock, Order, Origin, absolute_loras, begin, differences
+from frameloom.engine.job import LATENTS, Job, Lock, Order, Origin, absolute_loras, begin, differences
 from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
 from frameloom.engine.shared_journal import SharedJournal

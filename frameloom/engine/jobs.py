@@ -1,141 +1,42 @@
-"""The folder of jobs: what was asked, where its journal is, who works on it, and what may be removed.
+"""The folder of jobs: which there are, how each stands, and what may be removed. Torch-free.
 
 A job is a folder named by the time it began. `job.json` says all that a resumed run needs besides the pictures, which
-are an entry of the journal; `finished.json` says where the video is.
+are an entry of its journal; `finished.json` says where the video is; `lock` is held by who works on it.
 """
 
 import fcntl
 import hashlib
 import json
-import logging
-import os
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
-import numpy as np
-import torch
-
-from frameloom.engine.journal import Journal, write_whole
-from frameloom.errors import OutputError, RequestError
-from frameloom.settings import LOGGER_NAME, jobs_folder
-from frameloom.types import EngineConfig, Lora, Pictures, ResolvedRequest
-
-log = logging.getLogger(LOGGER_NAME)
+from frameloom.errors import RequestError
+from frameloom.settings import jobs_folder
 
 MAX_FINISHED: Final = 100  # jobs that are listed after they are done, and
 MAX_FINISHED_BYTES: Final = 10_000_000_000  # what all of them may take
-_FORMAT: Final = "frameloom job 1"
-_JOB: Final = "job.json"
-_FINISHED: Final = "finished.json"
-INPUTS: Final = "inputs"
-"""The entry of the pictures that were given."""
-LATENTS: Final = "latents"
-"""The entry of the latents that are decoded."""
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """How an engine was made: as `frameloom.load` takes it, by how many ranks; and what its bits depend on, by name."""
-
-    model: str | None
-    parts: Mapping[str, str]
-    config: EngineConfig
-    ranks: int = 1
-    facts: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What is to become of a request. `loras`: those that were set after the engine was made."""
-
-    output: str
-    quality: int | None = None
-    keeps_latents: bool = False
-    loras: tuple[Lora, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Job:
-    """A job on the disk."""
-
-    name: str
-    folder: Path
-    origin: Origin
-    order: Order
-    request: ResolvedRequest
-    journal: Journal
-    began: float
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its video is whole, and in its place."""
-        return (self.folder / _FINISHED).exists()
-
-    def finish(self, made: Mapping[str, Any]) -> None:
-        """The video is in its place: let go of what was kept on the way."""
-        try:
-            write_whole(self.folder / _FINISHED, json.dumps(dict(made)).encode())
-            self.journal.forget(but=(LATENTS,) if self.order.keeps_latents else ())
-        except OSError as error:
-            log.warning("the job %s cannot be finished (%s), its video is whole", self.folder, error.strerror)
-
-
-def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
-    """Make the folder of a new job. Raises OutputError."""
-    root = jobs_folder()
-    began = time.time()
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{int(began * 1e6 % 1e6):06d}"
-    asked, pictures = _written(request)
-    told = {"origin": _plain(asdict(origin)), "order": asdict(order), "request": asked, "began": began}
-    digest = _digest(told)
-    journal = Journal(root / name, digest)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _make_room(root)
-        journal.folder.mkdir()
-        journal.put(INPUTS, pictures)
-        write_whole(journal.folder / _JOB, json.dumps({"format": _FORMAT, "sha256": digest, **told}, indent=1).encode())
-    except OSError as error:
-        raise OutputError(
-            f"no job can be kept in {root} ({error.strerror}); set FRAMELOOM_JOBS to a folder with space"
-        ) from error
-    return Job(
-        name=name, folder=journal.folder, origin=origin, order=order, request=request, journal=journal, began=began
-    )
-
-
-def find(name: str | None) -> Job:
-    """A job by its name, or the beginning of it, or its folder; None: the newest one that is not finished.
-
-    Raises RequestError.
-    """
-    if name is None:
-        for folder in reversed(_folders(jobs_folder())):
-            if not (folder / _FINISHED).exists() and not is_locked(folder):
-                return _read(folder)
-        raise RequestError(f"no job in {jobs_folder()} is unfinished; `frameloom jobs` lists all")
-    if Path(name).is_dir() and (Path(name) / _JOB).exists():
-        return _read(Path(name))
-    found = [folder for folder in _folders(jobs_folder()) if folder.name.startswith(name)]
-    if len(found) != 1:
-        what = f"{len(found)} jobs begin with {name!r}" if found else f"there is no job {name!r} in {jobs_folder()}"
-        raise RequestError(f"{what}; `frameloom jobs` lists all")
-    return _read(found[0])
+FORMAT: Final = "frameloom job 1"
+DESCRIPTION: Final = "job.json"
+FINISHED: Final = "finished.json"
+LOCK: Final = "lock"
 
 
 def all_jobs() -> list[dict[str, Any]]:
     """What is known of every job, oldest first: its name, state, prompt, output and bytes."""
-    return [_told(folder) for folder in _folders(jobs_folder())]
+    return [_told(folder) for folder in folders(jobs_folder())]
+
+
+def left_for(output: str, *, since: float) -> str | None:
+    """The newest unfinished job that nobody works on, of those that have begun for an output since a time; or None."""
+    told = (job for job in reversed(all_jobs()) if job["state"] == "unfinished" and job["began"] >= since)
+    return next((job["name"] for job in told if job["output"].rstrip("/") == output), None)
 
 
 def forget(name: str) -> None:
     """Remove a job and what it has kept. Raises RequestError for one that is being worked on, or is not there."""
-    found = [folder for folder in _folders(jobs_folder()) if folder.name == name]
+    found = [folder for folder in folders(jobs_folder()) if folder.name == name]
     if not found:
         raise RequestError(f"there is no job {name!r} in {jobs_folder()}; `frameloom jobs` lists all")
     if is_locked(found[0]):
@@ -143,35 +44,30 @@ def forget(name: str) -> None:
     shutil.rmtree(found[0])
 
 
-class Lock:
-    """Holds a job for this process until it is closed or the process ends. `before`: who had it last, by number."""
+def folder_of(name: str | None) -> Path:
+    """The folder of a job by its name, or the beginning of it, or its path; None: the newest that is not finished.
 
-    def __init__(self, job: Job) -> None:
-        """Raises RequestError if another process has it."""
-        self._file: TextIO = (job.folder / "lock").open("a+", encoding="ascii")
-        self._file.seek(0)
-        holder = self._file.read(20)
-        self.before = int(holder) if holder.isdecimal() else None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise RequestError(
-                f"job {job.name} is being worked on by process {holder}; wait for it, or end it first"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Let go."""
-        self._file.close()
+    Raises RequestError.
+    """
+    root = jobs_folder()
+    if name is None:
+        for folder in reversed(folders(root)):
+            if not (folder / FINISHED).exists() and not is_locked(folder):
+                return folder
+        raise RequestError(f"no job in {root} is unfinished; `frameloom jobs` lists all")
+    if (Path(name) / DESCRIPTION).is_file():
+        return Path(name).absolute()
+    found = [folder for folder in folders(root) if folder.name.startswith(name)]
+    if len(found) != 1:
+        what = f"{len(found)} jobs begin with {name!r}" if found else f"there is no job {name!r} in {root}"
+        raise RequestError(f"{what}; `frameloom jobs` lists all")
+    return found[0]
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process works on the job in a folder."""
     try:
-        with (folder / "lock").open("rb") as file:
+        with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -180,22 +76,16 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is not as it was, in words."""
-    names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-    return [f"{name} was {then.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in names]
-
-
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     """Of jobs that have begun, oldest first."""
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if (path / _JOB).is_file()), key=lambda path: path.name)
+    return sorted((path for path in root.iterdir() if (path / DESCRIPTION).is_file()), key=lambda path: path.name)
 
 
-def _make_room(root: Path) -> None:
+def make_room(root: Path) -> None:
     """Remove finished jobs, the oldest first, while there are too many or they take too much."""
-    finished = [folder for folder in _folders(root) if (folder / _FINISHED).exists() and not is_locked(folder)]
+    finished = [folder for folder in folders(root) if (folder / FINISHED).exists() and not is_locked(folder)]
     sizes = [_bytes_of(folder) for folder in finished]
     while len(finished) > MAX_FINISHED or sum(sizes) > MAX_FINISHED_BYTES:
         shutil.rmtree(finished.pop(0), ignore_errors=True)
@@ -209,91 +99,31 @@ def _bytes_of(folder: Path) -> int:
 def _told(folder: Path) -> dict[str, Any]:
     known = {"name": folder.name, "bytes": _bytes_of(folder)}
     try:
-        told, _ = _checked(folder)
+        told, _ = read_description(folder)
     except RequestError as error:
-        return {**known, "state": "damaged", "prompt": str(error), "output": ""}
+        return {**known, "state": "damaged", "began": 0.0, "prompt": str(error), "output": ""}
     state = "running" if is_locked(folder) else "unfinished"
     return {
         **known,
-        "state": "finished" if (folder / _FINISHED).exists() else state,
+        "state": "finished" if (folder / FINISHED).exists() else state,
+        "began": told["began"],
         "prompt": told["request"]["prompts"][0],
         "output": told["order"]["output"],
     }
 
 
-def _checked(folder: Path) -> tuple[dict[str, Any], str]:
+def read_description(folder: Path) -> tuple[dict[str, Any], str]:
     """What `job.json` says, and its digest."""
-    path = folder / _JOB
+    path = folder / DESCRIPTION
     try:
         told = json.loads(path.read_text("utf-8"))
-        if told.pop("format") == _FORMAT and told.pop("sha256") == (digest := _digest(told)):
+        if told.pop("format") == FORMAT and told.pop("sha256") == (digest := digest_of(told)):
             return told, digest
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise RequestError(f"{path} cannot be read ({error}); start the request again") from error
     raise RequestError(f"{path} is damaged, or of another version; start the request again")
 
 
-def _read(folder: Path) -> Job:
-    told, digest = _checked(folder)
-    origin, config, order = dict(told["origin"]), dict(told["origin"]["config"]), dict(told["order"])
-    for listed in (config, order):
-        listed["loras"] = tuple(Lora(**one) for one in listed["loras"])
-    journal = Journal(folder, digest)
-    return Job(
-        name=folder.name,
-        folder=folder,
-        origin=Origin(**{**origin, "config": EngineConfig(**config)}),
-        order=Order(**order),
-        request=_request(told["request"], journal),
-        journal=journal,
-        began=told["began"],
-    )
-
-
-def _digest(told: Mapping[str, Any]) -> str:
+def digest_of(told: Mapping[str, Any]) -> str:
+    """Tells one description from another."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _written(request: ResolvedRequest) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A request as JSON, in which pictures are named; and the pictures."""
-    given = {name: value for name in _PICTURES if (value := getattr(request, name)) is not None}
-    given |= {f"references.{index}": picture for index, picture in enumerate(request.references)}
-    told = {
-        field.name: getattr(request, field.name)
-        for field in fields(request)
-        if field.name not in (*_PICTURES, "references")
-    }
-    told["pictures"] = {name: [shown.name, shown.fps] for name, shown in given.items()}
-    return told, {name: torch.from_numpy(np.array(shown.frames)) for name, shown in given.items()}
-
-
-def _request(told: Mapping[str, Any], journal: Journal) -> ResolvedRequest:
-    """What `_written` wrote."""
-    values: dict[str, Any] = dict(told)
-    named = values.pop("pictures")
-    kept = journal.read(INPUTS) if named else ({}, {})
-    if kept is None:
-        raise RequestError(f"{journal.folder} has lost the pictures that were given; start the request again")
-    pictures: dict[str, Any] = {
-        name: Pictures(name=shown_as, fps=fps, frames=kept[0][name].numpy()) for name, (shown_as, fps) in named.items()
-    }
-    pictures["references"] = tuple(pictures.pop(name) for name in list(pictures) if name.startswith("references."))
-    listed = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return ResolvedRequest(**{**values, **listed, **pictures})
-
-
-def _plain(told: dict[str, Any]) -> dict[str, Any]:
-    """As JSON will give it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(told))
-    return plain
-
-
-def absolute(source: str | os.PathLike[str]) -> str:
-    """A path that is there, from the root; what names something else, such as a repository of the hub, as it is."""
-    path = Path(os.path.expanduser(os.fspath(source)))
-    return str(path.absolute()) if path.exists() else os.fspath(source)
-
-
-def absolute_loras(loras: Sequence[Lora]) -> tuple[Lora, ...]:
-    """The same of LoRAs."""
-    return tuple(replace(lora, path=absolute(lora.path)) for lora in loras)

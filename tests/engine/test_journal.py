@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import frameloom
-from frameloom.engine import jobs, journal
+from frameloom.engine import job, jobs, journal
 from frameloom.errors import InternalError, RequestError
 from frameloom.types import EngineConfig
 
@@ -78,7 +78,7 @@ def test_wherever_a_run_ends_the_resumed_file_has_the_same_bytes(kind, checkpoin
         moments = MOMENTS if kind in ("one expert", "vace") else [("denoise", 3), ("decode", 1)]
         for stage, step in moments:
             name = begun(engine, tmp_path / "a.mp4", stage, step, **given)
-            engine.finish(jobs.find(name))
+            engine.finish(job.find(name))
             assert (tmp_path / "a.mp4").read_bytes() == wanted, (stage, step)
             (tmp_path / "a.mp4").unlink()
 
@@ -88,7 +88,7 @@ def test_every_kind_of_output_is_gone_on_with(output, checkpoint_of, tmp_path):
     with frameloom.load(checkpoint_of()) as engine:
         with pytest.raises(Killed):
             engine.generate_to(f"{tmp_path}/{output}", PROMPT, job=True, progress=ends_at("decode", 1), **SIZE)
-        made = engine.finish(jobs.find(None))
+        made = engine.finish(job.find(None))
     assert made["output"] == str(tmp_path / output).rstrip("/")
 
 
@@ -147,7 +147,7 @@ def test_damaged_entries_are_computed_again_from_the_last_good_one(checkpoint_of
             assert last.name == "step-000003.safetensors"
             last.write_bytes(damage(last.read_bytes()))
             with caplog.at_level(logging.INFO):
-                engine.finish(jobs.find(name))
+                engine.finish(job.find(name))
             assert "going on after step 2" in caplog.text
             caplog.clear()
             assert (tmp_path / "a.mp4").read_bytes() == wanted
@@ -161,12 +161,12 @@ def test_any_entry_may_be_lost_or_of_another_job(which, checkpoint_of, folder, t
         other = begun(engine, tmp_path / "b.mp4", "decode", 9, seed=6)
         for foreign in (False, True):
             name = begun(engine, tmp_path / "a.mp4", "decode", 9)
-            there = [path for path in entries(folder, name) if path.stem != jobs.INPUTS]
+            there = [path for path in entries(folder, name) if path.stem != job.INPUTS]
             path = there[which % len(there)]
             path.unlink()
             if foreign:
                 path.write_bytes((folder / other / path.name).read_bytes())
-            engine.finish(jobs.find(name))
+            engine.finish(job.find(name))
             assert (tmp_path / "a.mp4").read_bytes() == wanted, path.name
             (tmp_path / "a.mp4").unlink()
 
@@ -200,11 +200,11 @@ def test_another_version_or_model_is_told(checkpoint_of, tmp_path):
         frameloom.load(checkpoint_of("two experts")) as other,
         pytest.raises(RequestError, match=r"began with something else: model was \w+, is \w+; give the model"),
     ):
-        other.finish(jobs.find(name), anyway=True)
+        other.finish(job.find(name), anyway=True)
     with frameloom.load(checkpoint_of(), exactness="bitwise") as exact:
         with pytest.raises(RequestError, match=r"rewrites was .*, is .*--anyway"):
-            exact.finish(jobs.find(name))
-        exact.finish(jobs.find(name), anyway=True)
+            exact.finish(job.find(name))
+        exact.finish(job.find(name), anyway=True)
     assert len((tmp_path / "a.mp4").read_bytes()) > len(wanted) / 2
 
 
@@ -215,7 +215,7 @@ def test_a_job_has_one_worker(checkpoint_of, folder, tmp_path):
             fcntl.flock(file, fcntl.LOCK_EX)
             assert frameloom.jobs()[-1]["state"] == "running"
             for attempt in (
-                lambda: engine.finish(jobs.find(name)),
+                lambda: engine.finish(job.find(name)),
                 lambda: frameloom.resume(name),
                 lambda: jobs.forget(name),
             ):
@@ -247,7 +247,7 @@ def test_an_error_says_how_to_go_on(checkpoint_of, tmp_path, monkeypatch):
             patch.setattr("frameloom.pipeline.stages.decode", fails)
             with pytest.raises(InternalError, match=r"has gone; what was computed is kept, and `frameloom resume 2\d+"):
                 make(engine, tmp_path / "a.mp4")
-        engine.finish(jobs.find(None))
+        engine.finish(job.find(None))
     assert (tmp_path / "a.mp4").exists()
 
 
@@ -287,9 +287,9 @@ def test_finished_jobs_make_room_for_others_and_unfinished_ones_stay(checkpoint_
         monkeypatch.setattr(jobs, "MAX_FINISHED", 2)
         for index in range(4):
             make(engine, tmp_path / f"{index}.mp4")
-    states = [(job["name"], job["state"]) for job in frameloom.jobs()]
+    states = [(one["name"], one["state"]) for one in frameloom.jobs()]
     assert states[0] == (kept, "unfinished")
-    assert [Path(job["output"]).name for job in frameloom.jobs()[1:]] == ["1.mp4", "2.mp4", "3.mp4"]
+    assert [Path(one["output"]).name for one in frameloom.jobs()[1:]] == ["1.mp4", "2.mp4", "3.mp4"]
 
 
 def test_a_job_says_what_it_was_asked(checkpoint_of, folder, tmp_path):
@@ -297,8 +297,8 @@ def test_a_job_says_what_it_was_asked(checkpoint_of, folder, tmp_path):
         name = begun(engine, tmp_path / "a.mp4", "denoise", 1, quality=50)
         told = json.loads((folder / name / "job.json").read_text())
         assert told["origin"]["config"] == json.loads(
-            json.dumps(jobs._plain(jobs.asdict(EngineConfig(dtype="bfloat16"))))
+            json.dumps(job._plain(job.asdict(EngineConfig(dtype="bfloat16"))))
         )
-        job = jobs.find(name)
-        assert job.order.quality == 50
-        assert repr(job.request) == repr(engine.resolve(PROMPT, **SIZE))
+        found = job.find(name)
+        assert found.order.quality == 50
+        assert repr(found.request) == repr(engine.resolve(PROMPT, **SIZE))
