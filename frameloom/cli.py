@@ -282,7 +282,7 @@ def inspect(
     if facts.get("kind") == "LoRA":
         _print_lora(facts)
         return
-    width = None if sys.stdout.isatty() else 120  # a pipe has no width: wrap nothing
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width: cut nothing off
     console = Console(width=width, markup=False, highlight=False)
     table = Table()
     for heading in ("component", "what it is", "parameters", "dtypes", "size", "files"):

@@ -130,7 +130,7 @@ def test_the_only_two_experts_of_a_folder_are_a_pair_and_the_log_says_so(names, 
     with caplog.at_level(logging.INFO, "frameloom"):
         components = open_checkpoint(pair(*names)).components
     assert files_of(components) == list(names)
-    assert f"{names[0]}.safetensors and {names[1]}.safetensors are taken for the experts" in caplog.text
+    assert f"{names[0]}.safetensors and {names[1]}.safetensors are taken for the two noise experts" in caplog.text
 
 
 @pytest.mark.parametrize("given", [0, 1])
