@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from published import published_transformer
 
 import frameloom
@@ -86,6 +88,16 @@ def test_names_may_differ_in_version_and_quantization(near, others, differs):
     )
     assert [other.stem.removeprefix(start) for other in pair.others] == others
     assert pair.differs == (differs if differs is not None else "version and quantization")
+
+
+@given(*[st.text("vq_.- 018km", max_size=12)] * 2, st.sampled_from(["high", "HIGH_Noise", "HighNoise"]))
+def test_two_files_find_each_other_or_neither_does(before, after, word):
+    high = Path("/x") / f"{before}_{word}_{after}.gguf"
+    low = Path("/x") / f"{before}_low_{after[::-1]}.gguf"
+    found = pair_of(high, [low, high]), pair_of(low, [low, high])
+    assert [one is not None and one.is_high for one in found] == [True, False]
+    assert [one.others for one in found] in ([(low,), (high,)], [(), ()])
+    assert found[0].differs == found[1].differs
 
 
 def test_where_several_fit_alike_all_are_named_with_the_option():
