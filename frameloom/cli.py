@@ -348,9 +348,9 @@ def verify(
     parallel: ParallelOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Prove on this machine that the fast ways compute what the reference does; exit code 1 if one does not.
+    """Prove on this machine that the fast ways, and weights kept quantized, compute what the reference does.
 
-    With several devices: that they compute together what one of them computes alone.
+    Exit code 1 if one does not. With several devices: that they compute together what one of them computes alone.
     """
     _share(gpus, parallel)
     findings = []
