@@ -337,7 +337,7 @@ def inspect(
     if facts.get("kind") == "LoRA":
         _print_lora(facts)
         return
-    width = None if sys.stdout.isatty() else 120  # a pipe has no width: wrap nothing
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width: cut nothing off
     console = Console(width=width, markup=False, highlight=False)
     table = Table()
     for heading in ("component", "what it is", "parameters", "dtypes", "size", "files"):
@@ -403,9 +403,9 @@ def verify(
     parallel: ParallelOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Prove on this machine that the fast ways compute what the reference does; exit code 1 if one does not.
+    """Prove on this machine that the fast ways, and weights kept quantized, compute what the reference does.
 
-    With several devices: that they compute together what one of them computes alone.
+    Exit code 1 if one does not. With several devices: that they compute together what one of them computes alone.
     """
     _share(gpus, parallel)
     findings = []

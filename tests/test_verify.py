@@ -129,6 +129,15 @@ def test_small_networks_of_every_kind_are_tried_in_every_way(tmp_path) -> None:
     assert broken(found) == set()
 
 
+def test_small_quantized_networks_hold_every_way_of_storing(tmp_path) -> None:
+    for sample in write_quantized(tmp_path):
+        entries = [entry for entry in sample.stored.tensors.values() if entry.dtype != "F32"]
+        ways = {(entry.dtype, entry.scale and entry.scale.shape != (), entry.rotated > 0) for entry in entries}
+        of_blocks = {(kind, None, False) for kind in ("Q8_0", "Q4_K", "Q6_K", "IQ4_XS")}
+        of_8_bits = {("F8_E4M3", False, False), ("F8_E4M3", None, False), ("I8", True, False), ("I8", True, True)}
+        assert ways == (of_8_bits if "8 bits" in sample.name else of_blocks)
+
+
 def without_a_hint(dit) -> None:
     """The last hint is made and not added."""
     block = dit.block_list[dit.spec.vace_layers[-1]]

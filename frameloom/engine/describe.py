@@ -11,13 +11,13 @@ from typing import Any
 from frameloom.models.defaults import defaults_for
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.types import Expert
-from frameloom.weights.assemble import lacking
+from frameloom.weights.assemble import assemble, lacking
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.configs import model_name
 from frameloom.weights.experts import is_high
 from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.lora import describe_lora
-from frameloom.weights.source import Source, open_checkpoint, open_parts
+from frameloom.weights.source import Source, open_checkpoint, open_loose
 
 
 def describe_checkpoint(
@@ -34,12 +34,14 @@ def describe_checkpoint(
     are fetched.
     """
     path = Path(os.path.expanduser(os.fspath(model)))
-    if path.is_file() and path.name != "model_index.json" and (found := describe_lora(path)) is not None:
-        return found
+    if path.is_file() and path.name != "model_index.json" and (lora := describe_lora(path)) is not None:
+        return lora
     if not parts and path.exists() and not (path / "model_index.json").exists():
-        found_parts = open_parts(model, variant=variant)
-        if lacks := lacking(found_parts):
-            return {"model": os.fspath(model), "path": str(path), "lacks": lacks, **_components(found_parts)}
+        found = open_loose(path, variant=variant)
+        name = os.fspath(model)
+        if lacks := lacking(found.components):
+            return {"model": name, "path": str(path), "lacks": lacks, **_components(found.components)}
+        return _whole(assemble(found.components, facts=found.facts, name=name, path=path))
     return _whole(open_checkpoint(model, parts=parts, variant=variant, fetch_weights=False, on_bytes=on_bytes))
 
 

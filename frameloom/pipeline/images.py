@@ -41,6 +41,8 @@ def image_of(source: ImageInput, what: str = "image") -> Pictures:
     if not isinstance(source, str | os.PathLike):
         raise RequestError(f"the {what} is {type(source).__name__}; give a path, a Pillow image or uint8 (H, W, 3)")
     name = os.path.expanduser(os.fspath(source))
+    if os.path.exists(name) and not os.path.isfile(name):  # a pipe could be waited for without end
+        raise InputError(f"{name} is no file; give a {', '.join(_FORMATS)} file")
     with _one_sentence(name), Image.open(name, formats=_FORMATS) as image:
         return Pictures(name=name, frames=_pixels(image, name)[None])
 

@@ -26,6 +26,8 @@ def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple
     source = Path(os.path.expanduser(path))
     if not source.exists():
         raise InputError(f"{source} does not exist; give a video, a picture or a folder of numbered PNG files")
+    if not source.is_dir() and not source.is_file():  # a pipe could be waited for without end
+        raise InputError(f"{source} is no file; give a video, a picture or a folder of numbered PNG files")
     try:
         if source.is_dir():
             return _read_folder(source, limit), None

@@ -1,5 +1,6 @@
 """Small random networks of the kinds that the checkpoint at hand may not be, in files as those of a checkpoint."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from frameloom.models.meta import on_meta
 from frameloom.models.spec import Index, TransformerSpec, VaceSpec
 from frameloom.models.umt5 import Umt5Spec
 from frameloom.models.vace import make_dit
-from frameloom.ops.dequant import BLOCK_TYPES
+from frameloom.ops.dequant import BLOCK_TYPES, turned
 from frameloom.ops.quantized import QuantizedWeight
 from frameloom.weights.checkpoint import Component, JsonObject
 from frameloom.weights.header import TensorEntry
@@ -41,6 +42,7 @@ _QUANTIZED = replace(
 _TEXT = Umt5Spec(vocab_size=96, d_model=_WIDTH, d_kv=_WIDTH // 4, d_ff=2 * _WIDTH, num_layers=2, num_heads=4)
 # Of GGUF's types: where the float16 scales of a block lie, and how large they are for numbers as large as weights.
 _SCALES = (("Q8_0", (0,), 8e-4), ("Q4_K", (0, 2), 2e-4), ("Q6_K", (208,), 6e-5), ("IQ4_XS", (0,), 4e-5))
+_GROUP = 16  # numbers that are rotated together
 Weights = Mapping[str, Tensor]
 Quantize = Callable[[int, Tensor], "Stored"]
 
@@ -70,7 +72,7 @@ def write_network(folder: Path, kind: str) -> Component:
 
 
 def write_quantized(folder: Path) -> Iterator[Sample]:
-    """A transformer and a text encoder in blocks of GGUF, and both as float8 and int8 with and without scales."""
+    """A transformer and a text encoder in blocks of GGUF, and both as float8 and int8 in all their ways."""
     transformer, text_encoder = _random_transformer(_QUANTIZED), _random(build_text_encoder(asdict(_TEXT)))
     for way, quantize in (("in GGUF's blocks", _in_blocks), ("in 8 bits a number", _in_8_bits)):
         yield _sample(folder, f"transformer {way}", transformer, quantize, config=asdict(_QUANTIZED))
@@ -100,10 +102,9 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
 def _sample(folder: Path, name: str, weights: Weights, quantize: Quantize, *, config: JsonObject) -> Sample:
     """As real files have it: matrices of whole blocks are quantized, the rest is not."""
     part = "text_encoder" if name.startswith("text") else "transformer"
-    stored = {
-        key: quantize(index, weight) if weight.dim() == 2 and weight.shape[1] % _WIDTH == 0 else _in_float32(weight)
-        for index, (key, weight) in enumerate(weights.items())
-    }
+    stored = {key: _in_float32(weight) for key, weight in weights.items()}
+    matrices = {key: weight for key, weight in weights.items() if weight.dim() == 2 and weight.shape[1] % _WIDTH == 0}
+    stored |= {key: quantize(index, weight) for index, (key, weight) in enumerate(matrices.items())}
     plain = {key: _in_float32(one.plain) for key, one in stored.items()}
     return Sample(
         name=f"random {name}",
@@ -113,8 +114,7 @@ def _sample(folder: Path, name: str, weights: Weights, quantize: Quantize, *, co
 
 
 def _in_float32(weight: Tensor) -> Stored:
-    raw_U8 = weight.contiguous().flatten().view(torch.uint8)
-    return Stored(weight=QuantizedWeight(raw_U8=raw_U8, dtype_name="F32", shape=tuple(weight.shape)), plain=weight)
+    return Stored(weight=_as_bytes(weight, "F32"), plain=weight)
 
 
 def _in_blocks(index: int, weight: Tensor) -> Stored:
@@ -131,18 +131,30 @@ def _in_blocks(index: int, weight: Tensor) -> Stored:
 
 
 def _in_8_bits(index: int, weight: Tensor) -> Stored:
-    """In turns: float8 with one scale, int8 with one for each row, float8 without."""
-    way, largest = index % 3, weight.abs().amax(1, keepdim=True)
-    scale = (largest.amax() / 448, largest / 127, None)[way]
-    shrunk = weight if scale is None else weight / scale
-    numbers = shrunk.round().to(torch.int8) if way == 1 else shrunk.to(torch.float8_e4m3fn)
-    stored = QuantizedWeight(
-        raw_U8=numbers.view(torch.uint8).flatten(),
-        dtype_name="I8" if way == 1 else "F8_E4M3",
-        shape=tuple(weight.shape),
-        scale=scale,
-    )
-    return Stored(weight=stored, plain=numbers.float() if scale is None else numbers.float() * scale)
+    """In turns: float8 with one scale and without, int8 with a scale for each row, and that of rotated rows."""
+    way = index % 4
+    return _in_float8(weight, scaled=way == 0) if way < 2 else _in_int8(weight, rotated=_GROUP if way == 3 else 0)
+
+
+def _in_float8(weight: Tensor, *, scaled: bool) -> Stored:
+    scale = weight.abs().amax() / torch.finfo(torch.float8_e4m3fn).max if scaled else torch.ones(())
+    numbers = (weight / scale).to(torch.float8_e4m3fn)
+    stored = _as_bytes(numbers, "F8_E4M3", scale=scale if scaled else None)
+    return Stored(weight=stored, plain=numbers.float() * scale)
+
+
+def _in_int8(weight: Tensor, *, rotated: int) -> Stored:
+    turn = functools.partial(turned, group=rotated or 1)  # its own inverse; in groups of one number nothing turns
+    scale = turn(weight).abs().amax(1, keepdim=True) / torch.iinfo(torch.int8).max
+    numbers = (turn(weight) / scale).round().to(torch.int8)
+    stored = _as_bytes(numbers, "I8", scale=scale, rotated=rotated)
+    return Stored(weight=stored, plain=turn(numbers.float() * scale))
+
+
+def _as_bytes(numbers: Tensor, dtype_name: str, *, scale: Tensor | None = None, rotated: int = 0) -> QuantizedWeight:
+    raw_U8 = numbers.contiguous().flatten().view(torch.uint8)
+    shape = tuple(numbers.shape)
+    return QuantizedWeight(raw_U8=raw_U8, dtype_name=dtype_name, shape=shape, scale=scale, rotated=rotated)
 
 
 def _write(path: Path, part: str, tensors: Mapping[str, Stored], *, config: JsonObject) -> Component:
@@ -155,7 +167,7 @@ def _write(path: Path, part: str, tensors: Mapping[str, Stored], *, config: Json
             offset, size_bytes = file.tell(), file.write(weight.raw_U8.numpy().data)
             return TensorEntry(
                 name=name, dtype=weight.dtype_name, shape=weight.shape, file=path, offset=offset,
-                size_bytes=size_bytes, scale=scale,
+                size_bytes=size_bytes, scale=scale, rotated=weight.rotated,
             )  # fmt: skip
 
         for name, stored in tensors.items():

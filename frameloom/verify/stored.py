@@ -45,8 +45,10 @@ def verify_stored(
         del measure
         for what, quantized in ways.items():
             title = f"{name}, {what}, {str(dtype).removeprefix('torch.')}"
-            compute = _load(component, dtype, device, quantized=quantized)
-            yield compare(title, what, compute=compute, reference=reference, seconds=seconds, bitwise=True)
+            yield compare(
+                title, what, compute=_load(component, dtype, device, quantized=quantized), reference=reference,
+                seconds=seconds, bitwise=True,
+            )  # fmt: skip
 
 
 def _load(component: Component, dtype: torch.dtype, device: torch.device, *, quantized: Quantized) -> Compute:

@@ -4,19 +4,15 @@ JSON and the headers of the safetensors files only, so it is quick. Everything i
 leaves its folder.
 """
 
-import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from frameloom.errors import CheckpointError
-from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import PIPELINES, Checkpoint, Component, JsonObject, boundary_ratio, expand_timesteps
 from frameloom.weights.header import read_header, read_json, read_tensors, shard_names
 from frameloom.weights.hub import RemoteFiles
 from frameloom.weights.hub_choice import choose_variant
-
-log = logging.getLogger(LOGGER_NAME)
 
 # Accepted class names per component. Transformers renamed its tokenizer and processor classes more than once.
 _MODEL_CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -160,8 +156,7 @@ def has_weights(root: Path, classes: Collection[str], remote: RemoteFiles, *, va
     try:
         for part in classes:
             if part in _MODEL_CLASSES:
-                _, files = _weight_files(root / part, remote.names(part), variant)
-                read_tensors(files)
+                read_tensors(_weight_files(root / part, remote.names(part), variant))
     except CheckpointError:
         return False
     return True
@@ -184,8 +179,7 @@ def open_component(
         raise CheckpointError(f"{folder} is missing, though model_index.json lists it; download the checkpoint again")
     is_model = name in _MODEL_CLASSES
     names = remote.names(name) if remote else _names(folder)
-    taken, files = _weight_files(folder, names, variant) if is_model else (variant, ())
-    _tell_variant(folder, variant, taken)
+    files = _weight_files(folder, names, variant) if is_model else ()
     described_by = folder / "config.json"
     class_name = class_name or _class_in(described_by, name)
     return Component(
@@ -214,24 +208,16 @@ def _config(path: Path, class_name: str) -> JsonObject:
     return config
 
 
-def _weight_files(folder: Path, names: list[str], variant: str) -> tuple[str, tuple[Path, ...]]:
-    """The variant that is taken, "" for none, and its weight files: see `choose_variant`."""
+def _weight_files(folder: Path, names: list[str], variant: str) -> tuple[Path, ...]:
+    """The weight files of one component, all of one variant: see `choose_variant`."""
     found: dict[str, Path] = {}
     for name in sorted(names, key=lambda name: name.endswith(".json")):  # an index wins over a single file
         if match := _WEIGHTS.fullmatch(name):
             found[match[1] or match[2] or ""] = folder / name
     if not found:
         raise CheckpointError(_no_weights(folder, names))
-    taken = choose_variant(found.keys(), variant, where=str(folder))
-    chosen = found[taken]
-    return taken, _shards(chosen, names) if chosen.suffix == ".json" else (chosen,)
-
-
-def _tell_variant(folder: Path, asked: str, taken: str) -> None:
-    if asked and taken != asked:
-        log.info("%s has no variant %s: its %s files are taken", folder, asked, taken or "plain")
-    elif taken != asked:
-        log.info("%s holds the variant %s alone, which is taken", folder, taken)
+    chosen = found[choose_variant(found.keys(), variant, where=str(folder))]
+    return _shards(chosen, names) if chosen.suffix == ".json" else (chosen,)
 
 
 def _shards(index_path: Path, present: list[str]) -> tuple[Path, ...]:

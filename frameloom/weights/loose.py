@@ -270,9 +270,7 @@ def _told_apart(components: Sequence[Component]) -> list[Component]:
     pair = pair_of(high.files[0], [low.files[0]])
     if pair is None or not pair.others or pair.differs:
         names = _names([high.files[0], low.files[0]])
-        log.info(
-            "%s are taken for the experts of high and low noise: no other is there, and both are a %s", names, *models
-        )
+        log.info("%s are taken for the two noise experts: they are of one model, and no other is there", names)
     return [replace(one, name="transformer_2") if one is low else one for one in components]
 
 

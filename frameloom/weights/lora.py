@@ -30,6 +30,7 @@ log = logging.getLogger(LOGGER_NAME)
 _TOLD = 12  # unused keys in a warning
 _WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _WIDTHS: Mapping[int, str] = {1536: "Wan 2.1 1.3B", 3072: "Wan 2.2 TI2V 5B", 5120: "Wan 14B"}
+_NETWORKS: Mapping[str, str] = {"vae": "VAE"}
 _MAX_ALPHA = 1e6
 _PEFT_METADATA = "lora_adapter_metadata"  # where Diffusers writes the settings of PEFT
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -141,7 +142,7 @@ def _refuse_networks(file: WeightFile) -> None:
     """Raise CheckpointError for a whole network, which is given by another option."""
     if not (kinds := kinds_in(file.entries)):
         return
-    what = " and ".join(kind.replace("_", " ") for kind in kinds)
+    what = " and ".join(_NETWORKS.get(kind, kind.replace("_", " ")) for kind in kinds)
     option = f"--{kinds[0].replace('_', '-')}" if len(kinds) == 1 else "--model"
     raise CheckpointError(f"{file.path} holds a whole {what} and is no LoRA; give it with {option}")
 

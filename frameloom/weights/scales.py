@@ -6,20 +6,26 @@ arithmetic: weights that are multiplied out do without. Torch-free.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from frameloom.errors import CheckpointError
+from frameloom.settings import LOGGER_NAME
 from frameloom.weights.header import TensorEntry
+
+log = logging.getLogger(LOGGER_NAME)
 
 # The formats that are a stored number times its scale, and the dtype they are stored in.
 FORMATS: Mapping[str, str] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 
 _GROUPS = tuple(4**fours for fours in range(1, 7))  # numbers that convrot rotates together
 _SCALES = (".weight_scale", ".scale_weight")
+_OLD_SIGN = "scaled_fp8"  # says that the fp8 weights of an old file have scales
 _MARK = ".comfy_quant"
+_NAMED = 3  # weights that a message names
 _MAX_MARK_BYTES = 4096  # real ones have under 200
 _MAX_METADATA = 4 * 2**20  # characters: 20 times the largest real one
 # Only of use to fp8 arithmetic, or a sign that there are scales.
@@ -39,20 +45,38 @@ def with_scales(
     Raises CheckpointError for weights that are packed in a way that a scale does not undo.
     """
     _refuse_packed(entries)
-    rotated = {}
+    described, rotated = [], {}
     for module, told in _descriptions(entries, metadata, where=where):
         stores, weight = f"{where} stores '{module}'", entries.get(f"{module}.weight")
         _check_format(stores, told, weight)
+        if weight is not None:
+            described.append(f"{module}.weight")
         if weight is not None and told.get("convrot"):
             rotated[f"{module}.weight"] = _rotation(stores, told, weight)
     scale_of = dict(_pairs(entries))
+    _check_none_lacks(entries, scale_of, described, where=where)
     used = set(scale_of.values())
     kept = {name: entry for name, entry in entries.items() if name not in used and not _UNNEEDED.fullmatch(name)}
     for name, scale in scale_of.items():
-        kept[name] = replace(kept[name], scale=_checked(entries[scale], kept[name]), rotated=rotated.pop(name, 0))
-    if rotated:
-        raise CheckpointError(f"{where} lacks the scales of {', '.join(sorted(rotated)[:3])}; download it again")
+        kept[name] = replace(kept[name], scale=_checked(entries[scale], kept[name]), rotated=rotated.get(name, 0))
     return kept
+
+
+def _check_none_lacks(
+    entries: Mapping[str, TensorEntry], scale_of: Mapping[str, str], described: Sequence[str], *, where: str
+) -> None:
+    """Every weight that the file calls quantized has a scale. In old files one that has none is meant as it is."""
+    if lacking := [name for name in described if name not in scale_of]:
+        raise CheckpointError(f"{where} lacks the scales of {_listed(lacking)}; download it again")
+    if any(name.endswith(_OLD_SIGN) for name in entries):
+        bare = [name for name, entry in entries.items() if entry.dtype.startswith("F8_") and name not in scale_of]
+        if weights := [name for name in bare if name.endswith(".weight")]:
+            log.warning("%s has no scales for %s: they count as 1, as in ComfyUI", where, _listed(weights))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _pairs(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str]]:

@@ -7,12 +7,14 @@ nothing in it is run, no name leaves its folder.
 
 import difflib
 import functools
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frameloom.errors import CheckpointError, InternalError
+from frameloom.settings import LOGGER_NAME
 from frameloom.weights.assemble import assemble
 from frameloom.weights.checkpoint import Checkpoint, Component, JsonObject
 from frameloom.weights.diffusers_layout import component_classes, has_weights, open_component, open_layout, read_index
@@ -30,6 +32,8 @@ from frameloom.weights.hub import (
 from frameloom.weights.hub_choice import no_such_variant, variant_of
 from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.loose import CLASSES, Loose, holds_loose_weights, open_file, open_folder, open_tokenizer
+
+log = logging.getLogger(LOGGER_NAME)
 
 Source = str | os.PathLike[str]
 
@@ -63,7 +67,7 @@ def open_checkpoint(
             found = assemble(instead.components, facts=instead.facts, name=name, path=Path())
         else:
             found = _opened(name, instead, wish)
-        _check_variant(found.components, variant, name)
+        _tell_variants(found.components, variant, name)
         return found
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
@@ -74,21 +78,30 @@ def open_parts(model: Source, *, variant: str = "", on_bytes: OnBytes | None = N
 
     Raises CheckpointError as `open_checkpoint` does.
     """
-    found = _parts_of(model, variant=variant, on_bytes=on_bytes)
-    _check_variant(found, variant, os.fspath(model))
+    path = Path(os.path.expanduser(os.fspath(model)))
+    if path.exists() and not (path / "model_index.json").exists():
+        return open_loose(path, variant=variant).components
+    return open_checkpoint(model, variant=variant, on_bytes=on_bytes).components
+
+
+def open_loose(path: Path, *, variant: str = "") -> Loose:
+    """What a weight file holds, or a folder that is in no Diffusers layout, whether it makes a checkpoint or not.
+
+    Raises CheckpointError.
+    """
+    if path.is_file():
+        found = open_file(path, must_pair=False)
+    elif _is_vae(path):  # which makes sense alone
+        found = Loose(components={"vae": open_component(path, "vae", variant=variant)})
+    else:
+        found = _loose_folder(path)
+    _tell_variants(found.components, variant, str(path))
     return found
 
 
-def _parts_of(model: Source, *, variant: str, on_bytes: OnBytes | None) -> Mapping[str, Component]:
-    path = Path(os.path.expanduser(os.fspath(model)))
-    if path.is_file():
-        return open_file(path, must_pair=False).components
-    if path.is_dir() and not (path / "model_index.json").exists():
-        config = path / "config.json"
-        if config.is_file() and read_json(config).get("_class_name") == CLASSES["vae"]:  # a VAE makes sense alone
-            return {"vae": open_component(path, "vae", variant=variant)}
-        return _loose_folder(path).components
-    return open_checkpoint(model, variant=variant, on_bytes=on_bytes).components
+def _is_vae(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("_class_name") == CLASSES["vae"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +135,19 @@ def _loose_folder(folder: Path) -> Loose:
     raise InternalError(f"'{folder}' has a model_index.json after all")
 
 
-def _check_variant(found: Mapping[str, Component], variant: str, name: str) -> None:
-    """Raise CheckpointError for a variant that no component has."""
+def _tell_variants(found: Mapping[str, Component], variant: str, name: str) -> None:
+    """Tell where other weight files are taken than was asked for. Raises CheckpointError if no component has them."""
     parts = found.values()
     names = [file.name for part in parts for file in part.files]
     names += [file.name for part in parts if part.folder.is_dir() for file in part.folder.iterdir()]
     if variant and variant not in map(variant_of, names):
         raise no_such_variant(variant, names, where=name)
+    for part in parts:
+        taken = variant_of(part.files[0].name) if part.files else variant
+        if variant and taken != variant:
+            log.info("%s has no variant %s: its %s files are taken", part.folder, variant, taken or "plain")
+        elif taken != variant:
+            log.info("%s holds the variant %s alone, which is taken", part.folder, taken)
 
 
 def _parts(given: Mapping[str, Source], wish: _Wish) -> Loose:

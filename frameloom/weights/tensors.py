@@ -147,7 +147,12 @@ class Reader:
             return None
         out = torch.empty(math.prod(entry.scale.shape), dtype=torch.float32, device=self.device)
         with entry.scale.file.open("rb", buffering=0) as file:
-            return _read(file, entry.scale, out, self.staging_U8)
+            scale = _read(file, entry.scale, out, self.staging_U8)
+        if not torch.isfinite(scale).all():
+            raise CheckpointError(
+                f"{entry.scale.file} holds '{entry.scale.name}' that is no finite number; download it again"
+            )
+        return scale
 
 
 def _mapped(path: Path) -> UntypedStorage | None:

@@ -14,22 +14,40 @@ from ranks import run_ranks
 from frameloom import shapes
 from frameloom.attention.blockwise import attend_block
 from frameloom.config import parallel_plan
+from frameloom.models.vace import VaceDiT
 from frameloom.parallel import sequence, vae_split
 from frameloom.settings import LOOPBACK, Launched
 from frameloom.verify import parallel
 from frameloom.verify.parallel import plans_for, verify_parallel
+from frameloom.verify.samples import write_network
 from frameloom.weights.source import open_parts
+
+SAMPLES = ("first-and-last-image network", "VACE network")
+
+
+def place_of(world) -> Launched:
+    return Launched(
+        rank=world.rank, world_size=world.size, local_rank=world.rank, local_world_size=world.size,
+        address=LOOPBACK, port=1,
+    )  # fmt: skip
 
 
 def findings(world, model: Path, parts: list[str], plan: str = "auto"):
     """What this rank finds out about some parts of a checkpoint."""
-    place = Launched(
-        rank=world.rank, world_size=world.size, local_rank=world.rank, local_world_size=world.size,
-        address=LOOPBACK, port=1,
-    )  # fmt: skip
+    place = place_of(world)
     there = {name: part for name, part in open_parts(model).items() if name in parts}
     chosen = parallel_plan(plan, world.size)
     return list(verify_parallel(there, "model", place=place, device=torch.device("cpu"), plan=chosen))
+
+
+def findings_of_samples(world, folder: Path, plan: str):
+    """What this rank finds out about small networks with images and VACE, which each rank writes for itself."""
+    place = place_of(world)
+    own = folder / str(world.rank)
+    own.mkdir()
+    samples = {kind: write_network(own, kind) for kind in SAMPLES}
+    chosen, device = parallel_plan(plan, world.size), torch.device("cpu")
+    return list(verify_parallel({}, "none", samples=samples, place=place, device=device, plan=chosen))
 
 
 def on_all(count: int, *arguments, function: Callable = findings):
@@ -62,6 +80,13 @@ def test_every_plan_of_two_ranks_keeps_its_promise(kind, checkpoint_of) -> None:
     }
 
 
+@pytest.mark.parametrize("plan", ["ulysses=2", "tp=2", "cfg=2,fsdp=2"])
+def test_small_networks_with_images_and_vace_keep_their_promise(plan, tmp_path) -> None:
+    found = on_all(2, tmp_path, plan, function=findings_of_samples)
+    assert [finding.name.split(", ")[0] for finding in found] == [kind for kind in SAMPLES for _ in range(2)]
+    assert [finding.name for finding in found if not finding.kept] == []
+
+
 def test_a_product_that_was_asked_for_is_the_only_one_that_is_proved(checkpoint_of) -> None:
     found = on_all(4, checkpoint_of(), ["transformer"], "cfg=2,ring=2,fsdp=4")
     assert [(finding.name.split(", ")[1], finding.kept) for finding in found] == [("cfg=2 x ring=2 x fsdp=4", True)] * 2
@@ -90,6 +115,28 @@ def with_lost_keys(world, *arguments):
 def test_keys_that_are_lost_break_the_promise(checkpoint_of) -> None:
     found = on_all(2, checkpoint_of(), ["transformer"], "ring=2", function=with_lost_keys)
     assert [finding.verdict for finding in found] == ["BROKEN"] * 2
+
+
+def with_control_of_the_others(world, *arguments):
+    """Where tokens are divided, each is beside its neighbour's control."""
+    pass_blocks, all_tokens = VaceDiT._pass_blocks, 3 * 5 * 4
+
+    def moved(self, x_BLD, step, prompts):
+        own_BLD, control_BLD = x_BLD.chunk(2, dim=-1)
+        if x_BLD.shape[1] < all_tokens:
+            control_BLD = control_BLD.roll(1, 1)
+        return pass_blocks(self, torch.cat((own_BLD, control_BLD), -1), step, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VaceDiT, "_pass_blocks", moved)
+        return findings_of_samples(world, *arguments)
+
+
+def test_a_control_beside_other_tokens_breaks_the_promise(tmp_path) -> None:
+    found = on_all(2, tmp_path, "ulysses=2", function=with_control_of_the_others)
+    assert {finding.name.split(", ")[0]: finding.verdict for finding in found} == dict(
+        zip(SAMPLES, ("kept", "BROKEN"), strict=True)
+    )
 
 
 def without_neighbours(self, new, rows, columns):
@@ -154,7 +201,7 @@ def test_the_command_starts_its_ranks_and_one_of_them_speaks() -> None:
     done = command("-m", "frameloom", "verify", "--device", "cpu", "--gpus", "2", "--parallel", "cfg=2")
     lines = done.stdout.splitlines()
     assert (done.returncode, lines[-1]) == (0, "every promise is kept"), done.stderr
-    assert sum(line.startswith("kept") for line in lines) == 26
+    assert sum(line.startswith("kept") for line in lines) == 30
     assert "the same bits: the bits of one rank" in lines[-2]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import struct
 import zlib
 
@@ -126,7 +127,7 @@ def test_a_strip_is_refused():
     ("given", "error", "words"),
     [
         ("nowhere.png", InputError, "nowhere.png does not exist"),
-        (".", InputError, "cannot be read as an image"),
+        (".", InputError, "is no file; give a"),
         (5, RequestError, "the image is int; give a path, a Pillow image or uint8"),
         (np.zeros((4, 4, 4), np.uint8), RequestError, r"uint8 of shape \(4, 4, 4\)"),
         (np.zeros((4, 4, 3), np.float32), RequestError, "the image is float32"),
@@ -193,6 +194,13 @@ def test_keeping_the_aspect_cuts_the_middle_out():
     assert squeezed[0, :, 0].max() == 0
     same = fitted(image_of(rgb()), width=40, height=24, keeps_aspect=True)
     assert np.array_equal(same[0], np.asarray(rgb()))
+
+
+@pytest.mark.parametrize("read", [image_of, lambda path: video_of(path, 5), read_frames])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"is no file; give a"):
+        read(tmp_path / "a.png")
 
 
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from published import published_transformer
 
 import frameloom
@@ -88,6 +90,16 @@ def test_names_may_differ_in_version_and_quantization(near, others, differs):
     assert pair.differs == (differs if differs is not None else "version and quantization")
 
 
+@given(*[st.text("vq_.- 018km", max_size=12)] * 2, st.sampled_from(["high", "HIGH_Noise", "HighNoise"]))
+def test_two_files_find_each_other_or_neither_does(before, after, word):
+    high = Path("/x") / f"{before}_{word}_{after}.gguf"
+    low = Path("/x") / f"{before}_low_{after[::-1]}.gguf"
+    found = pair_of(high, [low, high]), pair_of(low, [low, high])
+    assert [one is not None and one.is_high for one in found] == [True, False]
+    assert [one.others for one in found] in ([(low,), (high,)], [(), ()])
+    assert found[0].differs == found[1].differs
+
+
 def test_where_several_fit_alike_all_are_named_with_the_option():
     near = [Path("/x/a_LOW_Q8_0.gguf"), Path("/x/a_LOW_Q6_K.gguf")]
     path = Path("/x/a_HIGH_Q4_0.gguf")
@@ -130,7 +142,7 @@ def test_the_only_two_experts_of_a_folder_are_a_pair_and_the_log_says_so(names, 
     with caplog.at_level(logging.INFO, "frameloom"):
         components = open_checkpoint(pair(*names)).components
     assert files_of(components) == list(names)
-    assert f"{names[0]}.safetensors and {names[1]}.safetensors are taken for the experts" in caplog.text
+    assert f"{names[0]}.safetensors and {names[1]}.safetensors are taken for the two noise experts" in caplog.text
 
 
 @pytest.mark.parametrize("given", [0, 1])

@@ -695,7 +695,8 @@ def test_converting_without_a_terminal_tells_of_the_download_in_lines(hub, home,
 def test_opens_original_repositories_and_single_files_of_the_hub(hub, home, checkpoint_of, tmp_path):
     for layout in ("original", "single-file"):
         convert_model(checkpoint_of("two experts"), tmp_path / layout, to=layout)
-        hub.add(f"o/{layout}", files_in(tmp_path / layout) | {"vae/other.safetensors": b"not asked for"})
+        files = files_in(tmp_path / layout) | {"vae/other.safetensors": b"not asked for"}
+        hub.add(f"o/{layout}", {name.replace("high_noise.", "high_noise-v1.1."): data for name, data in files.items()})
     code = (
         "import sys; from frameloom.weights.source import open_checkpoint\n"
         "parts = dict(text_encoder='text_encoders/umt5.safetensors', vae='vae/vae.safetensors',\n"

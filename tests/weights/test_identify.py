@@ -33,6 +33,7 @@ from frameloom.models.wan_vae import WanVAE
 from frameloom.weights.header import read_header
 from frameloom.weights.identify import identify
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_LLAMA_CPP, UMT5_ORIGINAL, vae_21, vae_22
+from frameloom.weights.tensors import read_tensor
 
 WHERE = "model.safetensors"
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 24, "ffn_dim": 48, "num_layers": 2}
@@ -354,6 +355,27 @@ def test_scales_old_and_new_go_with_their_weights(tmp_path, extra):
     assert part.left_over == ()
 
 
+def test_a_weight_that_is_marked_and_has_no_scale_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=f"lacks the scales of {MODULE}.weight; download it again"):
+        scaled(tmp_path / "fp8.safetensors", {f"{MODULE}.comfy_quant": FP8})
+
+
+def test_an_old_file_is_told_which_weights_have_no_scale(tmp_path, caplog):
+    scaled(tmp_path / "a.safetensors", {"scaled_fp8": torch.zeros(0)})
+    assert f"has no scales for {MODULE}.weight: they count as 1" in caplog.text
+    caplog.clear()
+    scaled(tmp_path / "b.safetensors", {})
+    scaled(tmp_path / "c.safetensors", {"scaled_fp8": torch.zeros(0), f"{MODULE}.scale_weight": torch.ones(1)})
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_no_number_is_refused_when_it_is_read(tmp_path, number):
+    part = scaled(tmp_path / "fp8.safetensors", {f"{MODULE}.scale_weight": torch.tensor([number])})
+    with pytest.raises(CheckpointError, match=rf"holds '{MODULE}.scale_weight' that is no finite number"):
+        read_tensor(part.tensors["blocks.0.attn1.to_q.weight"])
+
+
 def test_whole_numbers_need_a_scale(tmp_path):
     path = tmp_path / "int8.safetensors"
     extra = {f"{MODULE}.weight_scale": torch.ones(128, 1), f"{MODULE}.comfy_quant": marked(format="int8_tensorwise")}
@@ -417,7 +439,7 @@ def test_rotations_in_groups_that_make_no_sense_are_refused(tmp_path, size):
 def test_a_rotated_weight_without_a_scale_is_refused(tmp_path):
     extra = {f"{MODULE}.comfy_quant": marked(format="int8_tensorwise", convrot=True, convrot_groupsize=16)}
     extra |= {f"{MODULE}.weight": torch.ones(128, 128, dtype=torch.int8)}
-    with pytest.raises(CheckpointError, match=f"lacks the scales of {MODULE}"):
+    with pytest.raises(CheckpointError, match=f"lacks the scales of {MODULE}.weight"):
         scaled(tmp_path / "int8.safetensors", extra)
 
 

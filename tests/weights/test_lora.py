@@ -676,10 +676,11 @@ WHOLE = {
 @pytest.mark.parametrize("option", WHOLE)
 def test_a_whole_network_is_no_lora_and_has_an_option_of_its_own(option, weights, write):
     path = write({WHOLE[option]: torch.ones(2, 2)})
-    said = f"holds a whole {option.replace('-', ' ')} and is no LoRA; give it with --{option}$"
+    name = "VAE" if option == "vae" else option.replace("-", " ")
+    said = f"holds a whole {name} and is no LoRA; give it with --{option}$"
     with pytest.raises(CheckpointError, match=said):
         read(path, weights["t2v"])
-    with pytest.raises(CheckpointError, match="a whole transformer and vae and is no LoRA; give it with --model"):
+    with pytest.raises(CheckpointError, match="a whole transformer and VAE and is no LoRA; give it with --model"):
         read(write({WHOLE[name]: torch.ones(2) for name in ("transformer", "vae")}), weights["t2v"])
 
 
