@@ -114,9 +114,10 @@ class Journal:
         return next((found for name in reversed(self._names(start)) if (found := self.read(name))), None)
 
     def forget(self, *, but: tuple[str, ...] = ()) -> None:
-        """Remove the entries, other than some."""
-        for path in self.folder.glob("*.safetensors"):
-            if path.stem not in but:
+        """Remove the entries, other than some, and what a killed run was writing."""
+        kept = {self._path(name) for name in but}
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.partial")):
+            if path not in kept:
                 path.unlink(missing_ok=True)
 
     def _names(self, start: str) -> list[str]:
