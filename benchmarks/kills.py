@@ -28,7 +28,7 @@ from frameloom.engine import build, resume  # noqa: F401  imported here, so that
 from frameloom.settings import ask_for_same_sums
 
 PROMPT = "a red circle rising"
-SIZE = {"width": 64, "height": 64, "num_frames": 17, "steps": 8, "seed": 3}
+SIZE = {"width": 64, "height": 64, "num_frames": 17, "steps": 60, "seed": 3}
 PARTS = 3  # in which its frames are decoded: 1, 8, 8
 PATIENCE_S = 120.0
 AGAIN = 0.3  # how often a resumed run is killed, too
@@ -38,7 +38,7 @@ AGAIN = 0.3  # how often a resumed run is killed, too
 class Tally:
     """What became of the runs."""
 
-    kills: int = 0
+    kills: int = 0  # of runs that had a job
     resumed: int = 0
     too_early: int = 0  # before there was a job
     too_late: int = 0  # the video was there
@@ -89,7 +89,6 @@ def kill_and_resume(tally: Tally, output: Path, wanted: str, *, lasts_s: float, 
     output.unlink(missing_ok=True)
     before = {job["name"] for job in frameloom.jobs()}
     code, _ = run(generate, output, kill_after_s=rng.uniform(0, 1.05 * lasts_s))
-    tally.kills += code == -signal.SIGKILL
     new = [job for job in frameloom.jobs() if job["name"] not in before]
     if not new:
         tally.too_early += 1
@@ -101,6 +100,7 @@ def kill_and_resume(tally: Tally, output: Path, wanted: str, *, lasts_s: float, 
         tally.too_late += 1
         return
     name = new[0]["name"]
+    tally.kills += code == -signal.SIGKILL
     stage = stage_of(frameloom.job_to_resume(name).folder)
     tally.stages[stage] = tally.stages.get(stage, 0) + 1
     while rng.random() < AGAIN:
