@@ -14,6 +14,7 @@ from torch import Tensor
 
 from frameloom.errors import InternalError
 from frameloom.models.dit_fast import LoopChoices
+from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Frames, Passage
 from frameloom.models.wan_dit import FrameTimes, Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
@@ -28,6 +29,7 @@ from frameloom.settings import LOGGER_NAME
 log = logging.getLogger(LOGGER_NAME)
 
 StepCallback = Callable[[int], None]
+_TOGETHER = 4  # latent frames at most that pass the decoder at a time
 PLAINLY = LoopChoices()  # as the reference pipeline
 FROM_TEXT = Condition()
 Result = TypeVar("Result")
@@ -164,7 +166,7 @@ def decode(
     """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole.
 
     `skipped`: so many frames are there already and are not yielded. `on_frames` gets the number of frames that are out.
-    Where memory runs out, the next passage begins again and skips those frames. Latents that are no numbers, and what
+    Where memory runs out, the next passage goes on from there. Latents that are no numbers, and what
     the decoder makes of them, are told in a warning: the frames before them are good, the others black. An
     InternalError if there is no good frame. Of a picture that passes in parts, frames are yielded where they are
     collected, and nothing elsewhere.
@@ -176,8 +178,9 @@ def decode(
     done, is_good = skipped, True
 
     def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
-        start = 0
-        for chunk in _in_own_precision(vae.decode_stream(z, passage), z.device):
+        first = _latent_to_begin_with(vae.spec, done)
+        start = first * vae.spec.temporal_scale  # the first latent frame of a passage makes one frame
+        for chunk in _in_own_precision(vae.decode_stream(z[:, :, first:], passage), z.device):
             end = start + chunk.shape[2]
             if end > done:
                 yield chunk[:, :, max(0, done - start) :], passage
@@ -192,6 +195,16 @@ def decode(
         on_frames(done)
         if frames is not None:
             yield frames
+
+
+def _latent_to_begin_with(spec: VaeSpec, done: int) -> int:
+    """Which latent frame the decoder begins with so that all frames after the first `done` are as in a whole passage.
+
+    What a frame depends on lies at most `decoder_reach` before its own. A multiple of four keeps the latent frames
+    together that pass together in a whole passage.
+    """
+    own = (done + spec.temporal_scale - 1) // spec.temporal_scale
+    return max(0, own - spec.decoder_reach) // _TOGETHER * _TOGETHER
 
 
 @torch.inference_mode()
