@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
-from frameloom.engine.job import LATENTS, Job, Lock, Order, Origin, absolute_loras, begin, differences
+from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute_loras, begin, differences
 from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
 from frameloom.engine.shared_journal import SharedJournal
@@ -75,6 +76,10 @@ def _tell_of_rest(read: GenerateRequest, num_frames: int) -> None:
     for video in (read.video, read.control_video):
         if isinstance(video, Pictures) and len(video.frames) > num_frames:
             log.info("%s: only its first %d frames are used", video.name, num_frames)
+
+
+def _no_job() -> None:
+    """Of those who keep nothing."""
 
 
 def _silent(_: Progress) -> None:
@@ -245,8 +250,8 @@ class Engine:
         if self._writes:
             target = check_output(path, fps=request.fps, quality=quality)
             order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
-        begun = self._begin(order, request) if job and self._writes else None
-        return self._make(order, request, progress or _silent, begun)
+        begin_job = functools.partial(self._begin, order, request) if job and self._writes else _no_job
+        return self._make(order, request, progress or _silent, begin_job)
 
     def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
         """Go on with a job that this engine, or one like it, has begun; returns as `generate_to` does.
@@ -263,7 +268,8 @@ class Engine:
             raise RequestError(f"job {job.name} began with something else: {'; '.join(model or changed)}; {way_out}")
         if job.order.loras != self._set_loras:
             self.set_loras(job.order.loras)
-        return self._make(job.order, self._agreed(job.request), progress or _silent, job if self._writes else None)
+        request = self._agreed(job.request)
+        return self._make(job.order, request, progress or _silent, lambda: job if self._writes else None)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -282,10 +288,11 @@ class Engine:
             return None
 
     def _make(
-        self, order: Order, request: ResolvedRequest, report: ProgressCallback, job: Job | None
+        self, order: Order, request: ResolvedRequest, report: ProgressCallback, job_of: Callable[[], Job | None]
     ) -> dict[str, Any]:
         """The video of a request in its file, and what is told of it; all but the first rank help."""
         passages = self._open.plan(request)
+        job = job_of()
         clock = StageClock(device=self._open.device)
         with self._working_on(job), self._answering(request):
             journal = self._journal(job)
@@ -410,7 +417,7 @@ class Engine:
         if job is None:
             yield
             return
-        with closing(Lock(job)) as lock:
+        with closing(job.held()) as lock:
             if lock.before is not None:
                 check_output(job.order.output).remove_partials(lock.before)
             try:

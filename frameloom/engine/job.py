@@ -4,8 +4,10 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -51,20 +53,29 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Job:
-    """A job on the disk."""
+    """A job on the disk. `lock`: held by this process since the job began."""
 
-    name: str
     folder: Path
     origin: Origin
     order: Order
     request: ResolvedRequest
     journal: Journal
     began: float
+    lock: "Lock | None" = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.folder.name
 
     @property
     def is_finished(self) -> bool:
         """Whether its video is whole, and in its place."""
         return (self.folder / FINISHED).exists()
+
+    def held(self) -> "Lock":
+        """The lock, which is to be closed. Raises RequestError if another process has it."""
+        return self.lock or Lock(self.folder)
 
     def finish(self, made: Mapping[str, Any]) -> None:
         """The video is in its place: let go of what was kept on the way."""
@@ -79,26 +90,27 @@ def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
     """Make the folder of a new job. Raises OutputError."""
     root = jobs_folder()
     began = time.time()
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{int(began * 1e6 % 1e6):06d}"
+    folder = root / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{int(began * 1e6 % 1e6):06d}"
     asked, pictures = _written(request)
     told = {"origin": _plain(asdict(origin)), "order": asdict(order), "request": asked, "began": began}
     digest = digest_of(told)
-    journal = Journal(root / name, digest)
+    journal = Journal(folder, digest)
     try:
         root.mkdir(parents=True, exist_ok=True)
         make_room(root)
-        journal.folder.mkdir()
-        journal.put(INPUTS, pictures)
-        write_whole(
-            journal.folder / DESCRIPTION, json.dumps({"format": FORMAT, "sha256": digest, **told}, indent=1).encode()
-        )
+        folder.mkdir()
+        with ExitStack() as undo:
+            lock = undo.enter_context(closing(Lock(folder)))  # before anybody can see the job
+            journal.put(INPUTS, pictures)
+            description = {"format": FORMAT, "sha256": digest, **told}
+            write_whole(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
+            undo.pop_all()
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(
-            f"no job can be kept in {root} ({error.strerror}); set FRAMELOOMDESCRIPTIONS to a folder with space"
+            f"no job can be kept in {root} ({error.strerror}); set FRAMELOOM_JOBS to a folder with space"
         ) from error
-    return Job(
-        name=name, folder=journal.folder, origin=origin, order=order, request=request, journal=journal, began=began
-    )
+    return Job(folder=folder, origin=origin, order=order, request=request, journal=journal, began=began, lock=lock)
 
 
 def find(name: str | None) -> Job:
@@ -110,7 +122,6 @@ def find(name: str | None) -> Job:
         listed["loras"] = tuple(Lora(**one) for one in listed["loras"])
     journal = Journal(folder, digest)
     return Job(
-        name=folder.name,
         folder=folder,
         origin=Origin(**{**origin, "config": EngineConfig(**config)}),
         order=Order(**order),
@@ -123,9 +134,9 @@ def find(name: str | None) -> Job:
 class Lock:
     """Holds a job for this process until it is closed or the process ends. `before`: who had it last, by number."""
 
-    def __init__(self, job: Job) -> None:
-        """Raises RequestError if another process has it."""
-        self._file: TextIO = (job.folder / LOCK).open("a+", encoding="ascii")
+    def __init__(self, folder: Path) -> None:
+        """Raises RequestError if another process has it, OSError."""
+        self._file: TextIO = (folder / LOCK).open("a+", encoding="ascii")
         self._file.seek(0)
         holder = self._file.read(20)
         self.before = int(holder) if holder.isdecimal() else None
@@ -134,7 +145,7 @@ class Lock:
         except OSError:
             self._file.close()
             raise RequestError(
-                f"job {job.name} is being worked on by process {holder}; wait for it, or end it first"
+                f"job {folder.name} is being worked on by process {holder}; wait for it, or end it first"
             ) from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
