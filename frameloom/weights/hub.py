@@ -291,7 +291,7 @@ _REFUSALS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((GatedRepoError,), "asks for its licence to be accepted; accept it on its page, then log in with 'hf auth login'"),
     (
         (RevisionNotFoundError,),
-        "has no revision '{revision}'; check the branch, tag or commit after the @, and write %2F for a slash in it",
+        "has no revision '{revision}'; check the branch, tag or commit after the @ (before a file with %2F for /)",
     ),
     (
         (RepositoryNotFoundError, HFValidationError),
