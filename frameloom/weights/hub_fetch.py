@@ -294,12 +294,15 @@ _WRONG_SHA256 = "its sha256 is not what the hub says"
 
 
 def _is_whole(listing: Listing, path: str) -> bool:
-    """Whether the cache has a file, undamaged; a damaged one is removed, and the log says so."""
+    """Whether the cache has a file, undamaged; the log tells of a damaged one, which is removed if the hub is there."""
     file = listing.snapshot / path
-    damage = _damage(listing, path) if file.is_file() else "it is not here"
-    if damage and file.is_file():
-        log.warning("'%s' of '%s' is damaged in the cache (%s) and is removed", path, listing.repo, damage)
-        _discard(file)
+    if not file.is_file():
+        return False
+    damage = _damage(listing, path)
+    if damage:
+        log.warning("'%s' of '%s' is damaged in the cache (%s)", path, listing.repo, damage)
+        if not listing.problem:
+            _discard(file)
     return not damage
 
 

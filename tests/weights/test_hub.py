@@ -563,7 +563,7 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(hub, home):
     )
     *lines, folder = ask(hub, home, code).splitlines()
     assert lines == [
-        f"'{name}' of 'o/n' is damaged in the cache ({why}) and is removed"
+        f"'{name}' of 'o/n' is damaged in the cache ({why})"
         for name, why in (
             ("x.gguf", "its sha256 is not what the hub says"),
             ("x.gguf", "10 of 1000 bytes"),
@@ -572,6 +572,17 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(hub, home):
         )
     ]
     assert files_in(Path(folder)) == files
+
+
+def test_what_is_damaged_stays_while_the_hub_cannot_be_asked(hub, home):
+    hub.add("o/n", {"config.json": b"{}"})
+    file = Path(ask(hub, home, FILE, "hf://o/n/config.json"))
+    file.write_bytes(b"[]")
+    said = ask(hub, home, FILE, "hf://o/n/config.json", HF_HUB_OFFLINE="1")
+    assert said.endswith("unset it, or give a local folder; the cache lacks config.json")
+    assert file.read_bytes() == b"[]"
+    assert ask(hub, home, FILE, "hf://o/n/config.json") == str(file)
+    assert file.read_bytes() == b"{}"
 
 
 def test_a_hash_is_computed_once(hub, home):
