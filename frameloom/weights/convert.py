@@ -187,8 +187,9 @@ def _read(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
     wide = read_tensor(entry, dtype=torch.float64 if entry.dtype == "F64" else torch.float32)
     lost = wide[tensor.isinf() & wide.isfinite()]
     if lost.numel():
+        largest, name = lost.abs().max().item(), str(dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"'{entry.name}' in {entry.file} holds {lost.abs().max().item():g}, and {NAMES[dtype]} ends at "
+            f"'{entry.name}' in {entry.file} holds numbers up to {largest:g}, and {name} ends at "
             f"{torch.finfo(dtype).max:g}; take {_WIDER.get(dtype, 'no dtype')}"
         )
     return tensor

@@ -114,7 +114,7 @@ def check_occupied(
     if occupied:
         raise OutputError(
             f"'{root}' holds '{occupied[0].relative_to(root)}' of something else, or damaged; "
-            "give a folder that is new, empty or of an earlier run of the same command, or remove the file"
+            "give a folder that is new, empty or of an earlier run of the same command, or move it away"
         )
 
 
