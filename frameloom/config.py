@@ -2,7 +2,9 @@
 
 import difflib
 import itertools
+import logging
 import math
+import os.path
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
@@ -12,6 +14,7 @@ from typing import Any, Protocol
 from frameloom.errors import InternalError, RequestError
 from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, ResolvedRequest, SizeRules
 
+log = logging.getLogger(__name__)
 DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
 MAX_PIXELS = 8192  # per side: past it a mistyped digit is likelier than a wish
 MAX_FRAMES = 10_001
@@ -36,6 +39,8 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "control_strength": (float, 0, 20),
 }
 
+# Whatever Python takes for a number: that it is too large, or none, is said better than that there is no such file.
+_STRENGTH = r"(?i:[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?))"
 _UNITS: Mapping[str, int] = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -102,13 +107,15 @@ def memory_bytes(value: int | str) -> int | None:
 def lora(text: str) -> Lora:
     """The LoRA of "file.safetensors", "file.safetensors:0.8", "high:file.safetensors:0.8". Raises RequestError.
 
-    What is before the path says which of two experts, what is after it how strongly.
+    What is before the path says which of two experts, what is after it how strongly, unless a file has that very name.
     """
-    match = re.fullmatch(r"(?:(high|low):)?(.*?[^:])(?::([-+]?(?:\d+\.?\d*|\.\d+)))?", text.strip())
+    match = re.fullmatch(rf"(?:(high|low):)?(.*?[^:])(?::({_STRENGTH}))?", text.strip())
     if match is None:
         raise RequestError(f"LoRA {text!r} names no file; write FILE, FILE:0.8 or high:FILE:0.8")
     expert: Any
     expert, path, strength = match.groups()
+    if strength is not None and os.path.exists(whole := os.path.expanduser(f"{path}:{strength}")):
+        path, strength = whole, None
     return checked_lora(Lora(path=path, strength=1.0 if strength is None else float(strength), expert=expert))
 
 
@@ -238,7 +245,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     """
     check_request(request)
     prompts = _prompts(request.prompt)
-    own_scale_2 = defaults.guidance_scale_2 if request.guidance_scale is None else None
+    guidance_scale = _limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
     image, last_image, video, control_video, mask = (
         None if (given := getattr(request, name)) is None else _pictures(given) for name in _PICTURES
     )
@@ -252,8 +259,8 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         height=_side("height", height, rules.height_multiple, rules.reason),
         num_frames=num_frames,
         steps=_limited("steps", _or(request.steps, defaults.steps)),
-        guidance_scale=_limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale)),
-        guidance_scale_2=_limited("guidance_scale_2", _or(request.guidance_scale_2, own_scale_2)),
+        guidance_scale=guidance_scale,
+        guidance_scale_2=_second_scale(request, guidance_scale, defaults),
         flow_shift=_limited("flow_shift", _or(request.flow_shift, defaults.flow_shift)),
         fps=_limited("fps", _or(request.fps, _or(followed and followed.fps, defaults.fps))),
         seed=_limited("seed", _or(request.seed, 0)),
@@ -269,6 +276,17 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     )
     _check_pictures(resolved)
     return resolved
+
+
+def _second_scale(request: GenerateRequest, first: float, defaults: GenerationDefaults) -> float | None:
+    """The low-noise expert's scale; None where it is the first one's, which also decides whether there is guidance."""
+    own = defaults.guidance_scale_2 if request.guidance_scale is None else None
+    scale: float | None = _limited("guidance_scale_2", _or(request.guidance_scale_2, own))
+    if first > 1 or scale is None:
+        return scale
+    if request.guidance_scale_2 is not None:
+        log.warning("guidance scale 2 (%g) is not used: with a guidance scale of %g there is no guidance", scale, first)
+    return None
 
 
 def _pictures(pictures: object) -> Pictures:

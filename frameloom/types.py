@@ -200,9 +200,9 @@ class EngineConfig:
     `attention`: auto, or the name of a backend. `vae_memory`: auto, or what the VAE may take besides its weights, bytes
     or a text such as "6GB". `parallel`: auto, or a plan such as "cfg=2,ulysses=2", over the ranks that torchrun or
     --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain when they are
-    read: the same bits, faster, in more memory. `loras`: Lora, or texts such as "high:FILE:0.8"; merged into weights as
-    they are read, computed beside those that stay quantized. `preset`: a recipe of models/defaults.py that replaces the
-    checkpoint's scheduler and defaults.
+    read: faster, in more memory, and the same bits where `exactness` is bitwise. `loras`: Lora, or texts such as
+    "high:FILE:0.8"; merged into weights as they are read, computed beside those that stay quantized. `preset`: a recipe
+    of models/defaults.py that replaces the checkpoint's scheduler and defaults.
     """
 
     device: str = "auto"

@@ -6,14 +6,11 @@ compared. What the engine computes from the result is what it computes from the 
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from frameloom.errors import CheckpointError, OutputError, RequestError
@@ -21,16 +18,15 @@ from frameloom.models.clip import image_encoder_key
 from frameloom.models.wan_dit import WanDiT
 from frameloom.platform.device import DTYPES as FLOATS
 from frameloom.weights.checkpoint import Checkpoint, Component
-from frameloom.weights.descriptions import metadata_of, write_descriptions
-from frameloom.weights.files import read_file
+from frameloom.weights.descriptions import describe, metadata_of
+from frameloom.weights.destination import check_folder, check_occupied, check_space, only_writer
 from frameloom.weights.fingerprint import fingerprint
-from frameloom.weights.header import BLOCKS, TensorEntry, read_safetensors
-from frameloom.weights.hub_choice import is_weights
+from frameloom.weights.header import BLOCKS, TensorEntry
 from frameloom.weights.hub_fetch import OnBytes
 from frameloom.weights.keymap import CLIP_ORIGINAL, DIT_ORIGINAL, UMT5_ORIGINAL, vae_21, vae_22
 from frameloom.weights.source import Source, open_checkpoint
 from frameloom.weights.tensors import DTYPES, read_tensor
-from frameloom.weights.write import NAMES, Planned, Target, compare, make_folder, write_safetensors
+from frameloom.weights.write import NAMES, Planned, Target, make_folder, write_file, write_weights
 
 Layout = Literal["diffusers", "original", "single-file"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "original", "single-file")
@@ -39,8 +35,7 @@ SHARD_BYTES = 10 * 10**9
 """Largest file of a Diffusers component; more is cut into shards with an index, as save_pretrained does."""
 
 _NETWORKS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
-_ENDS = ("", ".partial", ".safetensors.partial")  # of a file, and of what an ended run leaves beside it
-_SPARE_BYTES = 64 * 2**20  # left free on the disk
+_WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}  # what to take where numbers are too large
 _NAMES_OF: Mapping[tuple[Layout, str], str] = {
     ("original", "text_encoder"): "models_t5_umt5-xxl-enc-bf16.pth",
     ("original", "image_encoder"): "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
@@ -72,8 +67,9 @@ def convert_model(
         raise RequestError(f"the dtype {dtype!r} is not possible; use {', '.join(FLOATS)}, or none to leave it")
     if not os.fspath(destination):
         raise RequestError("the destination is empty; give a folder that is new, empty, or of an earlier run")
-    checkpoint = open_checkpoint(model, parts=parts, variant=variant, on_bytes=on_bytes)
     folder = Path(os.path.expanduser(destination))
+    check_folder(folder)
+    checkpoint = open_checkpoint(model, parts=parts, variant=variant, on_bytes=on_bytes)
     torch_dtype = None if dtype is None else FLOATS[dtype]
     return convert(checkpoint, folder, to=to, dtype=torch_dtype, on_bytes=on_bytes or (lambda *_: None))
 
@@ -92,18 +88,19 @@ def convert(
     leaves every tensor as stored. Quantised tensors are expanded, to bfloat16 where nothing else is asked for. Raises
     OutputError, and CheckpointError where the source cannot be read.
     """
-    if destination.exists() and not destination.is_dir():
-        raise OutputError(f"'{destination}' is a file; give a folder that is empty or new")
+    check_folder(destination)
     if destination.exists() and destination.samefile(checkpoint.path):
         raise OutputError(f"'{destination}' is the checkpoint itself; give another folder")
     targets = plan(checkpoint, destination, to=to, dtype=dtype)
-    _check_occupied(checkpoint, destination, targets, to=to)
-    _check_space(destination, targets)
-    for target in targets:
-        make_folder(target.path.parent)
-        write = _write_pickle if target.path.suffix == ".pth" else write_safetensors
-        write(target.path, target.tensors, metadata=target.metadata, on_bytes=_counted(target, on_bytes))
-    write_descriptions(checkpoint, destination, targets, to=to)
+    described = describe(checkpoint, destination, targets, to=to)
+    make_folder(destination)
+    with only_writer(destination):
+        check_occupied(checkpoint, destination, targets, described)
+        check_space(destination, targets, described)
+        for target in targets:
+            write_weights(target, _counted(target, on_bytes))
+        for path, content in described.items():
+            write_file(path, content)
     return [target.path for target in targets]
 
 
@@ -177,7 +174,25 @@ def _wanted(component: Component, name: str, entry: TensorEntry, dtype: torch.dt
 
 
 def _as_dtype(entry: TensorEntry, dtype: torch.dtype) -> Planned:
-    return Planned(dtype=NAMES[dtype], shape=entry.shape, read=functools.partial(read_tensor, entry, dtype=dtype))
+    return Planned(dtype=NAMES[dtype], shape=entry.shape, read=functools.partial(_read, entry, dtype))
+
+
+def _read(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    """A stored tensor in `dtype`. Raises CheckpointError where that has no place for its largest number."""
+    tensor = read_tensor(entry, dtype=dtype)
+    if (entry.scale is None and DTYPES.get(entry.dtype) == dtype) or not tensor.numel():
+        return tensor
+    if all(bound.isfinite() for bound in tensor.aminmax()):
+        return tensor
+    wide = read_tensor(entry, dtype=torch.float64 if entry.dtype == "F64" else torch.float32)
+    lost = wide[tensor.isinf() & wide.isfinite()]
+    if lost.numel():
+        largest, name = lost.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"'{entry.name}' in {entry.file} holds numbers up to {largest:g}, and {name} ends at "
+            f"{torch.finfo(dtype).max:g}; take {_WIDER.get(dtype, 'no dtype')}"
+        )
+    return tensor
 
 
 def _joined(parts: Sequence[Planned]) -> Planned:
@@ -225,26 +240,6 @@ def _cut(planned: Mapping[str, Planned], count: int) -> list[dict[str, Planned]]
     return parts
 
 
-def _write_pickle(
-    path: Path, planned: Mapping[str, Planned], *, metadata: Mapping[str, str], on_bytes: Callable[[int], None]
-) -> None:
-    """The same as a zip of torch.save, by way of a safetensors file that is mapped into memory."""
-    if path.is_file():
-        with suppress(OutputError, CheckpointError):  # an earlier run's, if it is whole
-            compare(path, read_file(path).entries, planned)
-            return
-    mapped = path.with_name(path.name + ".safetensors.partial")
-    write_safetensors(mapped, planned, metadata=metadata, on_bytes=on_bytes)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(load_file(mapped), partial)
-        compare(partial, read_file(partial).entries, planned)
-        os.replace(partial, path)
-        mapped.unlink()
-    except (OSError, RuntimeError) as error:  # torch's writer raises its own kind where the disk is full
-        raise OutputError(f"{path} cannot be written ({error}); run the same command again to go on") from None
-
-
 def _counted(target: Target, on_bytes: OnBytes) -> Callable[[int], None]:
     """The callback of one file, which adds up."""
     done = 0
@@ -255,45 +250,3 @@ def _counted(target: Target, on_bytes: OnBytes) -> Callable[[int], None]:
         on_bytes(target.path.name, done, target.size_bytes)
 
     return count
-
-
-def _check_occupied(checkpoint: Checkpoint, destination: Path, targets: Sequence[Target], *, to: Layout) -> None:
-    """Raise OutputError where a source would be overwritten, or files of something else lie."""
-    places = {target.path.resolve(): target for target in targets}
-    sources = {file.resolve() for part in checkpoint.components.values() for file in part.files}
-    if sources & places.keys():
-        raise OutputError(f"'{destination}' holds files that are converted; give another folder")
-    root = destination.resolve()
-    written = {path.with_name(path.name + end) for path in places for end in _ENDS}
-    written |= {root / "model_index.json"} if to == "diffusers" else set()
-    for file in sorted(root.rglob("*")):
-        is_ours = file in written and not (file in places and _is_of_another(file, places[file]))
-        if file.is_file() and not is_ours and (is_weights(file.name) or file.name == "model_index.json"):
-            raise OutputError(
-                f"'{destination}' holds '{file.relative_to(root)}' of something else; give a folder that is new, empty "
-                "or of an earlier run of the same command"
-            )
-
-
-def _is_of_another(file: Path, target: Target) -> bool:
-    """Whether a file that is in the way says that it came from another checkpoint, or nothing of that."""
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        return read_safetensors(file)[1].get("source") != target.metadata["source"]
-    except CheckpointError:
-        return True
-
-
-def _check_space(destination: Path, targets: Sequence[Target]) -> None:
-    existing = next(folder for folder in (destination, *destination.absolute().parents) if folder.exists())
-    copies = {".pth": 2}  # it is made from another file
-    missing = [target for target in targets if not target.path.exists()]
-    needed = sum(target.size_bytes * copies.get(target.path.suffix, 1) for target in missing) + _SPARE_BYTES
-    needed -= sum(part.stat().st_size for part in destination.rglob("*.partial")) if destination.is_dir() else 0
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OutputError(
-            f"'{destination}' needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-            "make room, or give a folder on another disk"
-        )

@@ -32,7 +32,7 @@ from frameloom.errors import CheckpointError
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.header import TensorEntry, read_json, tensor_entries
 from frameloom.weights.hub_choice import WEIGHT_SUFFIXES, choose_files, is_index, is_weights
-from frameloom.weights.hub_fetch import Listing, OnBytes, StoredFile, fetch, home_of, notes_of, write_note
+from frameloom.weights.hub_fetch import FileError, Listing, OnBytes, StoredFile, fetch, home_of, notes_of, write_note
 
 log = logging.getLogger(LOGGER_NAME)
 _PREFIX = "hf://"
@@ -40,6 +40,8 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)  # a branch, a tag, a commit, refs/pr/1
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+_FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model")  # of weights and tokenizers
 _MAX_NAME = 512
 
 
@@ -56,7 +58,10 @@ class HubName:
 
 
 def parse_name(text: str) -> HubName:
-    """Take "owner/name", with or without "hf://", a revision and a path, apart. Raises CheckpointError."""
+    """Take "owner/name", with or without "hf://", a revision and a path, apart. Raises CheckpointError.
+
+    A revision ends at the first slash where a file follows, and may have slashes itself where none does, or as "%2F".
+    """
     refused = CheckpointError(f"{text[:80]!r} is no name of the hub; write owner/name, owner/name@revision or hf://...")
     bare = text.removeprefix(_PREFIX)
     if len(bare) > _MAX_NAME:
@@ -66,6 +71,8 @@ def parse_name(text: str) -> HubName:
     except ValueError:
         raise refused from None
     name = HubName(repo=uri.id, revision=uri.revision or constants.DEFAULT_REVISION, path=uri.path_in_repo)
+    if uri.revision and name.path and not name.path.endswith(_FILE_SUFFIXES):
+        name = HubName(repo=uri.id, revision=f"{uri.revision}/{name.path}")
     is_first = bare.startswith(name.repo)  # the library overlooks a slash in front, and "models/" means nothing to it
     is_right = _REPO.fullmatch(name.repo) and _REVISION.fullmatch(name.revision) and ".." not in name.revision
     if not is_first or not is_right or (name.path and not _is_plain(name.path)):
@@ -120,7 +127,7 @@ def _asked(name: HubName) -> Listing:
     try:
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=timeout_s)
         files = {
-            file.rfilename: _stored(file.size, file.lfs.sha256 if file.lfs else None)
+            file.rfilename: _stored(file.size, file.lfs.sha256) if file.lfs else _stored(file.size, None, file.blob_id)
             for file in info.siblings or ()
             if _is_plain(file.rfilename)
         }
@@ -133,18 +140,19 @@ def _asked(name: HubName) -> Listing:
     return Listing(repo=name.repo, commit=str(info.sha), files=files)
 
 
-def _stored(size: Any, sha256: Any) -> StoredFile:
-    """What came from outside, as what it should be."""
+def _stored(size: Any, sha256: Any, git_sha1: Any = None) -> StoredFile:
+    """What came from outside, as what it should be. What is no git hash is none: some mirrors say something else."""
     if not (size is None or (type(size) is int and size >= 0)):
         raise ValueError("size")
     if not (sha256 is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256))):
         raise ValueError("sha256")
-    return StoredFile(size_bytes=size, sha256=sha256)
+    is_git = isinstance(git_sha1, str) and _SHA1.fullmatch(git_sha1)
+    return StoredFile(size_bytes=size, sha256=sha256, git_sha1=git_sha1 if is_git else None)
 
 
 def _note(name: HubName, listing: Listing) -> None:
     """Keep a listing, and which commit the revision is, where the hub library looks for it as well."""
-    files = {path: [stored.size_bytes, stored.sha256] for path, stored in listing.files.items()}
+    files = {path: list(asdict(stored).values()) for path, stored in listing.files.items()}
     write_note(notes_of(name.repo) / f"{listing.commit}.json", json.dumps(files))
     if name.revision != listing.commit:
         write_note(home_of(name.repo) / "refs" / name.revision, listing.commit)
@@ -172,7 +180,7 @@ def _noted(name: HubName, *, problem: str = "") -> Listing | None:
 
 
 def _found_in_cache(name: HubName, *, problem: str) -> Listing | None:
-    """What another program fetched of this revision; the cache names large files by their hash."""
+    """What another program fetched of this revision; the cache names files by their hashes."""
     commit = _known_commit(name)
     root = home_of(name.repo) / "snapshots" / commit
     if not commit or not root.is_dir():
@@ -181,7 +189,7 @@ def _found_in_cache(name: HubName, *, problem: str) -> Listing | None:
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         blob = path.resolve().name
         sha256 = blob if _SHA256.fullmatch(blob) else None
-        files[path.relative_to(root).as_posix()] = StoredFile(size_bytes=path.stat().st_size, sha256=sha256)
+        files[path.relative_to(root).as_posix()] = _stored(path.stat().st_size, sha256, blob)
     return Listing(repo=name.repo, commit=commit, files=files, problem=problem)
 
 
@@ -281,7 +289,10 @@ class RemoteFiles:
 # The first that fits; {hint} is about local folders of nearly that name.
 _REFUSALS: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((GatedRepoError,), "asks for its licence to be accepted; accept it on its page, then log in with 'hf auth login'"),
-    ((RevisionNotFoundError,), "has no revision '{revision}'; check the branch, tag or commit after the @"),
+    (
+        (RevisionNotFoundError,),
+        "has no revision '{revision}'; check the branch, tag or commit after the @ (before a file with %2F for /)",
+    ),
     (
         (RepositoryNotFoundError, HFValidationError),
         "is no local folder and no public hub repository{hint}; check the name, or log in if private",
@@ -300,6 +311,11 @@ _STATUSES: Mapping[int, str] = {
     404: "is unknown at {endpoint} (404), which may be no model hub; check HF_ENDPOINT",
     429: "was refused, as the hub had too many requests (429); wait some minutes, or log in with 'hf auth login'",
 }
+_FILE_STATUSES: Mapping[int, str] = {
+    401: "lists '{path}', but its server wants a token that it knows (401); mend HF_TOKEN, or log in",
+    403: "lists '{path}', but its server refuses it (403); use a token that may read it, or run this again later",
+    404: "lists '{path}', but its server has no such file (404); run this again later, or choose another revision",
+}
 _OTHERWISE = "{hint}; check the network, or give a local folder"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -313,21 +329,34 @@ def _explained(name: HubName, hint: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # hub, OS and HTTP library each raise their own kinds: all mean "no files"
-        said = _sentence(error).format(
-            hint=hint, revision=name.revision, cache=constants.HF_HUB_CACHE, endpoint=constants.ENDPOINT
+        path = error.path if isinstance(error, FileError) else ""
+        said = _sentence(_what_happened(error), path).format(
+            hint=hint, revision=name.revision, cache=constants.HF_HUB_CACHE, endpoint=constants.ENDPOINT, path=path
         )
     raise CheckpointError(f"'{name.repo}' {said}") from None
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the library's sentence about the cache stands before what happened
+def _what_happened(error: Exception) -> Exception:
+    """What is behind our word that a file did not come, and the library's that the cache lacks it."""
+    while isinstance(error, (FileError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _sentence(error: Exception, path: str) -> str:
+    """`path`: of the file that was fetched, "" for another request."""
+    if path and isinstance(error, HfHubHTTPError) and not isinstance(error, GatedRepoError):
+        status = error.response.status_code
+        if status in _FILE_STATUSES:
+            return _FILE_STATUSES[status]
     for kinds, sentence in _REFUSALS:
         if isinstance(error, kinds):
             return sentence
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return _STATUSES.get(status, f"cannot be downloaded (the hub answers {status}){_OTHERWISE}")
+    if type(error) is OSError and error.errno is None:  # how the library says it
+        return "sent fewer bytes of a file than it announced; run this again to go on"
     if isinstance(error, OSError) and error.errno in _FULL:
         return "does not fit: {cache} is full; make room, or set HF_HOME to a larger disk, and run this again to go on"
     return f"cannot be downloaded from {{endpoint}} ({type(error).__name__}){_OTHERWISE}"

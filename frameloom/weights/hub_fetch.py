@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # it has no __all__
 
@@ -32,10 +33,14 @@ _WORTH_TELLING_BYTES = 10**6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
-    """What the hub says of one file. `size_bytes`: None where it does not say; `sha256`: of large files alone."""
+    """What the hub says of one file, None where it does not: `sha256` of large files alone, `git_sha1` of the others.
+
+    The latter is git's hash of a file: over "blob", its size, a zero byte and what it holds.
+    """
 
     size_bytes: int | None
-    sha256: str | None
+    sha256: str | None = None
+    git_sha1: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +67,14 @@ OnBytes = Callable[[str, int, int], None]
 """Called with the name of a file or repository, the bytes of it that are done, and of how many."""
 
 
+class FileError(Exception):
+    """The hub's server did not give a file that its listing has; `__cause__` is what the hub library raised."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
 def home_of(repo: str) -> Path:
     """The folder of the hub library's cache for a repository; it may not exist yet."""
     folder = repo_folder_name(repo_id=repo, repo_type="model")
@@ -77,17 +90,20 @@ def fetch(listing: Listing, paths: Sequence[str], *, on_bytes: OnBytes | None = 
     """Have these files of the listing in the cache, whole and undamaged; the folder they are in is its `snapshot`.
 
     `on_bytes` is called with the repository and every piece that arrives, from one thread at a time; without it the log
-    tells every ten seconds. Raises CheckpointError for a lack of space, for what is damaged (and removed, so that it
-    can be fetched again) or missing while the hub cannot be reached; what the hub library raises is raised as it is.
+    tells every ten seconds. What is damaged in the cache is fetched again. Raises CheckpointError for a lack of space,
+    for what arrives damaged (and is removed), and for what is missing while the hub cannot be reached; FileError for
+    what the server refuses; what the hub library raises besides is raised as it is.
     """
-    missing = [path for path in paths if not (listing.snapshot / path).is_file()]
+    missing = [path for path in paths if not _is_whole(listing, path)]
     if missing and listing.problem:
         raise CheckpointError(f"{listing.problem}; the cache lacks {missing[0]}{_and_more(len(missing) - 1)}")
     if missing:
         _check_space(listing, missing)
         _fetch_all(listing, missing, on_bytes or _LogLines(listing, missing))
-    for path in paths:
-        _check_file(listing, path)
+    for path in missing:
+        if damage := _damage(listing, path):
+            _discard(listing.snapshot / path)
+            raise CheckpointError(_arrived_damaged(listing, path, damage))
     return listing.snapshot
 
 
@@ -149,7 +165,7 @@ class _LogLines:
 
 
 class _Count:
-    """Bytes that have arrived over all connections; `add` ends a connection once `stop` was called."""
+    """Bytes that have arrived over all connections; ends one that brings too many, and each once `stop` was called."""
 
     def __init__(self, listing: Listing, paths: Sequence[str], on_bytes: OnBytes) -> None:
         self._repo, self._on_bytes = listing.repo, on_bytes
@@ -162,15 +178,20 @@ class _Count:
         self._stopped = True
 
     def add(self, path: str, count: int) -> None:
-        self._set(path, self._done[path] + count)
+        self.set(path, self._done[path] + count)
 
     def finish(self, path: str) -> None:
         """All of a file is here: fetched now, or before under another name."""
-        self._set(path, self._sizes[path] or self._done[path])
+        self.set(path, self._sizes[path] or self._done[path])
 
-    def _set(self, path: str, count: int) -> None:
+    def set(self, path: str, count: int) -> None:
         if self._stopped:
             raise _StoppedError
+        if 0 < self._sizes[path] < count:
+            raise CheckpointError(
+                f"the server sends more of '{path}' of '{self._repo}' than the {self._sizes[path]} bytes that the hub "
+                "announced; run this again later, and check HF_ENDPOINT"
+            )
         with self._lock:
             if self._done[path] == count:
                 return
@@ -184,10 +205,11 @@ class _StoppedError(Exception):
 
 
 class _Bar:
-    """What the hub library takes for a progress bar of one file."""
+    """What the hub library takes for a progress bar of one file. `initial`: bytes that are there and are kept."""
 
-    def __init__(self, count: _Count, path: str, **_: object) -> None:
+    def __init__(self, count: _Count, path: str, *, initial: int = 0, **_: object) -> None:
         self._count, self._path = count, path
+        count.set(path, initial)
 
     def __enter__(self) -> "_Bar":
         return self
@@ -218,15 +240,18 @@ def _fetch_all(listing: Listing, paths: Sequence[str], on_bytes: OnBytes) -> Non
 def _fetch_file(listing: Listing, path: str, count: _Count) -> None:
     stored = listing.files[path]
     bar: Any = functools.partial(_Bar, count, path)
-    if stored.sha256 and stored.size_bytes and stored.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE:
-        _fetch_large(listing, path, count, bar)
-    elif stored.size_bytes and stored.size_bytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
-        bar = None  # only the library's own protocol transfers these, and shows its own bars
-    hf_hub_download(listing.repo, path, revision=listing.commit, tqdm_class=bar)  # of what is there, makes a link
+    try:
+        if stored.sha256 and stored.size_bytes and stored.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            _fetch_large(listing, path, bar)
+        elif stored.size_bytes and stored.size_bytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            bar = None  # only the library's own protocol transfers these, and shows its own bars
+        hf_hub_download(listing.repo, path, revision=listing.commit, tqdm_class=bar)  # of what is there, makes a link
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileError(path) from error
     count.finish(path)
 
 
-def _fetch_large(listing: Listing, path: str, count: _Count, bar: Any) -> None:
+def _fetch_large(listing: Listing, path: str, bar: Any) -> None:
     """Put a file where the library keeps what it fetched; under its lock, so one of several processes does it."""
     stored = listing.files[path]
     assert stored.sha256 is not None
@@ -237,19 +262,18 @@ def _fetch_large(listing: Listing, path: str, count: _Count, bar: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not blob.exists():  # another process or another commit may have it
-            _continue(listing, path, count, bar)
+            _continue(listing, path, bar)
             os.replace(partial, blob)
             _note_checked(listing, stored, blob)
 
 
-def _continue(listing: Listing, path: str, count: _Count, bar: Any) -> None:
+def _continue(listing: Listing, path: str, bar: Any) -> None:
     """Fetch what the partial file lacks, and compare the whole with its hash."""
     stored = listing.files[path]
     partial = _partial(listing, stored)
     if _partial_bytes(partial) > (stored.size_bytes or 0):
         partial.unlink()
     with partial.open("ab") as file:
-        count.add(path, file.tell())
         http_get(
             hf_hub_url(listing.repo, path, revision=listing.commit),
             file,
@@ -261,28 +285,44 @@ def _continue(listing: Listing, path: str, count: _Count, bar: Any) -> None:
         )
     if _sha256(partial) != stored.sha256:
         partial.unlink()
-        raise CheckpointError(_damaged(listing, path, "its sha256 is not what the hub says"))
+        raise CheckpointError(_arrived_damaged(listing, path, _WRONG_SHA256))
 
 
 # --- what is in the cache ---
 
+_WRONG_SHA256 = "its sha256 is not what the hub says"
 
-def _check_file(listing: Listing, path: str) -> None:
-    """Compare a file with what the hub said; the hash, which takes a while, once per file."""
+
+def _is_whole(listing: Listing, path: str) -> bool:
+    """Whether the cache has a file, undamaged; the log tells of a damaged one, which is removed if the hub is there."""
+    file = listing.snapshot / path
+    if not file.is_file():
+        return False
+    damage = _damage(listing, path)
+    if damage:
+        log.warning("'%s' of '%s' is damaged in the cache (%s)", path, listing.repo, damage)
+        if not listing.problem:
+            _discard(file)
+    return not damage
+
+
+def _damage(listing: Listing, path: str) -> str:
+    """What is wrong with a file of the cache, or ""; the hash of a large one, which takes a while, is computed once."""
     stored, file = listing.files[path], listing.snapshot / path
     size = file.stat().st_size
     if stored.size_bytes not in (None, size):
-        _discard(file)
-        raise CheckpointError(_damaged(listing, path, f"{size} of {stored.size_bytes} bytes"))
+        return f"{size} of {stored.size_bytes} bytes"
+    if stored.git_sha1 is not None and _git_sha1(file) != stored.git_sha1:
+        return "its sha1 is not what the hub says"
     if stored.sha256 is None or _is_checked(listing, stored, file):
-        return
+        return ""
     if _sha256(file) != stored.sha256:
-        _discard(file)
-        raise CheckpointError(_damaged(listing, path, "its sha256 is not what the hub says"))
+        return _WRONG_SHA256
     _note_checked(listing, stored, file)
+    return ""
 
 
-def _damaged(listing: Listing, path: str, why: str) -> str:
+def _arrived_damaged(listing: Listing, path: str, why: str) -> str:
     return f"'{path}' of '{listing.repo}' is damaged ({why}) and was removed; run this again to fetch it anew"
 
 
@@ -295,6 +335,12 @@ def _discard(file: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _git_sha1(file: Path) -> str:
+    begun = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: begun).hexdigest()
 
 
 def _is_checked(listing: Listing, stored: StoredFile, file: Path) -> bool:

@@ -47,6 +47,14 @@ def test_what_is_asked_for_by_name_wins(checkpoint_of):
         assert (request.steps, request.flow_shift) == (8, 3.0)
 
 
+def test_a_second_scale_without_guidance_is_not_used_and_the_log_says_so(checkpoint_of, caplog):
+    with frameloom.load(checkpoint_of("two experts"), device="cpu", preset="lightning") as engine:
+        assert engine.resolve("a red circle", guidance_scale_2=3.0, **SIZE).guidance_scale_2 is None
+        assert engine.resolve("a red circle", guidance_scale=4.0, guidance_scale_2=3.0, **SIZE).guidance_scale_2 == 3
+    (line,) = [record.message for record in caplog.records if "scale" in record.message]
+    assert line == "guidance scale 2 (3) is not used: with a guidance scale of 1 there is no guidance"
+
+
 def test_an_unknown_preset_is_refused_before_anything_is_opened():
     with pytest.raises(RequestError, match="there is no preset 'fast'; use lightning"):
         frameloom.load("no such model", preset="fast")

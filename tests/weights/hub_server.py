@@ -27,6 +27,7 @@ class Repository:
     answer: bytes | None = None  # instead of its listing
     token: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # of files whose size is told wrong
+    hang_s: float = 0.0  # before its listing is answered
 
     def commit(self, revision: str) -> str:
         told = "".join(f"{path} {hash_of(data)}\n" for path, data in sorted(self.revisions[revision].items()))
@@ -39,13 +40,16 @@ class Repository:
 
 @dataclass(kw_only=True)
 class Hub:
-    """What the server has and what it has seen. `cut_at`: the next file so long is cut off there, once."""
+    """What the server has and what it has seen. `cut_at`: the next `cuts` files so long are cut off there."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     cut_at: int | None = None
+    cuts: int = 1
     stall_s: float = 0.0  # a cut file ends so long after its last byte
     pause_s: float = 0.0  # after every piece of a file
     damaged: set[str] = field(default_factory=set)  # hashes of files that arrive changed
+    surplus: bytes = b""  # comes after every file
+    refused: dict[str, int] = field(default_factory=dict)  # statuses of files that are listed, by their hashes
     address: str = ""
     leaked: bool = False  # a token was told to the host that large files come from
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
@@ -100,23 +104,24 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        asked = urlsplit(self.path).path
+        path = unquote(asked)
         if path != "/api/agent-harnesses":  # which the library asks for itself, at times
             self.hub.asked.append((self.command, path, self.headers.get("Range")))
         if path.startswith("/large/"):
             return self._send_large(path)
-        match = re.fullmatch(r"(/api/models)?/([^/]+/[^/]+)/(revision|resolve|tree)/([^/]+)(?:/(.+))?", path)
+        match = re.fullmatch(r"(/api/models)?/([^/]+/[^/]+)/(revision|resolve|tree)/([^/]+)(?:/(.+))?", asked)
         repository = self.hub.repositories.get(match[2]) if match else None
         if match is None or repository is None:
             return self._refuse(404, {"X-Error-Code": "RepoNotFound"} if match else {})
         if refusal := repository.refusal or self._unauthorized(repository):
             return self._refuse(*refusal)
-        revision = repository.revision(match[4])
+        revision = repository.revision(unquote(match[4]))
         if revision is None:
             return self._refuse(404, {"X-Error-Code": "RevisionNotFound"})
         if match[3] == "tree":
             return self._list_tree(repository.revisions[revision])
-        return self._list(match[2], revision) if match[1] else self._resolve(repository, revision, match[5])
+        return self._list(match[2], revision) if match[1] else self._resolve(repository, revision, unquote(match[5]))
 
     do_HEAD = do_GET
 
@@ -130,11 +135,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, name: str, revision: str) -> None:
         repository = self.hub.repositories[name]
+        time.sleep(repository.hang_s)
         if repository.answer is not None:
             return self._send(200, repository.answer)
         siblings = []
         for path, data in repository.revisions[revision].items():
-            facts = {"rfilename": path, "size": repository.sizes.get(path, len(data)), "blobId": _git_hash(data)}
+            facts = {"rfilename": path, "size": repository.sizes.get(path, len(data)), "blobId": git_hash_of(data)}
             if path.endswith(LARGE):
                 facts["lfs"] = {"sha256": hash_of(data), "size": facts["size"], "pointerSize": 135}
             siblings.append(facts)
@@ -145,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The other listing, which the hub library asks for when it fetches by itself."""
         told = []
         for path, data in files.items():
-            facts = {"type": "file", "path": path, "size": len(data), "oid": _git_hash(data)}
+            facts = {"type": "file", "path": path, "size": len(data), "oid": git_hash_of(data)}
             if path.endswith(LARGE):
                 facts["lfs"] = {"oid": hash_of(data), "size": len(data), "pointerSize": 135}
             told.append(facts)
@@ -157,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._refuse(404, {"X-Error-Code": "EntryNotFound", **headers})
         if not path.endswith(LARGE):
-            return self._send(200, data, {"ETag": f'"{_git_hash(data)}"', **headers})
+            changed = git_hash_of(data) in self.hub.damaged
+            return self._send(200, data[::-1] if changed else data, {"ETag": f'"{git_hash_of(data)}"', **headers})
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hash_of(data)}"'}
         elsewhere = self.hub.address.replace("127.0.0.1", "localhost")  # the library follows only what stays on a host
         return self._send(302, b"", {"Location": f"{elsewhere}/large/{hash_of(data)}", **linked, **headers})
@@ -173,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
         if hash_of(data) in self.hub.damaged:
             data = bytes([data[0] ^ 1]) + data[1:]
+        if status := self.hub.refused.get(hash_of(data)):
+            return self._refuse(status, {})
+        data += self.hub.surplus
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             return self._send(200, data)
@@ -190,20 +200,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "GET":
             return
         cut_at = self.hub.cut_at
-        if cut_at is not None and len(body) > cut_at:
-            self.hub.cut_at, body = None, body[:cut_at]
+        is_cut = cut_at is not None and len(body) > cut_at and self.hub.cuts > 0
+        if is_cut:
+            self.hub.cuts, body = self.hub.cuts - 1, body[:cut_at]
         path = urlsplit(self.path).path
         for begin in range(0, len(body), _PIECE):
             piece = body[begin : begin + _PIECE]
             self.wfile.write(piece)
             self.hub.served[path] = self.hub.served.get(path, 0) + len(piece)
             time.sleep(self.hub.pause_s)
-        if cut_at is not None and self.hub.cut_at is None:
+        if is_cut:
             time.sleep(self.hub.stall_s)
 
     def log_message(self, *_: object) -> None:
         """Tests tell what they saw themselves."""
 
 
-def _git_hash(data: bytes) -> str:
+def git_hash_of(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

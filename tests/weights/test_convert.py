@@ -182,7 +182,7 @@ def test_other_files_in_the_way_are_refused_and_stay(checkpoint_of, tmp_path):
     convert(open_checkpoint(checkpoint_of("per-token timesteps")), tmp_path / "other", to="single-file")
     for folder, to in (("two", "diffusers"), ("two", "single-file"), ("other", "single-file")):
         before = {file: file.read_bytes() for file in (tmp_path / folder).rglob("*") if file.is_file()}
-        with pytest.raises(OutputError, match="of something else; give a folder that is new"):
+        with pytest.raises(OutputError, match="of something else, or damaged; give a folder that is new"):
             convert(source, tmp_path / folder, to=to)
         assert before == {file: file.read_bytes() for file in (tmp_path / folder).rglob("*") if file.is_file()}
 

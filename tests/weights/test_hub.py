@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, hash_of, serve
+from hub_server import Hub, git_hash_of, hash_of, serve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +176,9 @@ def test_says_what_cannot_be_chosen(paths, variant, match):
         ("a/b@" + "0" * 40, HubName(repo="a/b", revision="0" * 40)),
         ("a/b@refs/pr/3/x.gguf", HubName(repo="a/b", revision="refs/pr/3", path="x.gguf")),
         ("a/b@feature%2Fnew", HubName(repo="a/b", revision="feature/new")),
+        ("a/b@feature/new", HubName(repo="a/b", revision="feature/new")),
+        ("hf://a/b@release/v1.0", HubName(repo="a/b", revision="release/v1.0")),
+        ("a/b@feature%2Fnew/x.gguf", HubName(repo="a/b", revision="feature/new", path="x.gguf")),
         ("a/b/High/x-Q4_K_M.gguf", HubName(repo="a/b", path="High/x-Q4_K_M.gguf")),
         ("hf://a/b@dev/x.safetensors", HubName(repo="a/b", revision="dev", path="x.safetensors")),
     ],
@@ -226,6 +229,12 @@ def told(action, *arguments):
 """
 WHOLE = PRELUDE + "print(told(lambda: download_checkpoint(list_files(parse_name(sys.argv[1])))))"
 FILE = PRELUDE + "print(told(lambda: download_files(sys.argv[1])[0]))"
+QUICKLY = """
+import time
+from huggingface_hub import constants
+constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.3
+time.sleep = lambda _: None
+"""
 
 
 @pytest.fixture
@@ -347,18 +356,21 @@ def test_the_hub_library_and_we_share_one_cache(hub, home):
 
 def test_takes_the_revision_that_is_asked_for(hub, home):
     repository = hub.add("o/n", {"x.gguf": b"new"})
-    repository.revisions["v1"] = {"x.gguf": b"old"}
+    repository.revisions |= {"v1": {"x.gguf": b"old"}, "feat/x": small_checkpoint()}
     commit = repository.commit("v1")
     code = PRELUDE + "print(json.dumps([told(lambda: download_files(name)[0].read_bytes()) for name in sys.argv[1:]]))"
     asked = ("o/n@v1/x.gguf", f"o/n@{commit}/x.gguf", "o/n/x.gguf", "o/n@v2/x.gguf", "o/n@v1/y.gguf", "o/n")
     *contents, no_revision, no_file, no_path = json.loads(ask(hub, home, code, *asked))
     assert contents == ["b'old'", "b'old'", "b'new'"]
-    assert no_revision == "REFUSED 'o/n' has no revision 'v2'; check the branch, tag or commit after the @"
+    assert no_revision.startswith("REFUSED 'o/n' has no revision 'v2'; check the branch, tag or commit after the @")
     assert no_file == "REFUSED 'o/n' holds no file 'y.gguf'; did you mean 'o/n/x.gguf'?"
     assert no_path == "REFUSED 'o/n' is a repository, and a file of it is needed; did you mean 'o/n/x.gguf'?"
     hub.asked.clear()
     assert json.loads(ask(hub, home, code, f"o/n@{commit}/x.gguf")) == ["b'old'"]
     assert hub.asked == []  # a commit never changes
+    folder = Path(ask(hub, home, WHOLE, "o/n@feat/x"))
+    assert files_in(folder) == small_checkpoint()
+    assert ask(hub, home, WHOLE, "o/n@feat%2Fx", HF_HUB_OFFLINE="1") == str(folder)
 
 
 REFUSALS = {
@@ -426,6 +438,23 @@ def test_no_file_of_the_hub_leaves_the_cache(hub, home):
     assert not list(home.parent.rglob("*evil*"))
 
 
+FILE_REFUSALS = {
+    401: "lists '401.gguf', but its server wants a token that it knows (401); mend HF_TOKEN, or log in",
+    403: "lists '403.gguf', but its server refuses it (403); use a token that may read it, or run this again later",
+    404: "lists '404.gguf', but its server has no such file (404); run this again later, or choose another revision",
+    500: "cannot be downloaded (the hub answers 500); check the network, or give a local folder",
+}
+
+
+def test_says_which_file_is_listed_and_not_given(hub, home):
+    files = {f"{status}.gguf": noise(status) for status in FILE_REFUSALS}
+    hub.add("o/n", files)
+    hub.refused = {hash_of(noise(status)): status for status in FILE_REFUSALS}
+    code = PRELUDE + "print(json.dumps([told(download_files, 'o/n', [path]) for path in sys.argv[1:]]))"
+    said = json.loads(ask(hub, home, QUICKLY + code, *files))
+    assert said == [f"REFUSED 'o/n' {sentence}" for sentence in FILE_REFUSALS.values()]
+
+
 # --- transfers that do not go well ---
 
 
@@ -444,6 +473,35 @@ def test_goes_on_where_the_hub_fell_silent(hub, home):
     hub.cut_at, hub.stall_s = CHUNK, 2.5
     assert Path(ask(hub, home, FILE, "o/n/x.gguf", HF_HUB_DOWNLOAD_TIMEOUT="1")).read_bytes() == data
     assert hub.large_ranges() == [None, f"bytes={CHUNK}-"]
+
+
+def test_gives_up_when_the_hub_stays_silent(hub, home):
+    hub.add("o/n", {"x.gguf": noise(2 * CHUNK)})
+    hub.cut_at, hub.cuts, hub.stall_s = 1000, 100, 2.0
+    hub.add("o/slow", {}).hang_s = 2.0
+    code = PRELUDE + "print(json.dumps([told(download_files, name, ['x.gguf']) for name in sys.argv[1:]]))"
+    silent, slow = json.loads(ask(hub, home, QUICKLY + code, "o/n", "o/slow"))
+    why = f"cannot be downloaded from {hub.address} (ReadTimeout); check the network, or give a local folder"
+    assert (silent, slow) == (f"REFUSED 'o/n' {why}", f"REFUSED 'o/slow' {why}")
+    assert len(hub.large_ranges()) == 6
+
+
+def test_refuses_a_file_that_is_longer_than_the_hub_said(hub, home):
+    data = noise(1000)
+    hub.add("o/n", {"x.gguf": data})
+    hub.surplus = b"more"
+    said = ask(hub, home, FILE, "o/n/x.gguf")
+    assert said.startswith(
+        "REFUSED the server sends more of 'x.gguf' of 'o/n' than the 1000 bytes that the hub announced"
+    )
+    hub.surplus = b""
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
+
+
+def test_refuses_a_file_that_is_shorter_than_the_hub_said(hub, home):
+    hub.add("o/n", {"x.gguf": noise(1000)}, sizes={"x.gguf": 1001})
+    said = ask(hub, home, FILE, "o/n/x.gguf")
+    assert said == "REFUSED 'o/n' sent fewer bytes of a file than it announced; run this again to go on"
 
 
 def test_goes_on_after_an_interruption(hub, home):
@@ -481,20 +539,50 @@ def test_a_file_that_arrives_damaged_is_removed(hub, home):
     assert Path(ask(hub, home, FILE, "o/n/x.gguf")).read_bytes() == data
 
 
-def test_a_file_damaged_in_the_cache_is_removed(hub, home):
-    data = noise(1000)
-    hub.add("o/n", {"x.gguf": data})
-    code = PRELUDE + (
-        "said = []\n"
-        "for damage in (bytes(1000), bytes(10)):\n"
-        "    download_files('o/n', ['x.gguf'])[0].write_bytes(damage)\n"
-        "    said.append(told(download_files, 'o/n', ['x.gguf']))\n"
-        "print(json.dumps([*said, str(download_files('o/n', ['x.gguf'])[0])]))"
+def test_a_small_file_that_arrives_damaged_is_removed(hub, home):
+    data = b'{"small": 1}'
+    hub.add("o/n", {"config.json": data})
+    hub.damaged = {git_hash_of(data)}
+    said = ask(hub, home, FILE, "hf://o/n/config.json")
+    assert said.startswith(
+        "REFUSED 'config.json' of 'o/n' is damaged (its sha1 is not what the hub says) and was removed"
     )
-    wrong_hash, cut_off, file = json.loads(ask(hub, home, code))
-    assert "is damaged (its sha256 is not what the hub says) and was removed" in wrong_hash
-    assert "is damaged (10 of 1000 bytes) and was removed" in cut_off
-    assert Path(file).read_bytes() == data
+    hub.damaged = set()
+    assert Path(ask(hub, home, FILE, "hf://o/n/config.json")).read_bytes() == data
+
+
+def test_a_file_damaged_in_the_cache_is_fetched_again(hub, home):
+    files = {"x.gguf": noise(1000), "config.json": bytes(range(32, 122))}
+    hub.add("o/n", files)
+    code = PRELUDE + (
+        "logging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
+        "for name, size in (('x.gguf', 1000), ('x.gguf', 10), ('config.json', 90), ('config.json', 10)):\n"
+        "    download_files('o/n', [name])[0].write_bytes(bytes(size))\n"
+        "    download_files('o/n', [name])\n"
+        "print(download_files('o/n', [name])[0].parent)"
+    )
+    *lines, folder = ask(hub, home, code).splitlines()
+    assert lines == [
+        f"'{name}' of 'o/n' is damaged in the cache ({why})"
+        for name, why in (
+            ("x.gguf", "its sha256 is not what the hub says"),
+            ("x.gguf", "10 of 1000 bytes"),
+            ("config.json", "its sha1 is not what the hub says"),
+            ("config.json", "10 of 90 bytes"),
+        )
+    ]
+    assert files_in(Path(folder)) == files
+
+
+def test_what_is_damaged_stays_while_the_hub_cannot_be_asked(hub, home):
+    hub.add("o/n", {"config.json": b"{}"})
+    file = Path(ask(hub, home, FILE, "hf://o/n/config.json"))
+    file.write_bytes(b"[]")
+    said = ask(hub, home, FILE, "hf://o/n/config.json", HF_HUB_OFFLINE="1")
+    assert said.endswith("unset it, or give a local folder; the cache lacks config.json")
+    assert file.read_bytes() == b"[]"
+    assert ask(hub, home, FILE, "hf://o/n/config.json") == str(file)
+    assert file.read_bytes() == b"{}"
 
 
 def test_a_hash_is_computed_once(hub, home):

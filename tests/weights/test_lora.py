@@ -575,16 +575,31 @@ def test_an_expert_is_not_asked_of_a_model_that_has_one(weights, write):
         ("high:a.safetensors", Lora(path="a.safetensors", expert="high")),
         ("low:/x/a b.safetensors:-1", Lora(path="/x/a b.safetensors", strength=-1.0, expert="low")),
         ("high:2:0.5", Lora(path="2", strength=0.5, expert="high")),
+        ("a.safetensors:5e-1", Lora(path="a.safetensors", strength=0.5)),
     ],
 )
 def test_a_lora_is_written_in_one_word(text, lora):
     assert parsed(text) == lora
 
 
-@pytest.mark.parametrize("text", ["", "high:", "a.safetensors:21"])
-def test_what_is_no_lora_is_said(text):
-    with pytest.raises(RequestError, match="LoRA"):
+def test_a_file_whose_name_ends_like_a_strength_is_that_file(tmp_path):
+    path = f"{tmp_path}/a:0.8"
+    assert parsed(path) == Lora(path=f"{tmp_path}/a", strength=0.8)
+    (tmp_path / "a:0.8").touch()
+    assert parsed(path) == Lora(path=path)
+    assert parsed(f"low:{path}:0.5") == Lora(path=path, strength=0.5, expert="low")
+
+
+@pytest.mark.parametrize("text", ["", "high:"])
+def test_what_names_no_lora_is_said(text):
+    with pytest.raises(RequestError, match="names no file"):
         parsed(text)
+
+
+@pytest.mark.parametrize("strength", ["21", "-20.5", "1e3", "nan", "-inf", "Infinity", "1e999"])
+def test_a_strength_that_no_one_can_mean_is_refused(strength):
+    with pytest.raises(RequestError, match=r"of LoRA 'a\.safetensors' is not possible; use a number from -20 to 20"):
+        parsed(f"a.safetensors:{strength}")
 
 
 # --- damage ---
