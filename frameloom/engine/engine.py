@@ -314,6 +314,7 @@ class Engine:
                     raise InternalError("frames came to a rank that does not write")
         made = {**self._metadata(request, 0, clock), "output": order.output.rstrip("/")}
         if job is not None:
+            made["journal_seconds"] = job.journal.seconds
             job.finish(made)
         return made
 

@@ -42,11 +42,12 @@ _FRAMES: Final = "frames-"
 class Journal:
     """The entries of one job; one process writes them at a time.
 
-    `job`: what its entries carry, a digest of what was asked. A `frameloom.pipeline.keep.Keeper`.
+    `job`: what its entries carry, a digest of what was asked. `seconds`: spent here. A `pipeline.keep.Keeper`.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
         self.folder, self.job = folder, job
+        self.seconds = 0.0
         self._broken = False
         self._last_s, self._cost_s = time.monotonic(), _FIRST_COST_S
 
@@ -142,9 +143,13 @@ class Journal:
 
     def put(self, name: str, tensors: Tensors, facts: Mapping[str, str] | None = None, *, waits: bool = True) -> None:
         """The same. Raises OSError."""
+        begun = time.monotonic()
         held = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
         told = {**(facts or {}), "job": self.job, "sha256": _digest(held, facts or {})}
-        write_whole(self._path(name), to_bytes(held, told), waits=waits)
+        try:
+            write_whole(self._path(name), to_bytes(held, told), waits=waits)
+        finally:
+            self.seconds += time.monotonic() - begun
 
     def read(self, name: str) -> Entry | None:
         """The numbers and the facts of an entry; None, with a line in the log, of one that is not as it was written."""
