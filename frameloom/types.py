@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
@@ -169,6 +170,14 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+class Residence(StrEnum):
+    """Where the weights of a component are: in memory always; for its stage; or block by block as they compute."""
+
+    RESIDENT = "resident"
+    MOVED = "moved"
+    STREAMED = "streamed"
 
 
 Expert = Literal["high", "low"]

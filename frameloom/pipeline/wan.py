@@ -31,6 +31,7 @@ from frameloom.pipeline.conditions import (
     fitted_to,
     noised,
     pictures_taken,
+    size_rules,
     video_of_ends,
 )
 from frameloom.pipeline.keep import FORGETS, Keeper
@@ -144,14 +145,7 @@ class WanPipeline:
     @property
     def size_rules(self) -> SizeRules:
         """The sizes this checkpoint can compute."""
-        _, patch_h, patch_w = self.experts[0].spec.patch_size
-        space = self.vae.spec.spatial_scale
-        return SizeRules(
-            width_multiple=space * patch_w,
-            height_multiple=space * patch_h,
-            temporal=self.vae.spec.temporal_scale,
-            reason=f"VAE {space} x patch {patch_w}" if patch_h == patch_w else "VAE x patch",
-        )
+        return size_rules(self.experts[0].spec, self.vae.spec)
 
     def check_size(self, request: ResolvedRequest) -> None:
         """Raise RequestError for a size that the position table of the DiT does not reach."""

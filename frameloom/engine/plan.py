@@ -1,0 +1,191 @@
+"""Says before a request runs whether it fits, how long it takes and how it is arranged: by descriptions alone."""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from frameloom.config import memory_bytes, parallel_plan
+from frameloom.engine.blueprint import Blueprint, draw, preferred_dtype
+from frameloom.engine.foresight import Foresight
+from frameloom.engine.machine import Machine, machine_of
+from frameloom.engine.modules import quantized_of
+from frameloom.engine.rates import Book, Rates, glance, sheet_rates
+from frameloom.engine.rewrites import policy_of
+from frameloom.engine.workload import SizedRequest, Workload
+from frameloom.memory.plan import Arranged, Choice, Plan, arrange, smaller_sizes
+from frameloom.models.defaults import preset_of
+from frameloom.parallel.mesh import auto_plan, possible_plan
+from frameloom.platform.device import DTYPES
+from frameloom.platform.tuning import Tuner
+from frameloom.types import EngineConfig, GenerateRequest, ParallelPlan
+from frameloom.weights.checkpoint import Checkpoint
+from frameloom.weights.published import published
+from frameloom.weights.source import Source, open_checkpoint
+
+_FITS = 0.7  # of a device's memory that weights may take before they are divided, as in engine/ranks.py
+_GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a request is to run: a name of `machine_of`, how many of them, and what may be used of memory."""
+
+    device: str = "auto"
+    gpus: int = 1
+    memory: int | str = "auto"
+    host_memory: int | str = "auto"
+
+
+_ANYWHERE = Place()
+
+
+def make_plan(
+    model: Source | None,
+    request: GenerateRequest,
+    config: EngineConfig,
+    *,
+    place: Place = _ANYWHERE,
+    parts: Mapping[str, Source] | None = None,
+) -> Plan:
+    """The plan of a request for a checkpoint of which descriptions are enough.
+
+    `model`: as `open_checkpoint` takes it, or the plain name of a published one, for which nothing is fetched. Raises
+    CheckpointError, and RequestError for options that are not possible, but not for what does not fit.
+    """
+    machine = machine_of(place.device, memory=memory_bytes(place.memory), host_memory=memory_bytes(place.host_memory))
+    blueprint = _drawn(_opened(model, parts), machine, config)
+    size = SizedRequest.of(request, blueprint)
+    return Planner(blueprint, machine, config, gpus=place.gpus).plan(size)
+
+
+class Planner:
+    """Plans requests for one checkpoint on one machine."""
+
+    def __init__(self, blueprint: Blueprint, machine: Machine, config: EngineConfig, *, gpus: int = 1) -> None:
+        policy = policy_of(config.exactness, config.rewrites, compilation=config.compilation)
+        self.blueprint, self.machine = blueprint, machine
+        self.gpus = gpus
+        self._parallel = config.parallel
+        self._quantized = quantized_of(config.quantized)
+        self.foresight = Foresight(
+            plan=blueprint, machine=machine, policy=policy, quantized=self._quantized,
+            processes=gpus if machine.is_host else 1,
+        )  # fmt: skip
+        text = blueprint.checkpoint.components["text_encoder"].config
+        self.book = Book(
+            tuner=Tuner(machine.device), dit=blueprint.experts[0], dtype=blueprint.dtype, vae=blueprint.vae,
+            vae_dtype=blueprint.vae_dtype, text=text,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """How fast the machine is."""
+        dtype, vae_dtype = self.blueprint.dtype, self.blueprint.vae_dtype
+        if self.machine.spec is not None:
+            return sheet_rates(self.machine.spec, dtype, vae_dtype)
+        vae = self.blueprint.vae
+        return self.book.corrected(glance(self.machine.device, dtype, vae.decoder_base_dim or vae.base_dim))
+
+    def plan(self, request: SizedRequest) -> Plan:
+        """The first arrangement that fits, what else there is, and what would fit where nothing does."""
+        machine = self.machine
+        layout, why_layout = self._parallel_plan(request)
+        work = self._workload(request, layout)
+        arranged, fits, cheaper = arrange(work.candidates(), machine.memory_bytes, machine.host_memory_bytes)
+        return Plan(
+            model=self.blueprint.checkpoint.name,
+            request=str(request),
+            device=machine.name if self.gpus == 1 else f"{self.gpus} x {machine.name}",
+            memory_bytes=machine.memory_bytes,
+            host_memory_bytes=machine.host_memory_bytes,
+            arranged=arranged,
+            choices=tuple(self._choices(work, arranged, why_layout, fits=fits)),
+            cheaper=cheaper,
+            runs=arranged.layout.is_resident,
+            fits=fits,
+            remedy="" if fits else self._remedy(request, arranged),
+            rates=self.rates.source,
+        )
+
+    def _workload(self, request: SizedRequest, parallel: ParallelPlan) -> Workload:
+        return Workload(self.foresight, self.rates, request=request, parallel=parallel)
+
+    def _parallel_plan(self, request: SizedRequest) -> tuple[ParallelPlan, str]:
+        spec, gpus = self.blueprint.experts[0], self.gpus
+        asked = parallel_plan(self._parallel, gpus)
+        if gpus == 1:
+            return ParallelPlan(), "one device"
+        if asked is not None:
+            return possible_plan(asked, spec), "asked for"
+        each = self.machine.total_bytes / (gpus if self.machine.is_host else 1)
+        fit = self.blueprint.held_bytes(self._quantized) <= _FITS * each
+        return auto_plan(gpus, spec, guided=request.guided, per_machine=gpus, weights_fit=fit)
+
+    def _choices(self, work: Workload, arranged: Arranged, why_parallel: str, *, fits: bool) -> Iterator[Choice]:
+        memory = f"{_amount(arranged.device_bytes)} of {_amount(self.machine.memory_bytes)}"
+        dtype, vae_dtype = (
+            str(each).removeprefix("torch.") for each in (self.blueprint.dtype, self.blueprint.vae_dtype)
+        )
+        why = f"the first arrangement that fits: {memory}" if fits else f"no arrangement fits; this one takes {memory}"
+        yield Choice(what="weights", chosen=str(arranged.layout), reason=why)
+        yield Choice(what="dtype", chosen=f"{dtype}, VAE {vae_dtype}", reason=self.blueprint.why_dtype)
+        yield Choice(what="guidance", chosen="batched" if arranged.batched else "in turn", reason=work.why_guidance)
+        yield Choice(what="VAE", chosen=arranged.passage, reason="the fastest way that fits beside the weights")
+        yield Choice(what="parallel", chosen=str(work.parallel), reason=why_parallel)
+
+    def _remedy(self, request: SizedRequest, arranged: Arranged) -> str:
+        """What to do where nothing fits."""
+        lacks_host = arranged.host_bytes > self.machine.host_memory_bytes
+        if not lacks_host and (nearest := self._nearest(request)) is not None:
+            return f"the nearest that fits is {nearest.num_frames} frames of {nearest.width}x{nearest.height}"
+        where = "host memory" if lacks_host else "memory"
+        return f"no size of video fits: take a smaller model, quantized weights, or more {where}"
+
+    def _nearest(self, request: SizedRequest) -> SizedRequest | None:
+        """The smallest change of the size that fits; None where the smallest video does not."""
+        sizes = list(smaller_sizes((request.width, request.height, request.num_frames), request.rules))
+        smaller = [replace(request, width=w, height=h, num_frames=n) for w, h, n in sizes]
+        if not smaller or not self._fits(smaller[-1]):
+            return None
+        return next(one for one in smaller if self._fits(one))
+
+    def _fits(self, request: SizedRequest) -> bool:
+        work = self._workload(request, self._parallel_plan(request)[0])
+        return arrange(work.candidates(), self.machine.memory_bytes, self.machine.host_memory_bytes)[1]
+
+
+def _opened(model: Source | None, parts: Mapping[str, Source] | None) -> Checkpoint:
+    name = None if model is None else os.fspath(model)
+    if name is not None and not parts and not Path(name).expanduser().exists() and (known := published(name)):
+        return known
+    return open_checkpoint(model, parts=parts, fetch_weights=False)
+
+
+def _drawn(checkpoint: Checkpoint, machine: Machine, config: EngineConfig) -> Blueprint:
+    """The blueprint in the dtypes that the machine would compute in."""
+    preset = preset_of(config.preset)
+    if machine.spec is None:
+        return draw(checkpoint, machine.device, dtype=config.dtype, preset=preset)
+    plan = draw(checkpoint, torch.device("cpu"), dtype=config.dtype, preset=preset)
+    if config.dtype != "auto":
+        return plan
+    dtype = preferred_dtype(plan.defaults, checkpoint.components["transformer"])
+    if dtype is DTYPES["bfloat16"] and not machine.spec.bfloat16:
+        return replace(plan, dtype=torch.float32, why_dtype=f"a {machine.name} has no bfloat16 arithmetic")
+    return replace(plan, dtype=dtype, why_dtype="the dtype of the checkpoint")
+
+
+def refusal(plan: Plan) -> str | None:
+    """The sentence that refuses what cannot run: what it needs, what there is, what to do; None where it can."""
+    if plan.fits and plan.runs:
+        return None
+    needs, there = plan.arranged.device_bytes, plan.memory_bytes
+    return f"{plan.request} need {_amount(needs)} on {plan.device} and {_amount(there)} may be used; {plan.remedy}"
+
+
+def _amount(count: float) -> str:
+    return f"{count / _GB:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
