@@ -305,6 +305,8 @@ def _foreseen(case: Case, seconds: float) -> dict[str, float]:
         "predicted_held_bytes": held + LIBRARIES_BYTES,
         "predicted_s": predicted_s,
         "flops_per_s": rate,
+        "weight_bytes": held,
+        "working_bytes": working,
     }
 
 
