@@ -68,10 +68,9 @@ VAES: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 TEXT = {
-    "model_type": "umt5", "vocab_size": 4096, "d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 4,
-    "num_heads": 8, "feed_forward_proj": "gated-gelu",
+    "model_type": "umt5", "vocab_size": 60_000, "d_model": 256, "d_kv": 64, "d_ff": 4096, "num_layers": 8,
+    "num_heads": 16, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-
 Case = dict[str, Any]
 
 
@@ -79,13 +78,16 @@ def _denoise(dit: str, dtype: str, size: tuple[int, int, int], *, batched: bool 
     return {"stage": "denoise", "network": dit, "dtype": dtype, "size": size, "batched": batched}
 
 
-def _vae(stage: str, vae: str, size: tuple[int, int, int], steps: int, rows: int | None, dtype: str = "float32") -> Case:
+def _vae(
+    stage: str, vae: str, size: tuple[int, int, int], steps: int, rows: int | None, dtype: str = "float32"
+) -> Case:
     return {"stage": stage, "network": vae, "dtype": dtype, "size": size, "steps": steps, "rows": rows}
 
 
 TEACHERS = [
     *(_denoise(dit, dtype, (128, 192, 13)) for dit in DITS for dtype in ("float32", "bfloat16")),
-    *(_vae(stage, vae, (96, 128, 9), 2, None) for vae in VAES for stage in ("decode", "encode")),
+    *(_vae("decode", vae, (96, 128, 9), 2, None) for vae in VAES),
+    *(_vae("encode", f"{version}, a third as wide", (96, 128, 9), 2, None) for version in ("2.1", "2.2")),
     {"stage": "text", "network": "UMT5", "dtype": "float32", "prompts": 1, "config": TEXT},
 ]
 GRID = [
@@ -96,19 +98,20 @@ GRID = [
         for dtype in ("float32", "bfloat16")
         for size in ((128, 128, 17), (192, 256, 17))
     ),
-    _denoise("512 wide", "float32", (256, 384, 25)),
+    _denoise("512 wide", "float32", (256, 320, 25)),
     _denoise("1024 wide", "bfloat16", (256, 384, 17)),
     *(_denoise(dit, "float32", (128, 192, 17), batched=True) for dit in DITS),
     _denoise("1024 wide", "bfloat16", (192, 256, 17), batched=True),
     *(
         _vae("decode", "2.1, a third as wide", size, steps, rows)
-        for size in ((128, 192, 17), (256, 256, 17))
+        for size in ((128, 192, 17), (192, 256, 17))
         for steps, rows in ((1, None), (2, None), (2, 32))
     ),
-    *(_vae("decode", "2.1", (128, 128, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 32), (1, 16))),
+    *(_vae("decode", "2.1", (64, 128, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 16))),
+    _vae("decode", "2.1", (128, 128, 9), 2, 32),
     *(_vae("decode", "2.2, a third as wide", (128, 192, 17), steps, rows) for steps, rows in ((2, None), (1, 32))),
-    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((128, 192, 17), (256, 256, 17))),
-    _vae("encode", "2.1", (128, 128, 9), 2, 32),
+    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((128, 192, 17), (192, 256, 17))),
+    _vae("encode", "2.2, a third as wide", (128, 192, 17), 2, None),
     {"stage": "text", "network": "UMT5", "dtype": "float32", "prompts": 2, "config": TEXT},
 ]
 
@@ -234,11 +237,11 @@ def _passing(case: Case) -> Callable[[], float]:
     fast = make_fast(WanVAE(spec).eval().to(DTYPES[case["dtype"]]), policy=policy_of("rounding", ()))
     passage = replace(fast.planner.choices.passage, steps=case["steps"], rows=case["rows"])
     height, width, frames = case["size"]
+    prepare(fast.vae.decoder)
     if case["stage"] == "encode":
         prepare(fast.vae.encoder)
         levels = torch.randint(0, 255, (frames, height, width, 3), dtype=torch.uint8)
         return lambda: _cpu_s(lambda: stages.encode(fast.vae, levels, iter([passage])))
-    prepare(fast.vae.decoder)
     z = torch.randn(_latent_shape(case, spec))
     return lambda: _cpu_s(lambda: [None for _ in stages.decode(fast.vae, z, iter([passage]), lambda _: None)])
 
@@ -274,8 +277,9 @@ def _foreseen(case: Case, seconds: float) -> dict[str, float]:
     rates = book.corrected(glance(here.device, blueprint.dtype, channels))
     weights = {part.name: part for part in foresight.weights(encodes=stage == "encode", with_image=False)}
     if stage == "denoise":
-        held, working = weights["transformer"].size_bytes, foresight.step_bytes(
-            _latent_shape(case, VaeSpec()), branches=2, batched=case["batched"]
+        held, working = (
+            weights["transformer"].size_bytes,
+            foresight.step_bytes(_latent_shape(case, VaeSpec()), branches=2, batched=case["batched"]),
         )
         work = StepWork(
             spec=blueprint.experts[0], latent_THW=_latent_shape(case, VaeSpec())[2:], batched=case["batched"],
@@ -298,7 +302,8 @@ def _foreseen(case: Case, seconds: float) -> dict[str, float]:
         flops = pass_costs(vae_work, 1)[0].flops
         predicted_s, rate = flops / getattr(rates, stage), flops / seconds
     if case.get("learns"):
-        book.learn(stage, rate)
+        key, _ = book.lessons(rates)["image" if stage == "encode" else stage]
+        book.tuner.note(key, rate)
         book.tuner.save()
     return {
         "predicted_bytes": held + working + LIBRARIES_BYTES,

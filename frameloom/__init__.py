@@ -20,7 +20,7 @@ from frameloom.errors import (
     RequestError,
 )
 from frameloom.settings import ask_for_same_sums
-from frameloom.types import EngineConfig
+from frameloom.types import EngineConfig, GenerateRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.engine.job import Job
+    from frameloom.memory.plan import Plan
     from frameloom.pipeline.media import Video
     from frameloom.types import ImageInput, Lora, Pictures, Progress, ProgressCallback
     from frameloom.verify.finding import Finding
@@ -48,6 +49,7 @@ __all__ = [
     "bench_generate",
     "bench_parallel",
     "bench_vae",
+    "compare_plan",
     "convert_model",
     "describe",
     "diagnose",
@@ -56,6 +58,7 @@ __all__ = [
     "job_to_resume",
     "jobs",
     "load",
+    "plan",
     "read_image",
     "resume",
     "shapes",
@@ -71,6 +74,9 @@ _LAZY = {
     "build_engine": "frameloom.engine.build",
     "convert_model": "frameloom.weights.convert",
     "all_jobs": "frameloom.engine.jobs",
+    "Place": "frameloom.engine.plan",
+    "compare": "frameloom.engine.plan",
+    "make_plan": "frameloom.engine.plan",
     "describe_checkpoint": "frameloom.engine.describe",
     "examine": "frameloom.doctor",
     "forget": "frameloom.engine.jobs",
@@ -165,6 +171,46 @@ def describe(
     """
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts, variant=variant, on_bytes=on_bytes)
     return facts
+
+
+def plan(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    device: str = "auto",
+    gpus: int = 1,
+    memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    config: EngineConfig | None = None,
+    variant: str = "",
+    runs_only: bool = False,
+    **request: Any,
+) -> "Plan":
+    """What a request would take, before anything of it is computed, and the arrangement in which it fits.
+
+    `model` as `load` takes it, of which only descriptions are read, or the name of a published model such as
+    "wan2.2-t2v-a14b", for which nothing is fetched. `device`: auto or a platform that is here, or a device that is not,
+    such as "H100"; `gpus` of them. `memory`, `host_memory`: bytes, or texts such as "24GB", instead of what there is.
+    `config`: how the engine would be built. `runs_only`: consider only what this version computes. `request`: fields
+    of types.GenerateRequest. Raises CheckpointError or RequestError; what does not fit is told by `fits` and `refusal`.
+    """
+    ask_for_same_sums()
+    place = _lazy("Place")(device=device, gpus=gpus, memory=memory, host_memory=host_memory)
+    wanted = GenerateRequest(**{"prompt": "a video", **request})
+    found: Plan = _lazy("make_plan")(
+        _named(model, parts), wanted, config or EngineConfig(), place=place, parts=parts, variant=variant,
+        runs_only=runs_only,
+    )  # fmt: skip
+    return found
+
+
+def compare_plan(plan: "Plan", made: Mapping[str, Any]) -> dict[str, Any]:
+    """What was foreseen of a request that `Engine.generate_to` then made: seconds by stage, and the peak of memory.
+
+    How fast it was is kept, and plans on this machine are the better for it.
+    """
+    told: dict[str, Any] = _lazy("compare")(plan, made)
+    return told
 
 
 def resume(

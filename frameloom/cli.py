@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,7 +32,10 @@ from frameloom.parallel.launch import count_ranks, run_ranks
 from frameloom.pipeline.target import OutputTarget, check_output
 from frameloom.settings import LOGGER_NAME, Launched, ask_for_same_sums, launched, log_level
 from frameloom.shapes.advice import advice
-from frameloom.types import GenerateRequest, Progress
+from frameloom.types import EngineConfig, GenerateRequest, Progress
+
+if TYPE_CHECKING:
+    from frameloom.memory.plan import Plan
 
 app = typer.Typer(
     help="Turn a prompt into a video with the Wan family of diffusion models.",
@@ -241,12 +244,16 @@ def generate(
         _share(gpus, parallel, target=target, since=since)
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
+        config: dict[str, Any] = {
+            "quantized": quantized, "preset": preset, "dtype": dtype, "exactness": exactness,
+            "rewrites": rewrite or (), "compilation": compilation, "vae_memory": vae_memory, "parallel": parallel,
+        }  # fmt: skip
+        foreseen = _foreseen(model, parts, options, EngineConfig(**config), device=device, variant=variant)
         begun = time.perf_counter()
         with _byte_bars(console) as on_bytes:
             engine = frameloom.load(
-                model, parts=parts, variant=variant, quantized=quantized, loras=lora or (), preset=preset,
-                device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
-                attention=attention, vae_memory=vae_memory, parallel=parallel, on_bytes=on_bytes,
+                model, parts=parts, variant=variant, loras=lora or (), device=device, attention=attention,
+                on_bytes=on_bytes, **config,
             )  # fmt: skip
         with engine:
             loaded_s = time.perf_counter() - begun
@@ -262,9 +269,39 @@ def generate(
     if not first:
         return
     record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
+    if foreseen is not None:
+        record["foreseen"] = frameloom.compare_plan(foreseen, made)
     if explain:
         record["rewrites"] = [str(decision) for decision in engine.decisions]
     _print_made(record, console, as_json=as_json)
+
+
+def _foreseen(
+    model: str | None,
+    parts: dict[str, str],
+    options: dict[str, Any],
+    config: EngineConfig,
+    *,
+    device: str,
+    variant: str,
+) -> "Plan | None":
+    """The plan of a request, by the first rank; None where only what must be fetched or read first would tell.
+
+    Raises RequestError for what does not fit, before any weight is read.
+    """
+    place = launched()
+    of_videos = options["video"] is not None or options["control_video"] is not None
+    sources = [*parts.values(), *([] if model is None else [model])]
+    if not _is_first(place) or of_videos or not all(os.path.exists(os.path.expanduser(source)) for source in sources):
+        return None
+    gpus = 1 if place is None else place.world_size
+    request = {name: value for name, value in options.items() if value is not None and name != "seed"}
+    plan = frameloom.plan(
+        model, parts=parts or None, device=device, gpus=gpus, config=config, variant=variant, runs_only=True, **request
+    )
+    if plan.refusal:
+        raise RequestError(plan.refusal)
+    return plan
 
 
 def _print_made(record: dict[str, Any], console: Console, *, as_json: bool) -> None:
@@ -318,6 +355,88 @@ def jobs(
     for job in found:
         table.add_row(job["name"], job["state"], _bytes(job["bytes"]), job["prompt"], job["output"])
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
+@_with_parts
+def plan(
+    parts: dict[str, str],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="As --model, or the name of a published model such as wan2.2-t2v-a14b: nothing is fetched."
+        ),
+    ] = None,
+    of_model: Annotated[str | None, typer.Option("--model", help="The same as the argument.")] = None,
+    variant: VariantOption = "",
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, a device that is here (cuda:1), or one that is not: H100, 4090, T4, M3 Max, ...")
+    ] = "auto",
+    gpus: Annotated[int, typer.Option(help="So many of them.")] = 1,
+    memory: Annotated[str, typer.Option(help="What may be used of the device: auto, or bytes such as 24GB.")] = "auto",
+    host_memory: Annotated[
+        str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantized: Annotated[str, typer.Option(help="Quantized weights: keep or expand.")] = "keep",
+    preset: Annotated[str | None, typer.Option(help="lightning: 4 steps without guidance.")] = None,
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    vae_memory: VaeMemoryOption = "auto",
+    parallel: ParallelOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a request would take, and how it is arranged to fit, before anything of it is computed."""
+    if model is not None and of_model is not None:
+        raise RequestError(f"two models were given, {model!r} and {of_model!r}; give one")
+    if gpus < 1:
+        raise RequestError(f"{gpus} devices compute nothing; use 1 or more")
+    config = EngineConfig(
+        dtype=dtype, quantized=quantized, preset=preset, exactness=exactness, rewrites=tuple(rewrite or ()),
+        vae_memory=vae_memory, parallel=parallel,
+    )  # fmt: skip
+    found = frameloom.plan(
+        model or of_model, parts=parts or None, device=device, gpus=gpus, memory=memory, host_memory=host_memory,
+        config=config, variant=variant, width=width, height=height, num_frames=frames, steps=steps,
+        guidance_scale=guidance,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        _print_plan(found)
+
+
+def _print_plan(plan: "Plan") -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    console.print(f"{plan.model}: {plan.request}, on {plan.device}", style="bold", soft_wrap=True)
+    table = Table("stage", "peak of the device", "of its host", "time")
+    for stage in plan.stages:
+        host = _bytes(stage.host_bytes) if stage.host_bytes else ""
+        table.add_row(stage.stage, _bytes(stage.device_bytes), host, _duration(stage.seconds))
+    there = f"of {_bytes(plan.memory_bytes)}"
+    table.add_row("together", f"{_bytes(plan.arranged.device_bytes)} {there}", "", _duration(plan.arranged.seconds))
+    console.print(table)
+    for choice in plan.choices:
+        console.print(f"{choice.what}: {choice.chosen} ({choice.reason})", soft_wrap=True)
+    console.print(f"seconds by {plan.rates}", soft_wrap=True)
+    if plan.cheaper is not None:
+        less, longer = plan.cheaper.device_bytes, _duration(plan.cheaper.seconds)
+        console.print(f"with less memory: {plan.cheaper}: {_bytes(less)}, {longer}", soft_wrap=True)
+    if plan.refusal:
+        console.print(f"it does not fit: {plan.refusal}", style="red", soft_wrap=True)
+    elif not plan.runs:
+        console.print("it would fit, but this version holds all weights in memory", style="yellow", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else f"{1000 * seconds:.1f} ms"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()
@@ -866,16 +985,22 @@ def _plain_line(console: Console, news: Progress) -> None:
 
 
 def _timing_table(record: dict[str, Any]) -> Table:
-    table = Table("stage", "seconds", "")
+    """Seconds by stage, beside those that were foreseen."""
+    foreseen = record.get("foreseen")
+    table = Table("stage", "seconds", *(["foreseen"] if foreseen else []), "")
     for stage, seconds in record["seconds"].items():
         note = f"{seconds / len(record['step_seconds']):.3f} s/step" if stage == "denoise" else ""
-        table.add_row(stage, f"{seconds:.2f}", note)
-    table.add_row(
-        "together",
-        f"{sum(record['seconds'].values()):.2f}",
-        f"peak memory {_bytes(record['peak_memory_bytes'])}",
-    )
+        before = [_seconds_or_nothing(foreseen["seconds"].get(stage))] if foreseen else []
+        table.add_row(stage, f"{seconds:.2f}", *before, note)
+    peak = f"peak memory {_bytes(record['peak_memory_bytes'])}"
+    before = [f"{sum(foreseen['seconds'].values()):.2f}"] if foreseen else []
+    peak += f", foreseen {_bytes(foreseen['peak_memory_bytes'])}" if foreseen else ""
+    table.add_row("together", f"{sum(record['seconds'].values()):.2f}", *before, peak)
     return table
+
+
+def _seconds_or_nothing(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"
 
 
 def _bytes(count: int) -> str:

@@ -1,13 +1,13 @@
 """What networks take that are not there: their ways, their weights, and the tensors of a stage, all by shapes."""
 
 import functools
+import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from frameloom.engine.blueprint import Blueprint
 from frameloom.engine.machine import Machine
@@ -30,13 +30,14 @@ from frameloom.ops.winograd import bytes_at_points
 from frameloom.platform.tuning import Foreseen
 from frameloom.types import Stage
 from frameloom.weights.checkpoint import Component
+from frameloom.weights.header import TensorEntry
 from frameloom.weights.load import Quantized, held_bytes
 from frameloom.weights.tensors import DTYPES, is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
-_OF_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.65, 1.15, 1.1
-_STEP_WORKSPACE_BYTES = 15_000_000
+_OF_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.65, 1.25, 1.1
+_STEP_WORKSPACE_BYTES = 12_000_000
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
 _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
@@ -47,13 +48,19 @@ _BLOCK = re.compile(r"(?:^|\.)((?:vace_)?blocks|block|layers)\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)  # no slots: what was counted is kept
 class Foresight:
-    """The networks of a blueprint on a machine. `parts`: of pictures in the VAE; `processes`: that share the memory."""
+    """The networks of a blueprint on a machine. `processes`: that share the memory."""
 
     plan: Blueprint
     machine: Machine
     policy: Policy
     quantized: Quantized = "keep"
     processes: int = 1
+    vae_bytes_at_most: int = 1 << 62
+
+    @functools.cached_property
+    def tuner(self) -> Foreseen:
+        """What is known of this machine."""
+        return Foreseen(self.machine.device)
 
     @functools.cached_property
     def step_planner(self) -> StepPlanner:
@@ -64,8 +71,7 @@ class Foresight:
             dit = make_dit(replace(few, image_dim=None, added_kv_proj_dim=None)).eval()
         for name, parameter in dit.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else self.plan.dtype)
-        tuner = Foreseen(self.machine.device)
-        choices = dit_fast.choose(dit, self._policy, tuner, platform_name=self.machine.platform)
+        choices = dit_fast.choose(dit, self._policy, self.tuner, platform_name=self.machine.platform)
         return StepPlanner(spec=spec, dtype=self.plan.dtype, choices=choices, device=self._stand_in)
 
     @functools.cached_property
@@ -75,9 +81,13 @@ class Foresight:
             vae = WanVAE(self.plan.vae).eval().to(self.plan.vae_dtype)
         machine = self.machine
         bound = winograd_bytes(machine.memory_bytes, machine.total_bytes, self.processes)
-        choices = vae_fast.choose(vae, self._policy, Foreseen(machine.device), winograd_bytes=bound)
+        choices = vae_fast.choose(vae, self._policy, self.tuner, winograd_bytes=bound)
         return VaePlanner(
-            spec=self.plan.vae, dtype=self.plan.vae_dtype, choices=choices, device=self._stand_in, budget_bytes=1 << 62
+            spec=self.plan.vae,
+            dtype=self.plan.vae_dtype,
+            choices=choices,
+            device=self._stand_in,
+            budget_bytes=self.vae_bytes_at_most,
         )
 
     @property
@@ -100,12 +110,34 @@ class Foresight:
         if with_image and "image_encoder" in parts:
             size_bytes = held_bytes(parts["image_encoder"], self.plan.vae_dtype, "expand")
             found.append(_whole("image_encoder", size_bytes, stages["image_encoder"]))
-        return [*found, _whole("vae", self.vae_planner.held_bytes(encodes=encodes), stages["vae"])]
+        return [
+            *found,
+            _whole(
+                "vae",
+                self._kept(f"VAE {encodes}", functools.partial(self.vae_planner.held_bytes, encodes=encodes)),
+                stages["vae"],
+            ),
+        ]
+
+    def _kept(self, what: str, count: Callable[[], int]) -> int:
+        """What `count` found for these networks before, on whatever machine; else what it finds now."""
+        vae, step = self.vae_planner, self.step_planner
+        ways = (dict(vae.choices.kernels), vae.choices.norm, vae.choices.passage, step.choices.loop)
+        packs = (step.choices.packs_linear, step.choices.packs_mlp, step.choices.fuses_qkv)
+        about = (self.plan.experts, step.dtype, vae.spec, vae.dtype, ways, packs, self.machine.platform, what)
+        key = f"bytes {hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"
+        if (known := self.tuner.number(key)) is None:
+            known = count()
+            self.tuner.note(key, known)
+        return int(known)
 
     def step_bytes(self, latents_BCTHW: tuple[int, ...], *, branches: int, batched: bool) -> int:
         """Of a denoising step, besides the weights."""
         tokens, planner = self.text_tokens, self.step_planner
-        counted = planner.counted(latents_BCTHW, branches=branches, batched=batched, text_tokens=tokens)
+        count = functools.partial(
+            planner.counted, latents_BCTHW, branches=branches, batched=batched, text_tokens=tokens
+        )
+        counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens}", count)
         kept = planner.prompt_bytes(latents_BCTHW[0], branches=branches, text_tokens=tokens)
         grown = _OF_STEP_HERE if self.machine.is_host else _ELSEWHERE
         return round(grown * counted) + kept + _STEP_WORKSPACE_BYTES
@@ -114,7 +146,9 @@ class Foresight:
         """Of a passage of latents, or of frames, besides the weights."""
         batch, channels, frames, height, width = shape_BCTHW
         steps = (frames - 1) // self.plan.vae.temporal_scale if encode else frames - 1
-        counted = self.vae_planner.counted((batch, channels, height, width), steps, passage, encode=encode)
+        picture = (batch, channels, height, width)
+        count = functools.partial(self.vae_planner.counted, picture, steps, passage, encode=encode)
+        counted = self._kept(f"passage {picture} {min(steps, passage.steps)} {passage} {encode}", count)
         if not self.machine.is_host:
             return round(_ELSEWHERE * counted)
         return round(_OF_VAE_HERE * counted) + self._winograd_workspace
@@ -126,14 +160,14 @@ class Foresight:
     def text_bytes(self, prompts: int) -> int:
         """Of reading prompts, besides the weights; one layer takes what the others take."""
         config = {**self.plan.checkpoint.components["text_encoder"].config, "num_layers": 1}
-        encoder = build_text_encoder(config).to(self.plan.dtype)
-        ids = torch.empty(prompts, TEXT_LENGTH, dtype=torch.long, device="meta")
 
-        def run() -> Tensor:
-            return encoder(ids, torch.ones_like(ids))
+        def count() -> int:
+            encoder = build_text_encoder(config).to(self.plan.dtype)
+            ids = torch.empty(prompts, TEXT_LENGTH, dtype=torch.long, device="meta")
+            with torch.inference_mode():
+                return peak_bytes(lambda: encoder(ids, torch.ones_like(ids)))
 
-        with torch.inference_mode():
-            return round((_OF_STEP_HERE if self.machine.is_host else _ELSEWHERE) * peak_bytes(run))
+        return round((_OF_STEP_HERE if self.machine.is_host else _ELSEWHERE) * self._kept(f"{prompts} {config}", count))
 
     @functools.cached_property
     def _winograd_workspace(self) -> int:
@@ -190,7 +224,7 @@ def _whole(name: str, size_bytes: int, stages: tuple[Stage, ...]) -> Weights:
     return Weights(name=name, size_bytes=size_bytes, block_bytes=0, blocks_bytes=0, stages=stages)
 
 
-def _some(component: Component, names: list[str]) -> dict[str, object]:
+def _some(component: Component, names: list[str]) -> dict[str, TensorEntry]:
     return {name: component.tensors[name] for name in names}
 
 

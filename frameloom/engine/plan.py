@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from frameloom.engine.modules import quantized_of
 from frameloom.engine.rates import Book, Rates, glance, sheet_rates
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.workload import SizedRequest, Workload
-from frameloom.memory.plan import Arranged, Choice, Plan, arrange, smaller_sizes
+from frameloom.memory.plan import Arranged, Choice, Plan, amount, first_that_fits, next_cheaper, smaller_sizes
 from frameloom.models.defaults import preset_of
 from frameloom.parallel.mesh import auto_plan, possible_plan
 from frameloom.platform.device import DTYPES
@@ -27,7 +28,6 @@ from frameloom.weights.published import published
 from frameloom.weights.source import Source, open_checkpoint
 
 _FITS = 0.7  # of a device's memory that weights may take before they are divided, as in engine/ranks.py
-_GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,30 +50,46 @@ def make_plan(
     *,
     place: Place = _ANYWHERE,
     parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    runs_only: bool = False,
 ) -> Plan:
     """The plan of a request for a checkpoint of which descriptions are enough.
 
-    `model`: as `open_checkpoint` takes it, or the plain name of a published one, for which nothing is fetched. Raises
+    `model` and `variant`: as `open_checkpoint` takes them, or the plain name of a published one, for which nothing is
+    fetched. `runs_only`: only by ways that this version computes in, on a device that is here. Raises
     CheckpointError, and RequestError for options that are not possible, but not for what does not fit.
     """
-    machine = machine_of(place.device, memory=memory_bytes(place.memory), host_memory=memory_bytes(place.host_memory))
-    blueprint = _drawn(_opened(model, parts), machine, config)
+    machine = machine_of(
+        place.device,
+        memory=memory_bytes(place.memory),
+        host_memory=memory_bytes(place.host_memory),
+        only_here=runs_only,
+    )
+    blueprint = _drawn(_opened(model, parts, variant), machine, config)
     size = SizedRequest.of(request, blueprint)
-    return Planner(blueprint, machine, config, gpus=place.gpus).plan(size)
+    return Planner(blueprint, machine, config, gpus=place.gpus, runs_only=runs_only).plan(size)
 
 
 class Planner:
-    """Plans requests for one checkpoint on one machine."""
+    """Plans requests for one checkpoint on one machine; `runs_only`: only by ways that this version computes in."""
 
-    def __init__(self, blueprint: Blueprint, machine: Machine, config: EngineConfig, *, gpus: int = 1) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        machine: Machine,
+        config: EngineConfig,
+        *,
+        gpus: int = 1,
+        runs_only: bool = False,
+    ) -> None:
         policy = policy_of(config.exactness, config.rewrites, compilation=config.compilation)
-        self.blueprint, self.machine = blueprint, machine
-        self.gpus = gpus
+        self.blueprint, self.machine = blueprint, machine.shared_by(gpus)
+        self.gpus, self._runs_only = gpus, runs_only
         self._parallel = config.parallel
         self._quantized = quantized_of(config.quantized)
         self.foresight = Foresight(
-            plan=blueprint, machine=machine, policy=policy, quantized=self._quantized,
-            processes=gpus if machine.is_host else 1,
+            plan=blueprint, machine=self.machine, policy=policy, quantized=self._quantized,
+            processes=gpus if machine.is_host else 1, vae_bytes_at_most=memory_bytes(config.vae_memory) or 1 << 62,
         )  # fmt: skip
         text = blueprint.checkpoint.components["text_encoder"].config
         self.book = Book(
@@ -95,7 +111,11 @@ class Planner:
         machine = self.machine
         layout, why_layout = self._parallel_plan(request)
         work = self._workload(request, layout)
-        arranged, fits, cheaper = arrange(work.candidates(), machine.memory_bytes, machine.host_memory_bytes)
+        candidates = work.candidates()
+        arranged, fits = first_that_fits(candidates, machine.memory_bytes, machine.host_memory_bytes)
+        here = "" if machine.spec is not None or self.gpus > 1 else str(machine.device)
+        cheaper = None if self._runs_only else next_cheaper(candidates, arranged)
+        self.foresight.tuner.save()
         return Plan(
             model=self.blueprint.checkpoint.name,
             request=str(request),
@@ -109,10 +129,12 @@ class Planner:
             fits=fits,
             remedy="" if fits else self._remedy(request, arranged),
             rates=self.rates.source,
+            here=here,
+            lessons=self.book.lessons(self.rates) if here else {},
         )
 
     def _workload(self, request: SizedRequest, parallel: ParallelPlan) -> Workload:
-        return Workload(self.foresight, self.rates, request=request, parallel=parallel)
+        return Workload(self.foresight, self.rates, request=request, parallel=parallel, runs_only=self._runs_only)
 
     def _parallel_plan(self, request: SizedRequest) -> tuple[ParallelPlan, str]:
         spec, gpus = self.blueprint.experts[0], self.gpus
@@ -126,7 +148,7 @@ class Planner:
         return auto_plan(gpus, spec, guided=request.guided, per_machine=gpus, weights_fit=fit)
 
     def _choices(self, work: Workload, arranged: Arranged, why_parallel: str, *, fits: bool) -> Iterator[Choice]:
-        memory = f"{_amount(arranged.device_bytes)} of {_amount(self.machine.memory_bytes)}"
+        memory = f"{amount(arranged.device_bytes)} of {amount(self.machine.memory_bytes)}"
         dtype, vae_dtype = (
             str(each).removeprefix("torch.") for each in (self.blueprint.dtype, self.blueprint.vae_dtype)
         )
@@ -155,14 +177,14 @@ class Planner:
 
     def _fits(self, request: SizedRequest) -> bool:
         work = self._workload(request, self._parallel_plan(request)[0])
-        return arrange(work.candidates(), self.machine.memory_bytes, self.machine.host_memory_bytes)[1]
+        return first_that_fits(work.candidates(), self.machine.memory_bytes, self.machine.host_memory_bytes)[1]
 
 
-def _opened(model: Source | None, parts: Mapping[str, Source] | None) -> Checkpoint:
+def _opened(model: Source | None, parts: Mapping[str, Source] | None, variant: str) -> Checkpoint:
     name = None if model is None else os.fspath(model)
     if name is not None and not parts and not Path(name).expanduser().exists() and (known := published(name)):
         return known
-    return open_checkpoint(model, parts=parts, fetch_weights=False)
+    return open_checkpoint(model, parts=parts, variant=variant, fetch_weights=False)
 
 
 def _drawn(checkpoint: Checkpoint, machine: Machine, config: EngineConfig) -> Blueprint:
@@ -179,13 +201,15 @@ def _drawn(checkpoint: Checkpoint, machine: Machine, config: EngineConfig) -> Bl
     return replace(plan, dtype=dtype, why_dtype="the dtype of the checkpoint")
 
 
-def refusal(plan: Plan) -> str | None:
-    """The sentence that refuses what cannot run: what it needs, what there is, what to do; None where it can."""
-    if plan.fits and plan.runs:
-        return None
-    needs, there = plan.arranged.device_bytes, plan.memory_bytes
-    return f"{plan.request} need {_amount(needs)} on {plan.device} and {_amount(there)} may be used; {plan.remedy}"
+def compare(plan: Plan, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What was foreseen beside what a run took, by stage; the next plan on this machine knows how fast it was.
 
-
-def _amount(count: float) -> str:
-    return f"{count / _GB:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    `made`: as `Engine.generate_to` returns it.
+    """
+    foreseen: dict[str, float] = {stage.stage: stage.seconds for stage in plan.stages}
+    tuner = Tuner(torch.device(plan.here or "cpu"))
+    for stage, (key, rate) in plan.lessons.items():
+        if measured := made["seconds"].get(stage):
+            tuner.note(key, rate * foreseen[stage] / measured)
+    tuner.save()
+    return {"seconds": foreseen, "peak_memory_bytes": plan.arranged.device_bytes, "rates": plan.rates}

@@ -107,20 +107,22 @@ class Book:
 
     def corrected(self, rates: Rates) -> Rates:
         """The same, with what runs have taught."""
-        found = {stage: self.tuner.number(self._key(stage)) for stage in ("text", "denoise", "decode", "encode")}
+        found = {stage: self.tuner.number(self._key(stage)) for stage in ("text", "denoise", "decode", "image")}
         known: dict[str, float] = {stage: rate for stage, rate in found.items() if rate is not None}
         if "denoise" in known:
             products = known.pop("denoise")
             known |= {"products": products, "attention": products * rates.attention / rates.products}
+        if "image" in known:
+            known["encode"] = known.pop("image")
         if not known:
             return rates
         what = "all of it" if len(found) == sum(rate is not None for rate in found.values()) else "in part"
         return replace(rates, **known, source=f"earlier runs on this machine ({what})")
 
-    def learn(self, stage: str, flops_per_s: float) -> None:
-        """Keep the rate of a stage; of denoising that of its products."""
-        before = self.tuner.number(self._key(stage))
-        self.tuner.note(self._key(stage), flops_per_s if before is None else (before + flops_per_s) / 2)
+    def lessons(self, rates: Rates) -> dict[str, tuple[str, float]]:
+        """Of each stage of a run the key to keep its rate under, and the rate that was expected."""
+        expected = {"text": rates.text, "denoise": rates.products, "decode": rates.decode, "image": rates.encode}
+        return {stage: (self._key(stage), rate) for stage, rate in expected.items()}
 
     def _key(self, stage: str) -> str:
         dit = self.dit

@@ -63,7 +63,15 @@ class SizedRequest:
 class Workload:
     """What a request is for the networks, and the ways to arrange it."""
 
-    def __init__(self, foresight: Foresight, rates: Rates, *, request: SizedRequest, parallel: ParallelPlan) -> None:
+    def __init__(
+        self,
+        foresight: Foresight,
+        rates: Rates,
+        *,
+        request: SizedRequest,
+        parallel: ParallelPlan,
+        runs_only: bool = False,
+    ) -> None:
         self.foresight, self.rates, self.request, self.parallel = foresight, rates, request, parallel
         self.plan = plan = foresight.plan
         vae, cells = plan.vae, (request.height // plan.vae.spatial_scale, request.width // plan.vae.spatial_scale)
@@ -71,8 +79,8 @@ class Workload:
         self.branches = 2 if request.guided else 1
         with_image = bool(plan.takes.needed)
         self.weights = foresight.weights(encodes=request.encodes, with_image=with_image)
-        loop, self.why_guidance = self._guidance()
-        self.batched = loop
+        self.batched, self.why_guidance = self._guidance()
+        self._layouts = [one for one in layouts(len(plan.experts)) if one.is_resident or not runs_only]
 
     def _guidance(self) -> tuple[tuple[bool, ...], str]:
         """Whether both branches may make one batch, the faster way first."""
@@ -90,7 +98,7 @@ class Workload:
 
     def candidates(self) -> Iterator[Arranged]:
         """Ways to arrange the request, the fastest first; each is counted when it is asked for."""
-        for layout in layouts(len(self.plan.experts)):
+        for layout in self._layouts:
             for batched in self.batched:
                 for passage in self.foresight.passages(self._decoded):
                     yield self._arranged(layout, passage, batched=batched)

@@ -4,8 +4,8 @@ Pure arithmetic on numbers that others count: `StepPlanner` and `VaePlanner` on 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from frameloom.types import Residence, SizeRules, Stage
@@ -142,7 +142,9 @@ class Arranged:
 class Plan:
     """What a request will take. `cheaper`: the next arrangement that takes less; `runs`: whether this version has it.
 
-    `fits`: in both memories. `remedy`: what to do where it does not, and the nearest request that fits.
+    `fits`: in both memories. `remedy`: what to do where it does not, and the nearest request that fits. `rates`: where
+    the seconds are from. `lessons`: of each stage the key and the rate that a run of it corrects.
+    `here`: the device as torch calls it, if it is on this machine.
     """
 
     model: str
@@ -157,15 +159,28 @@ class Plan:
     fits: bool
     remedy: str = ""
     rates: str = ""
+    here: str = ""
+    lessons: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[StagePlan, ...]:
         """Of the arrangement that was chosen."""
         return self.arranged.stages
 
+    @property
+    def refusal(self) -> str | None:
+        """The sentence that refuses what cannot run: what it needs, what there is, what to do; None where it can."""
+        if self.fits:
+            return None
+        needs, there = amount(self.arranged.device_bytes), amount(self.memory_bytes)
+        if self.arranged.device_bytes - self.arranged.mapped_bytes <= self.memory_bytes:
+            needs, there = f"{amount(self.arranged.host_bytes)} beside it", amount(self.host_memory_bytes)
+        return f"{self.request} with '{self.model}' need about {needs} of memory, and there are {there}; {self.remedy}"
+
     def record(self) -> dict[str, Any]:
         """As plain data."""
-        found = asdict(self)
+        found = {**asdict(self), "refusal": self.refusal}
+        del found["lessons"], found["here"]
         for name, arranged in (("arranged", self.arranged), ("cheaper", self.cheaper)):
             if arranged is not None:
                 told = {"device_bytes": arranged.device_bytes, "host_bytes": arranged.host_bytes}
@@ -173,20 +188,22 @@ class Plan:
         return found
 
 
-def arrange(
-    candidates: Iterator[Arranged], memory_bytes: int, host_memory_bytes: int
-) -> tuple[Arranged, bool, Arranged | None]:
-    """The first that is within both memories, whether there is one, and the first after it that takes less.
+def first_that_fits(candidates: Iterable[Arranged], memory_bytes: int, host_memory_bytes: int) -> tuple[Arranged, bool]:
+    """The first within both memories and True; of none, the one that takes the least, and False.
 
-    Of none, the one that takes the least. Candidates are made as they are asked for: counting them takes a while.
+    Candidates are made as they are asked for, as counting them takes a while: an iterator goes on behind the first.
     """
     seen: list[Arranged] = []
     for candidate in candidates:
         seen.append(candidate)
         if _needs(candidate) <= memory_bytes and candidate.host_bytes <= host_memory_bytes:
-            less = (one for one in candidates if one.device_bytes < _WORTH * candidate.device_bytes)
-            return candidate, True, next(less, None)
-    return min(seen, key=_needs), False, None
+            return candidate, True
+    return min(seen, key=_needs), False
+
+
+def next_cheaper(candidates: Iterable[Arranged], arranged: Arranged) -> Arranged | None:
+    """The first that takes noticeably less of the device."""
+    return next((one for one in candidates if one.device_bytes < _WORTH * arranged.device_bytes), None)
 
 
 def _needs(candidate: Arranged) -> int:
@@ -208,3 +225,8 @@ def smaller_sizes(size: tuple[int, int, int], rules: SizeRules) -> Iterator[tupl
 
 def _multiple(side: float, step: int) -> int:
     return max(step, int(side) // step * step)
+
+
+def amount(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -107,15 +107,13 @@ class Tuner:
 class Foreseen(Tuner):
     """What a tuner would choose, without timing anything: what was measured here before, else the last way there is.
 
-    Ways that take more memory stand behind the others, so that nothing is foreseen too small.
+    Ways that take more memory stand behind the others, so that nothing is foreseen too small. What was foreseen is not
+    kept.
     """
 
     def _best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         found = self._known.get(f"{key} | {' '.join(sorted(names))}")
         return found if isinstance(found, str) and found in names else names[-1]
-
-    def save(self) -> None:
-        """Nothing: what was foreseen was not measured."""
 
 
 def _read(path: Path) -> dict[str, Any]:
