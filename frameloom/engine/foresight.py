@@ -2,9 +2,8 @@
 
 import functools
 import hashlib
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,7 +54,7 @@ class Foresight:
     policy: Policy
     quantized: Quantized = "keep"
     processes: int = 1
-    vae_bytes_at_most: int = 1 << 62
+    vae_bytes_at_most: int | None = None
 
     @functools.cached_property
     def tuner(self) -> Foreseen:
@@ -76,19 +75,13 @@ class Foresight:
 
     @functools.cached_property
     def vae_planner(self) -> VaePlanner:
-        """Of the VAE, without a budget that would matter."""
+        """Of the VAE, with the ways that it would have."""
         with on_meta():
             vae = WanVAE(self.plan.vae).eval().to(self.plan.vae_dtype)
         machine = self.machine
         bound = winograd_bytes(machine.memory_bytes, machine.total_bytes, self.processes)
         choices = vae_fast.choose(vae, self._policy, self.tuner, winograd_bytes=bound)
-        return VaePlanner(
-            spec=self.plan.vae,
-            dtype=self.plan.vae_dtype,
-            choices=choices,
-            device=self._stand_in,
-            budget_bytes=self.vae_bytes_at_most,
-        )
+        return VaePlanner(spec=self.plan.vae, dtype=self.plan.vae_dtype, choices=choices, device=self._stand_in)
 
     @property
     def text_tokens(self) -> int:
@@ -153,9 +146,13 @@ class Foresight:
             return round(_ELSEWHERE * counted)
         return round(_OF_VAE_HERE * counted) + self._winograd_workspace
 
-    def passages(self, shape_BZTHW: tuple[int, ...]) -> list[Passage]:
-        """How latents may pass, the fastest first."""
-        return list(itertools.islice(_distinct(self.vae_planner.decode(shape_BZTHW)), 12))
+    def passages(self, shape_BCTHW: tuple[int, ...], *, encode: bool = False) -> list[Passage]:
+        """How latents, or frames, may pass within the budget of the VAE, the fastest first; the narrowest at least."""
+        ways = list({str(way): way for way in self.vae_planner.ways(shape_BCTHW, encode=encode)}.values())
+        most = self.vae_bytes_at_most
+        if most is None:
+            return ways
+        return [way for way in ways if self.vae_bytes(shape_BCTHW, way, encode=encode) <= most] or ways[-1:]
 
     def text_bytes(self, prompts: int) -> int:
         """Of reading prompts, besides the weights; one layer takes what the others take."""
@@ -226,11 +223,3 @@ def _whole(name: str, size_bytes: int, stages: tuple[Stage, ...]) -> Weights:
 
 def _some(component: Component, names: list[str]) -> dict[str, TensorEntry]:
     return {name: component.tensors[name] for name in names}
-
-
-def _distinct(passages: Iterator[Passage]) -> Iterator[Passage]:
-    seen: set[str] = set()
-    for passage in passages:
-        if str(passage) not in seen:
-            seen.add(str(passage))
-            yield passage

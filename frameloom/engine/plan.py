@@ -89,7 +89,7 @@ class Planner:
         self._quantized = quantized_of(config.quantized)
         self.foresight = Foresight(
             plan=blueprint, machine=self.machine, policy=policy, quantized=self._quantized,
-            processes=gpus if machine.is_host else 1, vae_bytes_at_most=memory_bytes(config.vae_memory) or 1 << 62,
+            processes=gpus if machine.is_host else 1, vae_bytes_at_most=memory_bytes(config.vae_memory),
         )  # fmt: skip
         text = blueprint.checkpoint.components["text_encoder"].config
         self.book = Book(
@@ -125,7 +125,7 @@ class Planner:
             arranged=arranged,
             choices=tuple(self._choices(work, arranged, why_layout, fits=fits)),
             cheaper=cheaper,
-            runs=arranged.layout.is_resident,
+            runs=arranged.layout.runs,
             fits=fits,
             remedy="" if fits else self._remedy(request, arranged),
             rates=self.rates.source,

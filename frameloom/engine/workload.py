@@ -1,6 +1,7 @@
 """A request as work for the networks of a machine: the ways to arrange it, what each takes, and its seconds."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -80,7 +81,7 @@ class Workload:
         with_image = bool(plan.takes.needed)
         self.weights = foresight.weights(encodes=request.encodes, with_image=with_image)
         self.batched, self.why_guidance = self._guidance()
-        self._layouts = [one for one in layouts(len(plan.experts)) if one.is_resident or not runs_only]
+        self._layouts = [one for one in layouts(len(plan.experts)) if one.runs or not runs_only]
 
     def _guidance(self) -> tuple[tuple[bool, ...], str]:
         """Whether both branches may make one batch, the faster way first."""
@@ -97,11 +98,16 @@ class Workload:
         return (self.request.batch, self.plan.experts[0].in_channels, *self.latent_THW)
 
     def candidates(self) -> Iterator[Arranged]:
-        """Ways to arrange the request, the fastest first; each is counted when it is asked for."""
-        for layout in self._layouts:
-            for batched in self.batched:
-                for passage in self.foresight.passages(self._decoded):
-                    yield self._arranged(layout, passage, batched=batched)
+        """Ways to arrange the request, the fastest first; each is counted when it is asked for.
+
+        Narrower passages follow only while decoding is what takes the most.
+        """
+        for layout, batched in itertools.product(self._layouts, self.batched):
+            for passage in self.foresight.passages(self._decoded):
+                candidate = self._arranged(layout, passage, batched=batched)
+                yield candidate
+                if candidate.peak.stage != "decode":
+                    break
 
     def _arranged(self, layout: Layout, passage: Passage, *, batched: bool) -> Arranged:
         computed: list[tuple[Stage, int]] = [
@@ -111,7 +117,7 @@ class Workload:
             ("encode", 0),
         ]
         if self.request.encodes:
-            computed.insert(1, ("image", self._encode_bytes()))
+            computed.insert(1, ("image", self._encode_bytes(layout)))
         machine, host = self.foresight.machine, self._host_bytes(layout)
         stages = tuple(
             StagePlan(
@@ -122,15 +128,9 @@ class Workload:
             )
             for stage, working in computed
         )
-        peak = max(stages, key=lambda stage: stage.device_bytes).stage
+        found = Arranged(layout=layout, batched=batched, passage=str(passage), stages=stages)
         mapped = [part for part in self.weights if part.mapped]
-        return Arranged(
-            layout=layout,
-            batched=batched,
-            passage=str(passage),
-            stages=stages,
-            mapped_bytes=held_in(peak, mapped, layout),
-        )
+        return replace(found, mapped_bytes=held_in(found.peak.stage, mapped, layout))
 
     # Memory of one rank, the first.
 
@@ -153,7 +153,6 @@ class Workload:
     def _text_bytes(self) -> int:
         return self.foresight.text_bytes(self.request.batch)
 
-    @functools.cache  # noqa: B019  # as long as this lives
     def _step_bytes(self, batched: bool) -> int:
         branches = 1 if self.parallel.cfg == 2 else self.branches
         whole = self.foresight.step_bytes(self._latents, branches=branches, batched=batched)
@@ -164,16 +163,20 @@ class Workload:
         frames, height, width = self.latent_THW
         return (self.request.batch, self.plan.vae.z_dim, frames, -(-height // self.parallel.vae), width)
 
-    @functools.cache  # noqa: B019
     def _decode_bytes(self, passage: Passage) -> int:
         return self.foresight.vae_bytes(self._decoded, passage)
 
-    @functools.cache  # noqa: B019
-    def _encode_bytes(self) -> int:
-        height = -(-self.request.height // self.parallel.vae)
-        shape = (1, 3, self.request.num_frames, height, self.request.width)
-        foresight = self.foresight
-        return foresight.vae_bytes(shape, next(foresight.vae_planner.encode(shape)), encode=True)
+    def _encode_bytes(self, layout: Layout) -> int:
+        """Of the fastest passage of pictures that fits beside the weights, else of the narrowest."""
+        shape = (1, 3, self.request.num_frames, -(-self.request.height // self.parallel.vae), self.request.width)
+        machine, foresight = self.foresight.machine, self.foresight
+        room = machine.memory_bytes - machine.base_bytes - self._held("image", layout)
+        amount = 0
+        for passage in foresight.passages(shape, encode=True):
+            amount = foresight.vae_bytes(shape, passage, encode=True)
+            if amount <= room:
+                break
+        return amount
 
     # Seconds.
 

@@ -54,6 +54,11 @@ class Layout:
         """Whether everything stays where it is."""
         return self.text is self.transformer is Residence.RESIDENT
 
+    @property
+    def runs(self) -> bool:
+        """Whether this version computes so: with all weights in memory."""
+        return self.is_resident
+
     def __str__(self) -> str:
         return (
             "all weights resident" if self.is_resident else f"text encoder {self.text}, transformer {self.transformer}"
@@ -119,9 +124,14 @@ class Arranged:
     mapped_bytes: int = 0
 
     @property
+    def peak(self) -> StagePlan:
+        """The stage that takes the most of the device."""
+        return max(self.stages, key=lambda stage: stage.device_bytes)
+
+    @property
     def device_bytes(self) -> int:
         """The peak of the device."""
-        return max(stage.device_bytes for stage in self.stages)
+        return self.peak.device_bytes
 
     @property
     def host_bytes(self) -> int:

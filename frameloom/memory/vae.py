@@ -64,6 +64,13 @@ class VaePlanner:
         steps = (frames - 1) // self.spec.temporal_scale
         return self._passages((batch, channels, height, width), steps, encode=True)
 
+    def ways(self, shape_BCTHW: tuple[int, ...], *, encode: bool = False) -> Iterator[Passage]:
+        """All passages for latents, or for frames, the fastest first, whatever they take."""
+        frames, height, width = shape_BCTHW[2:]
+        steps = (frames - 1) // self.spec.temporal_scale if encode else frames - 1
+        scale = 1 if encode else self.spec.spatial_scale
+        return self._candidates(steps, height * scale, width * scale)
+
     def needed(
         self, picture_BCHW: tuple[int, int, int, int], steps: int, passage: Passage, *, encode: bool = False
     ) -> int:
