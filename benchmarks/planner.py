@@ -1,4 +1,4 @@
-"""What plans say against what runs take: `python benchmarks/planner.py`; writes benchmarks/results/planner-cpu-*.json.
+"""What plans say against what runs take: `python benchmarks/planner.py [PART OF A NAME]`; writes benchmarks/results/.
 
 A grid of network, size, frames and arrangement, random weights, each case in a process of its own on one thread of a
 CPU. Memory: the peak of the process above what it has after its imports. Seconds: of the CPU, which others on the
@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import keep
+from records import RESULTS, keep
 
 from frameloom.bench.paired import machine
 from frameloom.engine.blueprint import draw
 from frameloom.engine.dit import make_fast_dit
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.machine import LIBRARIES_BYTES, machine_of
-from frameloom.engine.rates import Book, attention_flops, glance, products_rate, text_flops
+from frameloom.engine.rates import Book, Rates, attention_flops, glance, text_flops
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
 from frameloom.models.encoders import build_text_encoder
@@ -52,6 +51,7 @@ from frameloom.weights.published import without_files
 STEPS = 2  # timed, after the first
 PROMPTS = (30, 200)  # tokens of both prompts
 OFF = 0.2
+RECORD = "planner-cpu"
 RUNS = 3
 _DIT = {"attention_head_dim": 128, "text_dim": 256}
 DITS: Mapping[str, Mapping[str, Any]] = {
@@ -71,6 +71,7 @@ TEXT = {
     "model_type": "umt5", "vocab_size": 60_000, "d_model": 256, "d_kv": 64, "d_ff": 4096, "num_layers": 8,
     "num_heads": 16, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
+_STATISTICS = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
 Case = dict[str, Any]
 
 
@@ -116,24 +117,31 @@ GRID = [
 ]
 
 
-def main() -> None:
-    """Run the teachers, then the grid; print and keep one table."""
-    with tempfile.TemporaryDirectory() as cache:
-        kept = os.environ.get("FRAMELOOM_CACHE")  # kernels that were compiled and timed before are used again
-        environment = {**os.environ, "FRAMELOOM_CACHE": kept or cache, "OMP_NUM_THREADS": "1"}
-        for case in TEACHERS:
-            print("learning", _name(case), _run({**case, "learns": True}, environment), flush=True)
-        rows = [_row(case, environment) for case in GRID]
-    memory, seconds = ([row[what]["ratio"] for row in rows] for what in ("memory", "seconds"))
-    summary = {
-        "cases": len(rows),
-        "memory, predicted to measured": [min(memory), max(memory)],
+def main(wanted: str) -> None:
+    """Run the teachers, then the cases of the grid whose names hold `wanted`; keep each row, print what all say."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for case in TEACHERS:
+        if wanted in _name(case) or wanted in ("", case["stage"]):
+            print(
+                f"learning: {_name(case)}: {_run({**case, 'learns': True}, environment)['seconds']:.2f} s", flush=True
+            )
+    for case in GRID:
+        if wanted in _name(case):
+            keep({_name(case): _row(case, environment)}, RECORD)
+    newest = max(RESULTS.glob(f"{RECORD}-*.json"))
+    print(json.dumps(summary(json.loads(newest.read_text("utf-8"))), indent=1))
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How near all cases of a record were."""
+    memory, seconds = ([row[what]["ratio"] for row in record.values()] for what in ("memory", "seconds"))
+    return {
+        "cases": len(record),
+        "memory, predicted to measured": [round(min(memory), 3), round(max(memory), 3)],
         "memory within a tenth, and no more than 5 % under": sum(0.95 <= ratio <= 1.1 for ratio in memory),
-        "seconds, predicted to measured": [min(seconds), max(seconds)],
+        "seconds, predicted to measured": [round(min(seconds), 3), round(max(seconds), 3)],
         "seconds within a quarter": sum(0.75 <= ratio <= 1.25 for ratio in seconds),
     }
-    print(json.dumps(summary, indent=1))
-    keep({"summary": summary, "cases": rows, "machine": machine(torch.device("cpu"))}, "planner-cpu")
 
 
 def _name(case: Case) -> str:
@@ -163,6 +171,7 @@ def _row(case: Case, environment: Mapping[str, str]) -> dict[str, Any]:
             "ratio": fastest["predicted_s"] / fastest["seconds"],
         },
         "runs": runs,
+        "machine": machine(torch.device("cpu")),
     }
     print(f"{row['case']}: memory {row['memory']['ratio']:.2f}, seconds {row['seconds']['ratio']:.2f}", flush=True)
     return row
@@ -233,7 +242,7 @@ def _denoising(case: Case) -> Callable[[], float]:
 
 
 def _passing(case: Case) -> Callable[[], float]:
-    spec = VaeSpec(**{"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16, **VAES[case["network"]]})
+    spec = VaeSpec(**{**_STATISTICS, **VAES[case["network"]]})
     fast = make_fast(WanVAE(spec).eval().to(DTYPES[case["dtype"]]), policy=policy_of("rounding", ()))
     passage = replace(fast.planner.choices.passage, steps=case["steps"], rows=case["rows"])
     height, width, frames = case["size"]
@@ -254,69 +263,82 @@ def _reading(case: Case) -> Callable[[], float]:
 
 def _foreseen(case: Case, seconds: float) -> dict[str, float]:
     """Bytes and seconds by the planner, and what this run teaches it, if it is to."""
-    stage = case["stage"]
-    dit = dict(DITS[case["network"]]) if stage == "denoise" else {**_DIT, **DITS["512 wide"]}
-    vae = {} if stage in ("denoise", "text") else {**VAES[case["network"]]}
-    with on_meta():
-        networks = {
-            "transformer": WanDiT(TransformerSpec(**dit)),
-            "vae": WanVAE(VaeSpec(**vae)),
-            "text_encoder": build_text_encoder(TEXT),
-            "tokenizer": torch.nn.Module(),
-        }
-    configs: Mapping[str, Mapping[str, Any]] = {"transformer": dit, "vae": vae, "text_encoder": TEXT, "tokenizer": {}}
-    parts = {name: without_files(name, configs[name], network) for name, network in networks.items()}
-    blueprint = draw(assemble(parts, facts={}, name="random", path=Path()), torch.device("cpu"), dtype=case["dtype"])
-    here = machine_of("cpu")
-    foresight = Foresight(plan=blueprint, machine=here, policy=policy_of("rounding", ()))
-    book = Book(
-        tuner=Tuner(here.device), dit=blueprint.experts[0], dtype=blueprint.dtype, vae=blueprint.vae,
-        vae_dtype=blueprint.vae_dtype, text=case.get("config", TEXT),
-    )  # fmt: skip
-    channels = blueprint.vae.decoder_base_dim or blueprint.vae.base_dim
-    rates = book.corrected(glance(here.device, blueprint.dtype, channels))
-    weights = {part.name: part for part in foresight.weights(encodes=stage == "encode", with_image=False)}
-    if stage == "denoise":
-        held, working = (
-            weights["transformer"].size_bytes,
-            foresight.step_bytes(_latent_shape(case, VaeSpec()), branches=2, batched=case["batched"]),
-        )
-        work = StepWork(
-            spec=blueprint.experts[0], latent_THW=_latent_shape(case, VaeSpec())[2:], batched=case["batched"],
-            text_tokens=foresight.text_tokens, itemsize=blueprint.dtype.itemsize,
-        )  # fmt: skip
-        flops, attention = step_costs(work, ParallelPlan())[0].flops, attention_flops(work)
-        predicted_s, rate = rates.step_s(flops, attention), products_rate(seconds, flops, attention, rates)
-    elif stage == "text":
-        held, working = weights["text_encoder"].size_bytes, foresight.text_bytes(case["prompts"])
-        flops = text_flops(case["config"], case["prompts"], 512)
-        predicted_s, rate = flops / rates.text, flops / seconds
-    else:
-        passage = replace(foresight.vae_planner.choices.passage, steps=case["steps"], rows=case["rows"])
-        height, width, frames = case["size"]
-        cells = _latent_shape(case, blueprint.vae)
-        shape = (1, 3, frames, height, width) if stage == "encode" else cells
-        held = weights["vae"].size_bytes
-        working = foresight.vae_bytes(shape, passage, encode=stage == "encode")
-        vae_work = VaeWork(spec=blueprint.vae, latent_THW=cells[2:], steps=case["steps"], encodes=stage == "encode")
-        flops = pass_costs(vae_work, 1)[0].flops
-        predicted_s, rate = flops / getattr(rates, stage), flops / seconds
+    foresight, book = _planner(case)
+    plan, stage = foresight.plan, case["stage"]
+    channels = plan.vae.decoder_base_dim or plan.vae.base_dim
+    rates = book.corrected(glance(foresight.machine.device, plan.dtype, channels))
+    weights = {part.name: part.size_bytes for part in foresight.weights(encodes=stage == "encode", with_image=False)}
+    count = {"denoise": _of_step, "text": _of_text}.get(stage, _of_passage)
+    part, working, predicted_s, rate = count(case, foresight, rates, seconds)
     if case.get("learns"):
         key, _ = book.lessons(rates)["image" if stage == "encode" else stage]
         book.tuner.note(key, rate)
         book.tuner.save()
     return {
-        "predicted_bytes": held + working + LIBRARIES_BYTES,
-        "predicted_held_bytes": held + LIBRARIES_BYTES,
+        "predicted_bytes": weights[part] + working + LIBRARIES_BYTES,
         "predicted_s": predicted_s,
         "flops_per_s": rate,
-        "weight_bytes": held,
+        "weight_bytes": weights[part],
         "working_bytes": working,
     }
 
 
+def _planner(case: Case) -> tuple[Foresight, Book]:
+    """A planner for a checkpoint whose network of this stage is the case's, and what runs have taught."""
+    stage, text = case["stage"], case.get("config", TEXT)
+    dit = dict(DITS[case["network"] if stage == "denoise" else "512 wide"])
+    vae = {} if stage in ("denoise", "text") else dict(VAES[case["network"]])
+    with on_meta():
+        networks = {
+            "transformer": WanDiT(TransformerSpec(**dit)),
+            "vae": WanVAE(VaeSpec(**{**_STATISTICS, **vae})),
+            "text_encoder": build_text_encoder(text),
+            "tokenizer": torch.nn.Module(),
+        }
+    configs = {"transformer": dit, "vae": {**_STATISTICS, **vae}, "text_encoder": text, "tokenizer": {}}
+    parts = {name: without_files(name, configs[name], network) for name, network in networks.items()}
+    plan = draw(assemble(parts, facts={}, name="random", path=Path()), torch.device("cpu"), dtype=case["dtype"])
+    here = machine_of("cpu")
+    book = Book(
+        tuner=Tuner(here.device), dit=plan.experts[0], dtype=plan.dtype, vae=plan.vae, vae_dtype=plan.vae_dtype,
+        text=text,
+    )  # fmt: skip
+    return Foresight(plan=plan, machine=here, policy=policy_of("rounding", ())), book
+
+
+Counted = tuple[str, int, float, float]  # the component, its working bytes, predicted seconds, the rate of this run
+
+
+def _of_step(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
+    shape = _latent_shape(case, VaeSpec())
+    working = foresight.step_bytes(shape, branches=2, batched=case["batched"])
+    work = StepWork(
+        spec=foresight.plan.experts[0], latent_THW=shape[2:], batched=case["batched"],
+        text_tokens=foresight.text_tokens, itemsize=foresight.plan.dtype.itemsize,
+    )  # fmt: skip
+    flops, attention = step_costs(work, ParallelPlan())[0].flops, attention_flops(work)
+    rate = (flops - attention + attention * rates.products / rates.attention) / seconds
+    return "transformer", working, rates.step_s(flops, attention), rate
+
+
+def _of_text(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
+    flops = text_flops(case["config"], case["prompts"], 512)
+    return "text_encoder", foresight.text_bytes(case["prompts"]), flops / rates.text, flops / seconds
+
+
+def _of_passage(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
+    spec, encodes = foresight.plan.vae, case["stage"] == "encode"
+    passage = replace(foresight.vae_planner.choices.passage, steps=case["steps"], rows=case["rows"])
+    height, width, frames = case["size"]
+    cells = _latent_shape(case, spec)
+    working = foresight.vae_bytes((1, 3, frames, height, width) if encodes else cells, passage, encode=encodes)
+    flops = pass_costs(VaeWork(spec=spec, latent_THW=cells[2:], steps=case["steps"], encodes=encodes), 1)[0].flops
+    return "vae", working, flops / (rates.encode if encodes else rates.decode), flops / seconds
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(_child(json.loads(sys.argv[1]))))
+    argument = sys.argv[1] if len(sys.argv) > 1 else ""
+    if argument.startswith("{"):
+        print(json.dumps(_child(json.loads(argument))))
     else:
-        main()
+        main(argument)

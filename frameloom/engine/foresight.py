@@ -35,8 +35,8 @@ from frameloom.weights.tensors import DTYPES, is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
-_OF_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.65, 1.25, 1.1
-_STEP_WORKSPACE_BYTES = 12_000_000
+_OF_STEP_HERE, _OF_NARROW_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.7, 2.1, 1.25, 1.1  # narrow: of two bytes a number
+_STEP_WORKSPACE_BYTES = 10_000_000
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
 _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
@@ -132,8 +132,7 @@ class Foresight:
         )
         counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens}", count)
         kept = planner.prompt_bytes(latents_BCTHW[0], branches=branches, text_tokens=tokens)
-        grown = _OF_STEP_HERE if self.machine.is_host else _ELSEWHERE
-        return round(grown * counted) + kept + _STEP_WORKSPACE_BYTES
+        return round(self._growth * counted) + kept + _STEP_WORKSPACE_BYTES
 
     def vae_bytes(self, shape_BCTHW: tuple[int, ...], passage: Passage, *, encode: bool = False) -> int:
         """Of a passage of latents, or of frames, besides the weights."""
@@ -164,7 +163,14 @@ class Foresight:
             with torch.inference_mode():
                 return peak_bytes(lambda: encoder(ids, torch.ones_like(ids)))
 
-        return round((_OF_STEP_HERE if self.machine.is_host else _ELSEWHERE) * self._kept(f"{prompts} {config}", count))
+        return round(self._growth * self._kept(f"{prompts} {config}", count))
+
+    @property
+    def _growth(self) -> float:
+        """What a process takes for a byte of the tensors of a transformer or a text encoder."""
+        if not self.machine.is_host:
+            return _ELSEWHERE
+        return _OF_STEP_HERE if self.plan.dtype.itemsize > 2 else _OF_NARROW_STEP_HERE
 
     @functools.cached_property
     def _winograd_workspace(self) -> int:

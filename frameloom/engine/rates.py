@@ -143,11 +143,6 @@ def attention_flops(work: StepWork) -> float:
     return 4.0 * tokens**2 * work.spec.dim * passes
 
 
-def products_rate(seconds: float, flops: float, attention: float, rates: Rates) -> float:
-    """The rate of products at which a step of so many operations takes so long, attention keeping its part of it."""
-    return (flops - attention + attention * rates.products / rates.attention) / seconds
-
-
 def text_flops(config: Mapping[str, Any], prompts: int, tokens: int) -> float:
     """Of the text encoder, which computes all tokens of every prompt."""
     width, inner = config["d_model"], config["d_kv"] * config["num_heads"]

@@ -80,6 +80,7 @@ class StepPlanner:
             x = torch.empty(batch, channels, *cells, device="meta")
             text = torch.empty(samples, text_tokens, self.spec.text_dim, device="meta", dtype=self.dtype)
             read = [under_empty_control(twin.read_prompt(text), twin, x) for _ in range(prompts)]
+            read = [prompt._replace(control=read[0].control) for prompt in read]  # they have it in common
             twin.velocities(x, torch.empty(batch, device="meta"), read)
 
         most = 0

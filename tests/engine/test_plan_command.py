@@ -54,6 +54,14 @@ def test_what_does_not_fit_whole_gives_way_to_the_text_encoder_first(on_a_small_
     assert all(choice.reason for choice in plan.choices)
 
 
+def test_every_kind_of_checkpoint_can_be_planned(checkpoint_of):
+    size = {"width": 64, "height": 64, "num_frames": 5, "memory": "6GB"}
+    for kind in ("image", "vace, two experts", "per-token timesteps"):
+        plan = frameloom.plan(checkpoint_of(kind), **size)
+        assert plan.fits, kind
+        assert ("image" in {stage.stage for stage in plan.stages}) is (kind != "per-token timesteps")
+
+
 def test_more_memory_keeps_everything_resident():
     roomy = frameloom.plan("wan2.1-t2v-1.3b", device="H100", width=832, height=480)
     assert roomy.arranged.layout.is_resident
