@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from frameloom.config import resolve
 from frameloom.engine.blueprint import Blueprint
@@ -16,6 +17,7 @@ from frameloom.models.vae_state import Passage
 from frameloom.parallel.cost import Link, Network, RankCost, predicted_s
 from frameloom.parallel.pass_cost import VaeWork, pass_costs
 from frameloom.parallel.step_cost import StepWork, step_costs
+from frameloom.pipeline.images import image_of
 from frameloom.types import GenerateRequest, ParallelPlan, Residence, ResolvedRequest, SizeRules, Stage
 
 _LATENCY_S = 20e-6  # of an exchange
@@ -37,9 +39,13 @@ class SizedRequest:
 
     @classmethod
     def of(cls, request: GenerateRequest, plan: Blueprint) -> "SizedRequest":
-        """Of a request whose pictures are read, or are none. Raises RequestError as `resolve` does."""
+        """Of a request, whose image may decide the size; videos and references are not read. Raises RequestError."""
         rules = plan.size_rules
-        asked = replace(request, prompt=request.prompt or "a video", video=None, strength=None)
+        unread: dict[str, Any] = dict.fromkeys(
+            ("last_image", "video", "strength", "control_video", "mask", "references")
+        )
+        image = None if request.image is None else image_of(request.image)
+        asked = replace(request, image=image, **unread)
         encodes = request.video is not None or bool(plan.takes.needed) or isinstance(plan.experts[0], VaceSpec)
         return cls.resolved(resolve(asked, plan.defaults, rules), rules, encodes=encodes)
 

@@ -1,14 +1,18 @@
 """`frameloom plan` and what `generate` foresees: from descriptions alone, for machines that are here or not."""
 
 import json
+from time import sleep
 
 import pytest
+import torch
+from PIL import Image
 
 import frameloom
 from frameloom.engine import plan as planning
 from frameloom.engine.machine import machine_of
 from frameloom.errors import RequestError
 from frameloom.platform.specs import SPECS, spec_of
+from frameloom.platform.tuning import Foreseen, Tuner
 from frameloom.weights.published import NAMES, published
 
 SMALL = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "2"]
@@ -62,6 +66,12 @@ def test_every_kind_of_checkpoint_can_be_planned(checkpoint_of):
         assert ("image" in {stage.stage for stage in plan.stages}) is (kind != "per-token timesteps")
 
 
+def test_an_image_decides_the_size_as_it_does_for_a_video(checkpoint_of, tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
+    plan = frameloom.plan(checkpoint_of("image"), image=str(tmp_path / "wide.png"), num_frames=5, height=32)
+    assert plan.request.startswith("5 frames of 64x32")
+
+
 def test_more_memory_keeps_everything_resident():
     roomy = frameloom.plan("wan2.1-t2v-1.3b", device="H100", width=832, height=480)
     assert roomy.arranged.layout.is_resident
@@ -88,6 +98,22 @@ def test_devices_answer_to_the_names_people_give_them():
     assert all(spec_of(spec.name) is spec for spec in SPECS)
     with pytest.raises(RequestError, match="did you mean 'H100'"):
         spec_of("H10O")
+
+
+def test_what_is_foreseen_is_not_kept_as_if_it_had_been_measured(tmp_path):
+    here = torch.device("cpu")
+    foreseen = Foreseen(here, tmp_path)
+    assert foreseen.best("a layer", ("plain", "packed"), dict) == "packed"
+    foreseen.note("a rate", 2)
+    foreseen.save()
+    measured = Tuner(here, tmp_path)
+    assert measured.number("a rate") == 2.0
+    assert measured.number("another") is None
+    assert (
+        measured.best("a layer", ("plain", "packed"), lambda: {"plain": int, "packed": lambda: sleep(0.01)}) == "plain"
+    )
+    measured.save()
+    assert Foreseen(here, tmp_path).best("a layer", ("plain", "packed"), dict) == "plain"
 
 
 def test_the_command_prints_stages_choices_and_what_takes_less(run):
