@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
@@ -171,6 +172,14 @@ class ParallelPlan:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
+class Residence(StrEnum):
+    """Where the weights of a component are: in memory always; for its stage; or block by block as they compute."""
+
+    RESIDENT = "resident"
+    MOVED = "moved"
+    STREAMED = "streamed"
+
+
 Expert = Literal["high", "low"]
 
 
@@ -216,6 +225,9 @@ class EngineConfig:
     quantized: str = "keep"
     loras: "Sequence[Lora | str]" = ()
     preset: str | None = None
+    memory: int | str = "auto"
+    residence: str = "auto"
+    prompt_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
