@@ -9,13 +9,14 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from frameloom.models.spec import VaceSpec
+from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.quantized import Linear
 from frameloom.types import Residence
 
 _FOR_WEIGHTS: Final = 0.7  # of the memory: the rest is for what is computed
+_Named = tuple[str, nn.Module]
 _ONCE_PER_PROMPT: Final = ("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj")
 
 
@@ -44,9 +45,9 @@ def chain_of_dit(dit: WanDiT) -> Chain:
 
     Blocks beside (VACE) give their hints while a block of the network's own is at work: three are there then.
     """
-    blocks = _in_order(dit)
-    once = [_weights(block, path, only_prompt=True) for path, block in blocks]
-    each_step = [_weights(block, path, only_prompt=False) for path, block in blocks]
+    own, beside = _blocks(dit, "blocks"), _blocks(dit, "vace_blocks")
+    once = [_weights(block, path, only_prompt=True) for path, block in (*own, *beside)]
+    each_step = [_weights(block, path, only_prompt=False) for path, block in _in_order(dit.spec, own, beside)]
     slots = 3 if isinstance(dit.spec, VaceSpec) else 2
     return Chain(units=(*once, *each_step), cycle_from=len(once), slots=slots)
 
@@ -58,17 +59,19 @@ def chain_of_text_encoder(encoder: Umt5Encoder) -> Chain:
     return Chain(units=units, tables=("shared.weight",))
 
 
-def _in_order(dit: WanDiT) -> list[tuple[str, nn.Module]]:
-    """The blocks as they compute: the first one beside comes first, the others after the layer that they hint at."""
-    own = [(f"blocks.{index}", block) for index, block in enumerate(dit.blocks)]
-    if not isinstance(dit.spec, VaceSpec):
-        return own
-    beside = dit.get_submodule("vace_blocks").named_children()
-    first, *others = ((f"vace_blocks.{name}", block) for name, block in beside)
-    after: dict[int, tuple[str, nn.Module]] = dict(zip(dit.spec.vace_layers[1:], others, strict=True))
-    found = [first]
+def _blocks(dit: WanDiT, name: str) -> list[_Named]:
+    children = dict(dit.named_children())
+    return [(f"{name}.{index}", block) for index, block in children[name].named_children()] if name in children else []
+
+
+def _in_order(spec: TransformerSpec, own: Sequence[_Named], beside: Sequence[_Named]) -> list[_Named]:
+    """As they compute in a step: the first one beside comes first, the others after the layer that they hint at."""
+    if not isinstance(spec, VaceSpec):
+        return list(own)
+    hinted = dict(zip(spec.vace_layers[1:], beside[1:], strict=True))
+    found = [beside[0]]
     for layer, block in enumerate(own):
-        found += [block, *([after[layer]] if layer in after else [])]
+        found += [block, *([hinted[layer]] if layer in hinted else [])]
     return found
 
 
