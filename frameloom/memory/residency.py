@@ -68,7 +68,7 @@ def _in_order(spec: TransformerSpec, own: Sequence[_Named], beside: Sequence[_Na
     """As they compute in a step: the first one beside comes first, the others after the layer that they hint at."""
     if not isinstance(spec, VaceSpec):
         return list(own)
-    hinted = dict(zip(spec.vace_layers[1:], beside[1:], strict=True))
+    hinted: dict[int, _Named] = dict(zip(spec.vace_layers[1:], beside[1:], strict=True))
     found = [beside[0]]
     for layer, block in enumerate(own):
         found += [block, *([hinted[layer]] if layer in hinted else [])]

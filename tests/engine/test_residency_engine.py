@@ -59,7 +59,8 @@ def test_the_bits_are_the_same_in_other_orders_of_work(checkpoint_of, rewrite):
     assert all(torch.equal(one, wanted) for one in found)
 
 
-def test_loras_are_computed_beside_weights_that_come_and_go(checkpoint_of, tmp_path):
+@pytest.mark.parametrize("rewrites", [(), ("dit.mlp_rows=on",)], ids=str)
+def test_loras_are_computed_beside_weights_that_come_and_go(checkpoint_of, tmp_path, rewrites):
     root, path = "diffusion_model.blocks.1", str(tmp_path / "style.safetensors")
     shapes = {"cross_attn.k": (32, 32), "self_attn.q": (32, 32), "ffn.0": (48, 32)}
     tensors = {f"{root}.norm3.diff_b": torch.randn(32)}
@@ -67,13 +68,13 @@ def test_loras_are_computed_beside_weights_that_come_and_go(checkpoint_of, tmp_p
         tensors[f"{root}.{name}.lora_down.weight"] = torch.randn(2, columns)
         tensors[f"{root}.{name}.lora_up.weight"] = torch.randn(rows, 2)
     save_file(tensors, path)
-    without = latents(checkpoint_of())
-    with frameloom.load(checkpoint_of(), exactness="bitwise") as engine:
+    without = latents(checkpoint_of(), rewrites=rewrites)
+    with frameloom.load(checkpoint_of(), exactness="bitwise", rewrites=rewrites) as engine:
         engine.set_loras([path])
         wanted = engine.generate("a cat", output="latents", **SIZE)
     assert not torch.allclose(wanted, without)
     for residence in AWAY:
-        assert torch.equal(latents(checkpoint_of(), residence=residence, loras=[path]), wanted)
+        assert torch.equal(latents(checkpoint_of(), residence=residence, loras=[path], rewrites=rewrites), wanted)
 
 
 # --- quantized weights, and the ways that are chosen ---
