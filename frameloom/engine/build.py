@@ -216,7 +216,8 @@ def _load_experts(
             quantized=chosen.quantized, adapters=() if computed else sets, residents=residents,
         )  # fmt: skip
         experts.append(make_fast_dit(plain, policy=chosen.policy, attention=attention, ranks=ranks))
-    exchange([expert.dit for expert in experts], before=live, after=live)
+    with residents.during("denoise"):  # what depends on weights has them brought
+        exchange([expert.dit for expert in experts], before=live, after=live)
     return experts, live
 
 
