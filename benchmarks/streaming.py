@@ -31,6 +31,7 @@ from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.registry import Policy
+from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import peak_memory_bytes
 from frameloom.types import Residence
 from frameloom.weights.source import open_parts
@@ -129,6 +130,7 @@ def _read(path: Path, _: list[int]) -> dict[str, Any]:
 
 def _compute(path: Path, latents: list[int], residents: Residents | None) -> dict[str, Any]:
     """Seconds of a guided step: both branches pass the network one after the other."""
+    keep_freed_memory()
     plain = load_plain_dit(open_parts(path)["transformer"], SPEC, torch.bfloat16, CPU, residents=residents)
     policy = Policy(forced=dict.fromkeys(("dit.linear_packed", "dit.mlp_packed", "dit.qkv_fused"), False))
     dit = make_fast_dit(plain, policy=policy).dit

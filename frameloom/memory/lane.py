@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from frameloom.platform.base import Platform
 from frameloom.platform.device import platform_of
 
 _PINNED_BYTES: Final = 64 * 2**20  # of each of the two pieces on their way to a device
@@ -74,18 +75,19 @@ class AtOnce:
 class Ferry:
     """The lane of an accelerator: through two pinned pieces, on a queue of its own."""
 
-    pinned_bytes = 2 * _PINNED_BYTES
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._platform = device, platform_of(device)
+    def __init__(
+        self, device: torch.device, platform: Platform | None = None, *, piece_bytes: int = _PINNED_BYTES
+    ) -> None:
+        self._device, self._platform, self._piece_bytes = device, platform or platform_of(device), piece_bytes
         self._queue = self._platform.stream(device.index)
-        self._pinned = [self._platform.pinned(_PINNED_BYTES) for _ in range(2)]
+        self._pinned = [self._platform.pinned(piece_bytes) for _ in range(2)]
         self._sent: list[Any] = [None, None]
+        self.pinned_bytes = 2 * piece_bytes
 
     def copy(self, out: Tensor, seen: Tensor, /) -> None:
         """Piece by piece; the host waits for a pinned piece until its last copy has left it."""
         flat, numbers = out.view(-1), seen.view(-1)
-        step = _PINNED_BYTES // out.itemsize
+        step = self._piece_bytes // out.itemsize
         for start in range(0, len(flat), step):
             if self._sent[0] is not None:
                 self._sent[0].synchronize()

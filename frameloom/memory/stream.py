@@ -80,17 +80,10 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Brought:
-    """A unit that is there, or will be once `ready` is reached."""
-
-    tensors: dict[str, Tensor]
-    ready: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
-    """A place for one unit; the buffer is made when it is first needed."""
+    """A place for one unit: its tensors, and the buffer of those that are copied, made when it is first needed."""
 
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     buffer: list[Tensor] = field(default_factory=list)
 
 
@@ -106,8 +99,8 @@ class Stream:
         self._num_slots = 0
         self._followers: dict[Unit, Unit] = {}
         self._free: list[_Slot] = []
-        self._held: dict[Unit, tuple[_Slot, Future[_Brought]]] = {}  # the one that was used longest ago comes first
-        self._current: tuple[Unit, _Brought] | None = None
+        self._held: dict[Unit, tuple[_Slot, Future[Any]]] = {}  # the one that was used longest ago comes first
+        self._current: tuple[Unit, dict[str, Tensor]] | None = None
         self._units: list[Unit] = []
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="frameloom-stream")
 
@@ -140,12 +133,12 @@ class Stream:
         """
         if self._current is None or self._current[0] is not unit:
             self._current = None
-            brought = self._begin(unit).result()
-            self._lane.wait(brought.ready)
-            self._current = unit, brought
+            slot, brought = self._begin(unit)
+            self._lane.wait(brought.result())
+            self._current = unit, slot.tensors
             if (follower := self._followers.get(unit)) is not None:
                 self._begin(follower)
-        return self._current[1].tensors
+        return self._current[1]
 
     def release(self) -> None:
         """Let go of all that is there; the next need begins anew."""
@@ -156,31 +149,32 @@ class Stream:
         self._held.clear()
         self._free = [_Slot() for _ in range(self._num_slots)]
 
-    def _begin(self, unit: Unit) -> "Future[_Brought]":
+    def _begin(self, unit: Unit) -> "tuple[_Slot, Future[Any]]":
         """Have a unit brought, unless it is there or on its way, in place of the one used longest ago."""
         found = self._held.pop(unit, None)
         if found is None:
             slot = self._free.pop() if self._free else self._evicted()
             found = slot, self._worker.submit(self._bring, unit, slot, self._lane.computed())
         self._held[unit] = found
-        return found[1]
+        return found
 
     def _evicted(self) -> _Slot:
         slot, _ = self._held.pop(next(iter(self._held)))
         return slot
 
-    def _bring(self, unit: Unit, slot: _Slot, computed: Any) -> _Brought:
-        """In the worker, one after the other: what computed in the slot before is over by then."""
+    def _bring(self, unit: Unit, slot: _Slot, computed: Any) -> Any:
+        """In the worker, one after the other: what computed in the slot before is over by then, and let go here."""
+        slot.tensors.clear()
         self._lane.after(computed)
-        tensors, start = {}, 0
+        start = 0
         for name, part in unit.parts.items():
-            tensors[name] = seen = part.stored.look()
+            slot.tensors[name] = seen = part.stored.look()
             if part.copied:
                 end = start + part.size_bytes
                 place = self._buffer(slot)[start:end].view(part.dtype).view(seen.shape)
                 self._lane.copy(place, seen)
-                tensors[name], start = place, _aligned(end)
-        return _Brought(tensors, self._lane.mark())
+                slot.tensors[name], start = place, _aligned(end)
+        return self._lane.mark()
 
     def _buffer(self, slot: _Slot) -> Tensor:
         if not slot.buffer:

@@ -1,7 +1,7 @@
 """Weights that come unit by unit are the right ones in whatever order, on whatever device, and few at a time."""
 
-import threading
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from frameloom.errors import CheckpointError
-from frameloom.memory.lane import AtOnce
+from frameloom.memory.lane import AtOnce, Ferry
 from frameloom.memory.stream import Stream, StreamedWeight, Unit, block_by_block, streamed
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import WanDiT, run_in_order
@@ -139,7 +139,6 @@ class Later:
 
     def __init__(self):
         self.copies, self.computation = [], []
-        self.lock = threading.Lock()
 
     def copy(self, out, seen):
         self.copies.append(lambda: out.copy_(seen))
@@ -200,6 +199,82 @@ def test_the_lane_of_a_cpu_converts_as_it_copies():
     out = torch.empty(3)
     AtOnce().copy(out, torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
     assert out.tolist() == [1, 2, 3]
+
+
+@dataclass
+class Queue:
+    """A queue that does its work when somebody waits for an event in it."""
+
+    name: str
+    work: list = field(default_factory=list)
+    waits: list = field(default_factory=list)
+
+    def wait_event(self, event):
+        self.waits.append(event)
+
+    def run(self):
+        while self.work:
+            self.work.pop(0)()
+
+
+class Event:
+    def record(self, queue):
+        self.queue = queue
+
+    def synchronize(self):
+        self.queue.run()
+
+
+class Standin:
+    """A platform whose copies are made when their queue is waited for, from what the pinned memory holds then."""
+
+    def __init__(self):
+        self.own, self.computing = Queue("own"), Queue("computing")
+
+    def stream(self, _):
+        return self.own
+
+    def current(self, _):
+        return self.computing
+
+    def event(self):
+        return Event()
+
+    def pinned(self, count):
+        return torch.empty(count, dtype=torch.uint8)
+
+    @contextmanager
+    def on(self, queue):
+        def later(target, piece, *, non_blocking):
+            assert non_blocking
+            queue.work.append(lambda: copy_now(target, piece))
+
+        copy_now = Tensor.copy_
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "copy_", later)
+            yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pinned_piece_is_written_again_when_its_last_copy_has_left_it(dtype):
+    platform = Standin()
+    lane = Ferry(CPU, platform, piece_bytes=16)
+    numbers, out = torch.arange(23.0).bfloat16(), torch.zeros(23, dtype=dtype)
+    lane.copy(out, numbers)
+    assert not torch.equal(out.float(), numbers.float()), "the last pieces are still on their way"
+    lane.mark().synchronize()
+    assert torch.equal(out.float(), numbers.float())
+    assert lane.pinned_bytes == 32
+
+
+def test_queues_of_a_device_wait_for_each_other_and_the_host_for_neither():
+    platform = Standin()
+    lane = Ferry(CPU, platform, piece_bytes=16)
+    computed, mark = lane.computed(), lane.mark()
+    assert (computed.queue, mark.queue) == (platform.computing, platform.own)
+    lane.after(computed)
+    lane.wait(mark)
+    assert (platform.own.waits, platform.computing.waits) == ([computed], [mark])
 
 
 # --- the order of a network ---
