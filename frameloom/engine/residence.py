@@ -108,7 +108,7 @@ def settle(
     arrangement = as_asked(asked) if bound is None else arrange(_components(plan, quantized), asked, bound)
     text, transformer = arrangement.text, arrangement.transformer
     log.info("text encoder %s, transformer %s: %s", text, transformer, arrangement.reason)
-    if quantized == "expand" and Residence.RESIDENT not in (text, transformer):
+    if quantized == "expand" and {text, transformer} != {Residence.RESIDENT}:
         log.info("quantized weights that are not resident stay as they are stored")
     streams = [None if where is Residence.RESIDENT else Stream(ranks.device) for where in (text, transformer)]
     return Residents(arrangement=arrangement, device=ranks.device, text=streams[0], transformer=streams[1])
