@@ -111,6 +111,9 @@ def load(
     quantized: str = "keep",
     loras: "Sequence[Lora | str]" = (),
     preset: str | None = None,
+    memory: int | str = "auto",
+    residence: str = "auto",
+    prompt_cache: bool = True,
     variant: str = "",
     on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> "Engine":
@@ -128,6 +131,7 @@ def load(
     config = EngineConfig(
         device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
         attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized, loras=loras, preset=preset,
+        memory=memory, residence=residence, prompt_cache=prompt_cache,
     )  # fmt: skip
     engine: Engine = _lazy("build_engine")(
         _named(model, parts), config, parts=parts, variant=variant, on_bytes=on_bytes

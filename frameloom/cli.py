@@ -25,7 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 import frameloom
-from frameloom.config import check_request, memory_bytes, video_size
+from frameloom.config import check_request, memory_bytes, residences, video_size
 from frameloom.errors import FrameloomError, RequestError
 from frameloom.parallel.heart import Ending, Heart, is_lost
 from frameloom.parallel.launch import count_ranks, run_ranks
@@ -204,6 +204,15 @@ def generate(
     compilation: CompileOption = "auto",
     attention: AttentionOption = "auto",
     vae_memory: VaeMemoryOption = "auto",
+    memory: Annotated[
+        str, typer.Option(help="What all may take: auto, or bytes such as 24GB; weights then come as they are needed.")
+    ] = "auto",
+    residence: Annotated[
+        str, typer.Option(help="Where weights are: auto, or such as text=moved,transformer=streamed (or resident).")
+    ] = "auto",
+    prompt_cache: Annotated[
+        bool, typer.Option(help="Keep what the text encoder made of prompts in the cache folder.")
+    ] = True,
     gpus: GpusOption = None,
     parallel: ParallelOption = "auto",
     journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
@@ -238,6 +247,8 @@ def generate(
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
+    memory_bytes(memory)
+    residences(residence)
     before = target.written() if target else ()
     since = time.time()
     with _last_words(functools.partial(_fate, target, before, since)):
@@ -247,6 +258,7 @@ def generate(
         config: dict[str, Any] = {
             "quantized": quantized, "preset": preset, "dtype": dtype, "exactness": exactness,
             "rewrites": rewrite or (), "compilation": compilation, "vae_memory": vae_memory, "parallel": parallel,
+            "memory": memory, "residence": residence, "prompt_cache": prompt_cache,
         }  # fmt: skip
         foreseen = _foreseen(model, parts, options, EngineConfig(**config), device=device, variant=variant)
         begun = time.perf_counter()

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import InternalError, RequestError
-from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, ResolvedRequest, SizeRules
+from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, Residence, ResolvedRequest, SizeRules
 
 log = logging.getLogger(__name__)
 DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
@@ -38,6 +38,8 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "strength": (float, 0, 1),
     "control_strength": (float, 0, 20),
 }
+
+_STREAMABLE = ("text", "transformer")  # the image encoder and the VAE are small beside them: always resident
 
 # Whatever Python takes for a number: that it is too large, or none, is said better than that there is no such file.
 _STRENGTH = r"(?i:[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?))"
@@ -102,6 +104,22 @@ def memory_bytes(value: int | str) -> int | None:
     if isinstance(value, bool) or not 1 <= count < 2**63:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
     return round(count)
+
+
+def residences(text: str) -> dict[str, Residence]:
+    """What "text=moved,transformer=streamed" asks for; nothing for "auto". Raises RequestError."""
+    if text == "auto":
+        return {}
+    found: dict[str, Residence] = {}
+    for part in str(text).split(","):
+        name, _, where = part.strip().partition("=")
+        if name not in _STREAMABLE or where not in list(Residence) or name in found:
+            raise RequestError(
+                f"residence {text!r} is not possible; write auto, or for {' and '.join(_STREAMABLE)} one of "
+                f"{', '.join(Residence)} each, such as text=moved,transformer=streamed"
+            )
+        found[name] = Residence(where)
+    return found
 
 
 def lora(text: str) -> Lora:

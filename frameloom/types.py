@@ -225,6 +225,9 @@ class EngineConfig:
     quantized: str = "keep"
     loras: "Sequence[Lora | str]" = ()
     preset: str | None = None
+    memory: int | str = "auto"
+    residence: str = "auto"
+    prompt_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

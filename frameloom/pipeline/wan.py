@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -122,7 +122,7 @@ class WanPipeline:
     """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise.
 
     `image_encoder`: where the transformer reads CLIP's features. `make_predictor`: who predicts
-    under the branches of the guidance.
+    under the branches of the guidance. `during`: who has the weights of a stage there meanwhile.
     """
 
     text_encoder: EncodesPrompts
@@ -136,6 +136,7 @@ class WanPipeline:
     device: torch.device
     image_encoder: EncodesImages | None = None
     make_predictor: stages.MakePredictor = stages.Predictor
+    during: Callable[[Stage], AbstractContextManager[object]] = nullcontext
 
     @property
     def takes(self) -> Takes:
@@ -200,7 +201,7 @@ class WanPipeline:
         condition, control, start = self._pictures(request, sampler.schedule, clock, report, keeper)
         shape = (len(request.prompts), self.experts[0].spec.in_channels, *start.shape[2:])
         loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
-        with clock.stage("denoise"):
+        with clock.stage("denoise"), self.during("denoise"):
             out = stages.denoise(
                 self.experts,
                 start,
@@ -232,7 +233,7 @@ class WanPipeline:
             found = {"text": self.text_encoder.encode_prompts(request.prompts)}
             return found | ({"negative": self.text_encoder.encode_prompts(request.negative_prompts)} if guided else {})
 
-        with clock.stage("text"), own_precision(self.device):
+        with clock.stage("text"), self.during("text"), own_precision(self.device):
             report(Progress(stage="text", step=0, total=1))
             texts = {name: x.to(self.device) for name, x in keeper.once("prompts", encoded).items()}
             report(Progress(stage="text", step=1, total=1))
