@@ -186,6 +186,12 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    windows: Annotated[
+        bool | None,
+        typer.Option(help="Denoise more frames than the model was trained on in windows (lossy), blended."),
+    ] = None,
+    window_frames: Annotated[int | None, typer.Option(help="Frames of a window; by default what it knows.")] = None,
+    window_overlap: Annotated[int | None, typer.Option(help="Frames that neighbours share at least.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
     guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
@@ -231,6 +237,9 @@ def generate(
         "mask": mask,
         "references": [frameloom.read_image(path) for path in reference] if reference else None,
         "control_strength": _one_or_each(control_strength),
+        "windows": windows,
+        "window_frames": window_frames,
+        "window_overlap": window_overlap,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None

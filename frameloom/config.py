@@ -21,6 +21,7 @@ MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
 MAX_REFERENCES = 64  # each costs as much as a latent frame
 MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
+_SHARE_OF_WINDOW = 0.2  # of a window, shared with the next where nothing is said: 16 frames of 81, 24 of 121
 
 _PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
@@ -37,6 +38,8 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**63 - 1),
     "strength": (float, 0, 1),
     "control_strength": (float, 0, 20),
+    "window_frames": (int, 1, MAX_FRAMES),
+    "window_overlap": (int, 1, MAX_FRAMES),
 }
 
 # Whatever Python takes for a number: that it is too large, or none, is said better than that there is no such file.
@@ -236,6 +239,8 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError("a mask was given, and no control video; give the video that it is the mask of, too")
     if request.strength is not None and request.video is None:
         raise RequestError("a strength was given, and no video; give the video to start from, or leave it out")
+    if request.windows is False and (request.window_frames, request.window_overlap) != (None, None):
+        raise RequestError("windows are switched off, and their frames are given; leave one of them out")
 
 
 def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeRules) -> ResolvedRequest:
@@ -252,6 +257,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     followed = video or control_video
     width, height = _size(request, image or followed, defaults, rules)
     num_frames = _frames(_num_frames(request, followed, defaults, rules), rules.temporal)
+    window_frames, window_overlap = _windows(request, num_frames, defaults, rules)
     resolved = ResolvedRequest(
         prompts=prompts,
         negative_prompts=_negatives(_or(request.negative_prompt, defaults.negative_prompt), len(prompts)),
@@ -273,6 +279,8 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         references=tuple(map(_pictures, _references(request.references))),
         control_strength=_control_strength(request.control_strength),
         keeps_aspect=request.width is None or request.height is None,
+        window_frames=window_frames,
+        window_overlap=window_overlap,
     )
     _check_pictures(resolved)
     return resolved
@@ -364,6 +372,25 @@ def _num_frames(
     return request.num_frames
 
 
+def _windows(
+    request: GenerateRequest, num_frames: int, defaults: GenerationDefaults, rules: SizeRules
+) -> tuple[int | None, int]:
+    """Frames of a window, and how many neighbours share at least; (None, 0) where the video is denoised whole."""
+    if not (request.windows or request.window_frames or request.window_overlap):
+        return None, 0
+    frames = _frames(_or(request.window_frames, defaults.num_frames), rules.temporal, what="frames in a window")
+    wanted = max(1, round(frames * _SHARE_OF_WINDOW / rules.temporal)) * rules.temporal
+    overlap: int = _limited("window_overlap", _or(request.window_overlap, wanted))
+    if overlap % rules.temporal or overlap >= frames:
+        most = frames - 1
+        nearest = min(max(rules.temporal, round(overlap / rules.temporal) * rules.temporal), most)
+        raise RequestError(
+            f"windows of {frames} frames cannot share {overlap}: it is a multiple of {rules.temporal} up to {most}; "
+            f"use {nearest}" if most else f"windows of {frames} frame cannot share any; use {1 + rules.temporal} or more"
+        )
+    return (None, 0) if num_frames <= frames else (frames, overlap)
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -397,13 +424,13 @@ def _side(name: str, value: object, multiple: int, reason: str) -> int:
     raise RequestError(f"{name} {size} is not a multiple of {multiple} ({reason}); use {choices}")
 
 
-def _frames(value: object, temporal: int) -> int:
+def _frames(value: object, temporal: int, *, what: str = "frames") -> int:
     frames: int = _limited("num_frames", value)
     if (frames - 1) % temporal == 0:
         return frames
     below = 1 + (frames - 1) // temporal * temporal
     raise RequestError(
-        f"{frames} frames are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
+        f"{frames} {what} are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
     )
 
 

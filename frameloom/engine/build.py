@@ -35,6 +35,7 @@ from frameloom.models.encoders import (
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.ops.registry import Policy
 from frameloom.pipeline.wan import WanPipeline
+from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import check_dtype_name, device_name, memory_errors
 from frameloom.settings import LOGGER_NAME, Launched, launched
@@ -156,7 +157,8 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
         image_encoder=image_encoder,
         make_predictor=ranks.make_predictor,
     )
-    decisions = (*experts[0].decisions, *vae.decisions)
+    windows = chosen.policy.decide(WINDOWS, None, "for videos longer than the model was trained on")
+    decisions = (*experts[0].decisions, windows, *vae.decisions)
     for decision in decisions:
         log.debug("%s", decision)
     return Engine(

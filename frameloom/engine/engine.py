@@ -30,6 +30,7 @@ from frameloom.parallel.team import Team
 from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
 from frameloom.pipeline.wan import StageClock, WanPipeline
+from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import (
@@ -63,6 +64,8 @@ def _told(request: ResolvedRequest) -> dict[str, Any]:
         told["strength"] = request.strength
     if request.control_strength != 1:
         told["control_strength"] = request.control_strength
+    if request.window_frames is not None:
+        told |= {"window_frames": request.window_frames, "window_overlap": request.window_overlap}
     return told
 
 
@@ -80,6 +83,15 @@ def _tell_of_rest(read: GenerateRequest, num_frames: int) -> None:
 
 def _no_job() -> None:
     """Of those who keep nothing."""
+
+
+def _tell_of_length(request: ResolvedRequest, defaults: Defaults) -> None:
+    """Of videos that the denoiser sees whole though it was trained on shorter ones."""
+    if request.window_frames is None and request.num_frames > defaults.num_frames:
+        log.warning(
+            "%d frames are more than the %d that this model was trained on; --windows denoises them in windows",
+            request.num_frames, defaults.num_frames,
+        )  # fmt: skip
 
 
 def _silent(_: Progress) -> None:
@@ -155,8 +167,11 @@ class Engine:
         check_request(asked)
         self._open.takes.check(asked, self.name)
         read = self._with_pictures(asked)
+        if asked.windows is None and any(told.used for told in self.decisions if told.name == WINDOWS.name):
+            read = dataclasses.replace(read, windows=True)
         request = resolve(read, self.defaults, self._open.size_rules)
         _tell_of_rest(read, request.num_frames)
+        _tell_of_length(request, self.defaults)
         if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
             raise RequestError(
                 f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
