@@ -382,7 +382,7 @@ def _windows(
     wanted = max(1, round(frames * _SHARE_OF_WINDOW / rules.temporal)) * rules.temporal
     overlap: int = _limited("window_overlap", _or(request.window_overlap, wanted))
     if overlap % rules.temporal or overlap >= frames:
-        most = frames - 1
+        most = frames - 1 - rules.temporal
         nearest = min(max(rules.temporal, round(overlap / rules.temporal) * rules.temporal), most)
         raise RequestError(
             f"windows of {frames} frames cannot share {overlap}: it is a multiple of {rules.temporal} up to {most}; "

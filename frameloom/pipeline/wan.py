@@ -243,10 +243,10 @@ class WanPipeline:
         """What the denoiser sees of the video at a time: all, unless windows were asked for."""
         frames, temporal = self._latent_size(request)[0], self.vae.spec.temporal_scale
         length = frames if request.window_frames is None else 1 + (request.window_frames - 1) // temporal
-        found = windows_over(frames, length, request.window_overlap // temporal)
+        found = windows_over(frames - 1, length - 1, request.window_overlap // temporal)
         if len(found) > 1:
             log.info("windows: %d of %d frames over %d", len(found), request.window_frames, request.num_frames)
-        return Windows(each=found, always=control.num_references)
+        return Windows(each=found, always=1 + control.num_references)
 
     def _texts(
         self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, keeper: Keeper, *, guided: bool

@@ -21,10 +21,14 @@ from frameloom.sampling.windows import Window, windows_over
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """Windows over latents that begin with `always` frames that every window sees (reference images)."""
+    """Windows over all latent frames but the first `always`, which every window sees before its own.
+
+    Those are reference images, and the first frame of the video: to the network a video begins with a latent frame that
+    is one picture, where all others are several. What becomes of them the first window says.
+    """
 
     each: tuple[Window, ...]
-    always: int = 0
+    always: int = 1
 
     @property
     def longest(self) -> int:
@@ -51,18 +55,15 @@ class Windows:
     def cut(self, x: Tensor, window: Window, *, dim: int) -> Tensor:
         """What a window sees of something that has its frames along `dim`."""
         seen = x.narrow(dim, self.always + window.start, window.stop - window.start)
-        return torch.cat((x.narrow(dim, 0, self.always), seen), dim) if self.always else seen.contiguous()
-
-    def shares(self, window: Window) -> tuple[float, ...]:
-        """How much a window counts for each frame that it sees; for those that all see, all count alike."""
-        return (1 / len(self.each),) * self.always + window.shares
+        return torch.cat((x.narrow(dim, 0, self.always), seen), dim)
 
     def add(self, whole_BCTHW: Tensor, seen_BCTHW: Tensor, window: Window) -> None:
         """Add what was found in a window to the blend of all of them, in place."""
-        shares_T11 = whole_BCTHW.new_tensor(self.shares(window))[:, None, None]
-        weighted = seen_BCTHW.to(whole_BCTHW.dtype) * shares_T11
-        whole_BCTHW[:, :, : self.always] += weighted[:, :, : self.always]
-        whole_BCTHW[:, :, self.always + window.start : self.always + window.stop] += weighted[:, :, self.always :]
+        if window is self.each[0]:
+            whole_BCTHW[:, :, : self.always] = seen_BCTHW[:, :, : self.always]
+        shares_T11 = whole_BCTHW.new_tensor(window.shares)[:, None, None]
+        own_BCTHW = seen_BCTHW[:, :, self.always :].to(whole_BCTHW.dtype)
+        whole_BCTHW[:, :, self.always + window.start : self.always + window.stop] += own_BCTHW * shares_T11
 
 
 class _Windowed:
@@ -114,8 +115,8 @@ class _Windowed:
 
 @torch.inference_mode()
 def _in_windows(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
-    """As `plainly`, in windows of two latent frames that share one."""
-    view = _Windowed(dit, Windows(each=windows_over(x.shape[2], 2, 1)))
+    """As `plainly`, in windows of two latent frames that share one, beside the first."""
+    view = _Windowed(dit, Windows(each=windows_over(x.shape[2] - 1, 2, 1)))
     return torch.stack([view(x, t.expand(x.shape[0]), prompt) for t in times for prompt in prompts])
 
 

@@ -16,9 +16,8 @@ class Window:
 def windows_over(num_frames: int, length: int, overlap: int) -> tuple[Window, ...]:
     """Windows of `length` latent frames over all of them, evenly spread: neighbours share `overlap` frames or more.
 
-    Over the frames that two share, the later one comes in by a ramp that begins with 0: the first frame of a window is
-    one picture to the network, where all others are several, so no video has it but at its own beginning. One window
-    where the frames are not more than its length. `overlap`: from 1 on, less than `length`.
+    Over the frames that two share, the earlier one goes out by a ramp and the later one comes in. One window where the
+    frames are not more than its length. `overlap`: from 0 on, less than `length`.
     """
     if num_frames <= length:
         return (Window(start=0, stop=num_frames, shares=(1.0,) * num_frames),)
@@ -41,9 +40,9 @@ def _ramps(starts: Sequence[int], index: int, length: int) -> list[float]:
     if index > 0:
         shared = starts[index - 1] + length - starts[index]
         for frame in range(shared):
-            weights[frame] = frame / shared
+            weights[frame] = (frame + 1) / (shared + 1)
     if index + 1 < len(starts):
         shared = starts[index] + length - starts[index + 1]
         for frame in range(shared):
-            weights[length - shared + frame] *= 1 - frame / shared
+            weights[length - shared + frame] *= 1 - (frame + 1) / (shared + 1)
     return weights
