@@ -211,6 +211,9 @@ def generate(
     parallel: ParallelOption = "auto",
     journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Keep the latents when all is done.")] = False,
+    preview: Annotated[
+        str | None, typer.Option(help="A PNG file that shows, while denoising, what the video is becoming.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -266,7 +269,7 @@ def generate(
                 if quality is not None:
                     options["quality"] = quality
                 made = engine.generate_to(
-                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, **options
+                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, preview=preview, **options
                 )
     if not first:
         return

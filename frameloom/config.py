@@ -386,7 +386,9 @@ def _windows(
         nearest = min(max(rules.temporal, round(overlap / rules.temporal) * rules.temporal), most)
         raise RequestError(
             f"windows of {frames} frames cannot share {overlap}: it is a multiple of {rules.temporal} up to {most}; "
-            f"use {nearest}" if most else f"windows of {frames} frame cannot share any; use {1 + rules.temporal} or more"
+            f"use {nearest}"
+            if most
+            else f"windows of {frames} frame cannot share any; use {1 + rules.temporal} or more"
         )
     return (None, 0) if num_frames <= frames else (frames, overlap)
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -29,6 +30,7 @@ from frameloom.parallel.agreement import check_equal_latents, check_same, check_
 from frameloom.parallel.team import Team
 from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
+from frameloom.pipeline.preview import Preview, check_preview
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
@@ -248,20 +250,22 @@ class Engine:
         progress: ProgressCallback | None = None,
         job: bool = False,
         keep_latents: bool = False,
+        preview: str | os.PathLike[str] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> dict[str, Any]:
         """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
 
         `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
-        whatever happens; with `keep_latents` the latents are kept when all is done, too. Returns what `Video.metadata`
-        holds, and `output`, the absolute path. Raises RequestError or OutputError before anything is computed; whatever
+        whatever happens; with `keep_latents` the latents are kept when all is done, too. `preview`: a PNG file that
+        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before anything is computed; whatever
         happens, there is a whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._agreed(self.resolve(prompt, **options))
         loras = absolute_loras(self._set_loras)
-        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras)
+        shown = None if preview is None else str(check_preview(preview, self._open.vae.spec))
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, preview=shown)
         if self._writes:
             target = check_output(path, fps=request.fps, quality=quality)
             order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
@@ -313,7 +317,8 @@ class Engine:
             journal = self._journal(job)
 
             def computed() -> dict[str, Tensor]:
-                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal))}
+                shown = Preview(Path(order.preview), self._open.vae.spec) if order.preview and self._writes else None
+                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal, preview=shown))}
 
             latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
 

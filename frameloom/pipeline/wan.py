@@ -34,6 +34,7 @@ from frameloom.pipeline.conditions import (
     video_of_ends,
 )
 from frameloom.pipeline.keep import FORGETS, Keeper
+from frameloom.pipeline.preview import Preview
 from frameloom.pipeline.vace import UNCONTROLLED, VaceConditions, VaceInputs, prepare_control
 from frameloom.pipeline.windows import Windows
 from frameloom.platform.device import platform_of, synchronise
@@ -197,7 +198,13 @@ class WanPipeline:
         return self.vae_planner.decode(shape_BZTHW)
 
     def latents(
-        self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, keeper: Keeper = FORGETS
+        self,
+        request: ResolvedRequest,
+        clock: StageClock,
+        report: ProgressCallback,
+        keeper: Keeper = FORGETS,
+        *,
+        preview: Preview | None = None,
     ) -> Tensor:
         """Prompts and pictures to latents: float32 (B, C, T', H', W'), normalised. `keeper` gets what is computed."""
         sampler = make_sampler(
@@ -214,6 +221,8 @@ class WanPipeline:
         windows = self._windows(request, control)
         shape = (len(request.prompts), self.experts[0].spec.in_channels, windows.longest, *start.shape[3:])
         loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
+        if preview is not None:
+            keeper = preview.beside(keeper, sampler.schedule, lambda x: control.cut(condition.kept(x)))
         with clock.stage("denoise"):
             out = stages.denoise(
                 self.experts,
