@@ -4,6 +4,7 @@ Memory: does the peak of a whole request grow with its frames? Seams: how much n
 meet, and whether colour and shape stay. Preview: what drawing it costs.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -113,7 +114,7 @@ def in_overlaps(overlap: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which of the differences between neighbouring frames lie where windows share frames, or at their edges."""
     windows = windows_over((LENGTH - 1) // 4, (TRAINED - 1) // 4, overlap // 4)
     flags = np.zeros(LENGTH - 1, dtype=bool)
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         flags[4 * after.start : 4 * before.stop + 1] = True  # pixel frame 4k+1 is the first of latent frame k+1
     return flags
 

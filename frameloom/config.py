@@ -21,7 +21,7 @@ MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
 MAX_REFERENCES = 64  # each costs as much as a latent frame
 MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
-_SHARE_OF_WINDOW = 0.2  # of a window, shared with the next where nothing is said: 16 frames of 81, 24 of 121
+_SHARE_OF_WINDOW = 0.2  # that the next one shares unless told otherwise: 16 frames of 81, 24 of 121
 
 _PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
@@ -378,17 +378,17 @@ def _windows(
     """Frames of a window, and how many neighbours share at least; (None, 0) where the video is denoised whole."""
     if not (request.windows or request.window_frames or request.window_overlap):
         return None, 0
-    frames = _frames(_or(request.window_frames, defaults.num_frames), rules.temporal, what="frames in a window")
-    wanted = max(1, round(frames * _SHARE_OF_WINDOW / rules.temporal)) * rules.temporal
-    overlap: int = _limited("window_overlap", _or(request.window_overlap, wanted))
-    if overlap % rules.temporal or overlap >= frames:
-        most = frames - 1 - rules.temporal
-        nearest = min(max(rules.temporal, round(overlap / rules.temporal) * rules.temporal), most)
+    step = rules.temporal
+    frames = _frames(_or(request.window_frames, defaults.num_frames), step, what="frames in a window")
+    most = frames - 1 - step  # every window sees the first frame of the video, and has something new
+    if most < step:
+        raise RequestError(f"windows of {frames} frames cannot share any; use {1 + 2 * step} or more")
+    usual = min(most, max(2, round(frames * _SHARE_OF_WINDOW / step)) * step)
+    overlap: int = _limited("window_overlap", _or(request.window_overlap, usual))
+    if overlap % step or overlap > most:
+        nearest = min(most, max(1, round(overlap / step)) * step)
         raise RequestError(
-            f"windows of {frames} frames cannot share {overlap}: it is a multiple of {rules.temporal} up to {most}; "
-            f"use {nearest}"
-            if most
-            else f"windows of {frames} frame cannot share any; use {1 + rules.temporal} or more"
+            f"windows of {frames} frames cannot share {overlap}: it is a multiple of {step} up to {most}; use {nearest}"
         )
     return (None, 0) if num_frames <= frames else (frames, overlap)
 

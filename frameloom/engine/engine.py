@@ -257,8 +257,9 @@ class Engine:
 
         `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
         whatever happens; with `keep_latents` the latents are kept when all is done, too. `preview`: a PNG file that
-        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before anything is computed; whatever
-        happens, there is a whole file at `path` or none that was not there before.
+        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the
+        absolute path. Raises RequestError or OutputError before anything is computed; whatever happens, there is a
+        whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")

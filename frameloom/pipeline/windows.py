@@ -102,7 +102,7 @@ class _Windowed:
             return timestep._replace(index_F=self._windows.cut(timestep.index_F, window, dim=0))
         if timestep.ndim == 1:
             return timestep
-        by_frame_BFP = timestep.unflatten(1, (num_frames, -1))  # one number per token of each frame
+        by_frame_BFP = timestep.reshape(timestep.shape[0], num_frames, -1)  # one number per token of each frame
         return self._windows.cut(by_frame_BFP, window, dim=1).flatten(1)
 
     def _prompts(self, prompts: Sequence[Prompt], window: Window) -> list[Prompt]:

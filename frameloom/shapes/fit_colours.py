@@ -27,9 +27,9 @@ _NEAR = 0.25  # in [-1, 1]; a cell this near to the colour of the shape is of it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cells:
-    """Latent cells of a clip with those around them (N, C), their mean colours (N, 3) in [-1, 1], which are the shape's.
+    """Latent cells of a clip with those around them, their mean colours in [-1, 1], and which are of the shape.
 
-    `rgb`: the shape's colour, likewise.
+    `rgb`: the colour of the shape, likewise.
     """
 
     near_NC: Tensor
@@ -47,7 +47,8 @@ def drawn(engine: Engine, clips: int, *, seed: int = SEED) -> list[Cells]:
         frames = render(scene, rng)
         latents_CTHW = engine.encode(frames)[0, :, 1:]
         levels_CTHW = torch.from_numpy(frames[1:]).permute(3, 0, 1, 2).float() / 127.5 - 1
-        colours_N3 = F.adaptive_avg_pool3d(levels_CTHW, latents_CTHW.shape[1:]).flatten(1).T
+        count, height, width = latents_CTHW.shape[1:]
+        colours_N3 = F.adaptive_avg_pool3d(levels_CTHW, (count, height, width)).flatten(1).T
         rgb = torch.tensor(COLOURS[scene.colour]) / 127.5 - 1
         is_shape_N = (colours_N3 - rgb).norm(dim=1) < _NEAR
         near_NC = with_neighbours(latents_CTHW, SIDE).flatten(1).T
@@ -62,7 +63,8 @@ def fitted(clips: list[Cells]) -> Tensor:
     weights_N1 = torch.cat([1 + _OF_SHAPE * clip.is_shape_N for clip in clips]).sqrt()[:, None]
     colours_N3 = torch.cat([clip.colours_N3 for clip in clips])
     inputs = (torch.cat((near_NC, ones_N1), dim=1) * weights_N1).double()
-    return torch.linalg.lstsq(inputs, (colours_N3 * weights_N1).double()).solution
+    rows: Tensor = torch.linalg.lstsq(inputs, (colours_N3 * weights_N1).double()).solution
+    return rows
 
 
 def mapped(clip: Cells, rows: Tensor) -> Tensor:
