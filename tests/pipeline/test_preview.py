@@ -63,6 +63,7 @@ def test_rows_are_seldom_and_the_last_step_is_always_shown(engine, tmp_path, mon
 def test_the_estimate_of_a_sampler_without_history_lies_on_its_line(tmp_path, monkeypatch):
     """Under a constant velocity every step tells the end exactly."""
     monkeypatch.setattr(preview, "_LEAST_S", 0.0)
+    monkeypatch.setattr(preview, "_COST", 0)
     seen = []
     monkeypatch.setattr(Preview, "draw", lambda self, latents, caption: seen.append(latents))
     sampler = Euler(euler_schedule(5, shift=3.0))

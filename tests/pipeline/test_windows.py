@@ -31,7 +31,9 @@ def picture(kind):
     video = np.stack([np.asarray(image.rotate(9 * turn)) for turn in range(25)])
     if kind.startswith("vace"):
         return {"control_video": video, "mask": video, "references": [image]}
-    return {"image": image} if kind not in ("one expert", "two experts") else {}
+    images = {"image": image, "last_image": image.rotate(90)}
+    taken = {"first and last image": 2, "one expert": 0, "two experts": 0}.get(kind, 1)
+    return dict(list(images.items())[:taken])
 
 
 @given(st.integers(1, 200), st.integers(2, 30), st.data())
