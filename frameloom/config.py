@@ -257,7 +257,6 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     followed = video or control_video
     width, height = _size(request, image or followed, defaults, rules)
     num_frames = _frames(_num_frames(request, followed, defaults, rules), rules.temporal)
-    window_frames, window_overlap = _windows(request, num_frames, defaults, rules)
     resolved = ResolvedRequest(
         prompts=prompts,
         negative_prompts=_negatives(_or(request.negative_prompt, defaults.negative_prompt), len(prompts)),
@@ -279,8 +278,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         references=tuple(map(_pictures, _references(request.references))),
         control_strength=_control_strength(request.control_strength),
         keeps_aspect=request.width is None or request.height is None,
-        window_frames=window_frames,
-        window_overlap=window_overlap,
+        **_windows(request, num_frames, defaults, rules),
     )
     _check_pictures(resolved)
     return resolved
@@ -374,10 +372,10 @@ def _num_frames(
 
 def _windows(
     request: GenerateRequest, num_frames: int, defaults: GenerationDefaults, rules: SizeRules
-) -> tuple[int | None, int]:
-    """Frames of a window, and how many neighbours share at least; (None, 0) where the video is denoised whole."""
+) -> dict[str, Any]:
+    """The frames of a window, and how many neighbours share at least; nothing where the video is denoised whole."""
     if not (request.windows or request.window_frames or request.window_overlap):
-        return None, 0
+        return {}
     step = rules.temporal
     frames = _frames(_or(request.window_frames, defaults.num_frames), step, what="frames in a window")
     most = frames - 1 - step  # every window sees the first frame of the video, and has something new
@@ -390,7 +388,7 @@ def _windows(
         raise RequestError(
             f"windows of {frames} frames cannot share {overlap}: it is a multiple of {step} up to {most}; use {nearest}"
         )
-    return (None, 0) if num_frames <= frames else (frames, overlap)
+    return {} if num_frames <= frames else {"window_frames": frames, "window_overlap": overlap}
 
 
 def _or(value: Any, default: Any) -> Any:

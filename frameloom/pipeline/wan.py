@@ -223,16 +223,13 @@ class WanPipeline:
         loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
         if preview is not None:
             keeper = preview.beside(keeper, sampler.schedule, lambda x: control.cut(condition.kept(x)))
+        make = control.predictor(windows.predictor(self.make_predictor))
+        prompts = stages.Prompts(text_BSE=text, negative_BSE=negative, condition=condition, make_predictor=make)
         with clock.stage("denoise"):
             out = stages.denoise(
                 self.experts,
                 start,
-                stages.Prompts(
-                    text_BSE=text,
-                    negative_BSE=negative,
-                    condition=condition,
-                    make_predictor=control.predictor(windows.predictor(self.make_predictor)),
-                ),
+                prompts,
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,
