@@ -189,6 +189,12 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    windows: Annotated[
+        bool | None,
+        typer.Option(help="Denoise more frames than the model was trained on in windows (lossy), blended."),
+    ] = None,
+    window_frames: Annotated[int | None, typer.Option(help="Frames of a window; by default what it knows.")] = None,
+    window_overlap: Annotated[int | None, typer.Option(help="Frames that neighbours share at least.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
     guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
@@ -217,6 +223,9 @@ def generate(
     parallel: ParallelOption = "auto",
     journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Keep the latents when all is done.")] = False,
+    preview: Annotated[
+        str | None, typer.Option(help="A PNG file that shows, while denoising, what the video is becoming.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -243,6 +252,9 @@ def generate(
         "mask": mask,
         "references": [frameloom.read_image(path) for path in reference] if reference else None,
         "control_strength": _one_or_each(control_strength),
+        "windows": windows,
+        "window_frames": window_frames,
+        "window_overlap": window_overlap,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
@@ -276,7 +288,7 @@ def generate(
                 if quality is not None:
                     options["quality"] = quality
                 made = engine.generate_to(
-                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, **options
+                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, preview=preview, **options
                 )
     if not first:
         return

@@ -21,6 +21,7 @@ MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
 MAX_REFERENCES = 64  # each costs as much as a latent frame
 MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
+_SHARE_OF_WINDOW = 0.2  # that the next one shares unless told otherwise: 16 frames of 81, 24 of 121
 
 _PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
@@ -37,6 +38,8 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**63 - 1),
     "strength": (float, 0, 1),
     "control_strength": (float, 0, 20),
+    "window_frames": (int, 1, MAX_FRAMES),
+    "window_overlap": (int, 1, MAX_FRAMES),
 }
 
 _STREAMABLE = ("text", "transformer")  # the image encoder and the VAE are small beside them: always resident
@@ -254,6 +257,8 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError("a mask was given, and no control video; give the video that it is the mask of, too")
     if request.strength is not None and request.video is None:
         raise RequestError("a strength was given, and no video; give the video to start from, or leave it out")
+    if request.windows is False and (request.window_frames, request.window_overlap) != (None, None):
+        raise RequestError("windows are switched off, and their frames are given; leave one of them out")
 
 
 def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeRules) -> ResolvedRequest:
@@ -291,6 +296,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         references=tuple(map(_pictures, _references(request.references))),
         control_strength=_control_strength(request.control_strength),
         keeps_aspect=request.width is None or request.height is None,
+        **_windows(request, num_frames, defaults, rules),
     )
     _check_pictures(resolved)
     return resolved
@@ -382,6 +388,27 @@ def _num_frames(
     return request.num_frames
 
 
+def _windows(
+    request: GenerateRequest, num_frames: int, defaults: GenerationDefaults, rules: SizeRules
+) -> dict[str, Any]:
+    """The frames of a window, and how many neighbours share at least; nothing where the video is denoised whole."""
+    if not (request.windows or request.window_frames or request.window_overlap):
+        return {}
+    step = rules.temporal
+    frames = _frames(_or(request.window_frames, defaults.num_frames), step, what="frames in a window")
+    most = frames - 1 - step  # every window sees the first frame of the video, and has something new
+    if most < step:
+        raise RequestError(f"windows of {frames} frames cannot share any; use {1 + 2 * step} or more")
+    usual = min(most, max(2, round(frames * _SHARE_OF_WINDOW / step)) * step)
+    overlap: int = _limited("window_overlap", _or(request.window_overlap, usual))
+    if overlap % step or overlap > most:
+        nearest = min(most, max(1, round(overlap / step)) * step)
+        raise RequestError(
+            f"windows of {frames} frames cannot share {overlap}: it is a multiple of {step} up to {most}; use {nearest}"
+        )
+    return {} if num_frames <= frames else {"window_frames": frames, "window_overlap": overlap}
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -415,13 +442,13 @@ def _side(name: str, value: object, multiple: int, reason: str) -> int:
     raise RequestError(f"{name} {size} is not a multiple of {multiple} ({reason}); use {choices}")
 
 
-def _frames(value: object, temporal: int) -> int:
+def _frames(value: object, temporal: int, *, what: str = "frames") -> int:
     frames: int = _limited("num_frames", value)
     if (frames - 1) % temporal == 0:
         return frames
     below = 1 + (frames - 1) // temporal * temporal
     raise RequestError(
-        f"{frames} frames are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
+        f"{frames} {what} are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
     )
 
 

@@ -37,6 +37,7 @@ from frameloom.models.encoders import (
 from frameloom.models.umt5 import Umt5Encoder
 from frameloom.ops.registry import Policy
 from frameloom.pipeline.wan import EncodesPrompts, WanPipeline
+from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import check_dtype_name, device_name, memory_errors
 from frameloom.settings import LOGGER_NAME, Launched, launched
@@ -168,7 +169,8 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
         make_predictor=ranks.make_predictor,
         during=residents.during,
     )
-    decisions = (*experts[0].decisions, *vae.decisions)
+    windows = chosen.policy.decide(WINDOWS, None, "for videos longer than the model was trained on")
+    decisions = (*experts[0].decisions, windows, *vae.decisions)
     for decision in decisions:
         log.debug("%s", decision)
     return Engine(

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -29,7 +30,9 @@ from frameloom.parallel.agreement import check_equal_latents, check_same, check_
 from frameloom.parallel.team import Team
 from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
+from frameloom.pipeline.preview import Preview, check_preview
 from frameloom.pipeline.wan import StageClock, WanPipeline
+from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import (
@@ -63,6 +66,8 @@ def _told(request: ResolvedRequest) -> dict[str, Any]:
         told["strength"] = request.strength
     if request.control_strength != 1:
         told["control_strength"] = request.control_strength
+    if request.window_frames is not None:
+        told |= {"window_frames": request.window_frames, "window_overlap": request.window_overlap}
     return told
 
 
@@ -80,6 +85,15 @@ def _tell_of_rest(read: GenerateRequest, num_frames: int) -> None:
 
 def _no_job() -> None:
     """Of those who keep nothing."""
+
+
+def _tell_of_length(request: ResolvedRequest, defaults: Defaults) -> None:
+    """Of videos that the denoiser sees whole though it was trained on shorter ones."""
+    if request.window_frames is None and request.num_frames > defaults.num_frames:
+        log.warning(
+            "%d frames are more than the %d that this model was trained on; --windows denoises them in windows",
+            request.num_frames, defaults.num_frames,
+        )  # fmt: skip
 
 
 def _silent(_: Progress) -> None:
@@ -155,8 +169,11 @@ class Engine:
         check_request(asked)
         self._open.takes.check(asked, self.name)
         read = self._with_pictures(asked)
+        if asked.windows is None and any(told.used for told in self.decisions if told.name == WINDOWS.name):
+            read = dataclasses.replace(read, windows=True)
         request = resolve(read, self.defaults, self._open.size_rules)
         _tell_of_rest(read, request.num_frames)
+        _tell_of_length(request, self.defaults)
         if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
             raise RequestError(
                 f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
@@ -233,20 +250,23 @@ class Engine:
         progress: ProgressCallback | None = None,
         job: bool = False,
         keep_latents: bool = False,
+        preview: str | os.PathLike[str] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> dict[str, Any]:
         """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
 
         `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
-        whatever happens; with `keep_latents` the latents are kept when all is done, too. Returns what `Video.metadata`
-        holds, and `output`, the absolute path. Raises RequestError or OutputError before anything is computed; whatever
-        happens, there is a whole file at `path` or none that was not there before.
+        whatever happens; with `keep_latents` the latents are kept when all is done, too. `preview`: a PNG file that
+        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the
+        absolute path. Raises RequestError or OutputError before anything is computed; whatever happens, there is a
+        whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._agreed(self.resolve(prompt, **options))
         loras = absolute_loras(self._set_loras)
-        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras)
+        shown = None if preview is None else str(check_preview(preview, self._open.vae.spec))
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, preview=shown)
         if self._writes:
             target = check_output(path, fps=request.fps, quality=quality)
             order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
@@ -298,7 +318,8 @@ class Engine:
             journal = self._journal(job)
 
             def computed() -> dict[str, Tensor]:
-                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal))}
+                shown = Preview(Path(order.preview), self._open.vae.spec) if order.preview and self._writes else None
+                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal, preview=shown))}
 
             latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
 

@@ -49,6 +49,7 @@ class Order:
     quality: int | None = None
     keeps_latents: bool = False
     loras: tuple[Lora, ...] = ()
+    preview: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from frameloom.models.vae_state import Frames
@@ -25,6 +24,7 @@ from frameloom.pipeline.keep import Forgets, Tensors
 from frameloom.pipeline.sinks import sync
 from frameloom.sampling.flow import SamplerState
 from frameloom.settings import LOGGER_NAME
+from frameloom.weights.write import NAMES
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -144,10 +144,10 @@ class Journal:
     def put(self, name: str, tensors: Tensors, facts: Mapping[str, str] | None = None, *, waits: bool = True) -> None:
         """The same. Raises OSError."""
         begun = time.monotonic()
-        held = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+        held = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
         told = {**(facts or {}), "job": self.job, "sha256": _digest(held, facts or {})}
         try:
-            write_whole(self._path(name), to_bytes(held, told), waits=waits)
+            write_whole(self._path(name), *_in_pieces(held, told), waits=waits)
         finally:
             self.seconds += time.monotonic() - begun
 
@@ -185,12 +185,13 @@ class NoJournal(Forgets):
 NO_JOURNAL: Final = NoJournal()
 
 
-def write_whole(path: Path, content: bytes, *, waits: bool = True) -> None:
+def write_whole(path: Path, *pieces: bytes | memoryview, waits: bool = True) -> None:
     """Write a file that appears under its name whole or not at all; `waits` until it is on the disk. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             if waits:
                 os.fsync(file.fileno())
@@ -202,9 +203,30 @@ def write_whole(path: Path, content: bytes, *, waits: bool = True) -> None:
         raise
 
 
+def _in_pieces(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, without a copy of the numbers: the latents of a long video are what grows with its frames."""
+    entries: dict[str, Any] = {"__metadata__": dict(facts)}
+    end = 0
+    for name, x in tensors.items():
+        start, end = end, end + x.nbytes
+        entries[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for x in tensors.values():
+        yield _bytes(x)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The numbers of a contiguous tensor on the host, as they lie in memory."""
+    numbers: memoryview = x.reshape(-1).view(torch.uint8).numpy().data
+    return numbers
+
+
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     told = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
     for name, x in sorted(tensors.items()):
         told.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
-        told.update(x.contiguous().view(-1).view(torch.uint8).numpy().data)
+        told.update(_bytes(x.contiguous()))
     return told.hexdigest()

@@ -174,13 +174,17 @@ def decode(
     if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
     weight = next(vae.parameters())
-    z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype).contiguous())  # equal latents, equal frames
     done, is_good = skipped, True
+
+    def denormalised(z_BCTHW: Tensor) -> Tensor:
+        """Contiguous: equal latents, equal frames."""
+        return vae.denormalise(z_BCTHW.to(weight.device, weight.dtype).contiguous())
 
     def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
         first = _latent_to_begin_with(vae.spec, done)
         start = first * vae.spec.temporal_scale  # the first latent frame of a passage makes one frame
-        for chunk in _in_own_precision(vae.decode_stream(z[:, :, first:], passage), z.device):
+        chunks = vae.decode_stream(latents_BCTHW[:, :, first:], passage, prepare=denormalised)
+        for chunk in _in_own_precision(chunks, weight.device):
             end = start + chunk.shape[2]
             if end > done:
                 yield chunk[:, :, max(0, done - start) :], passage

@@ -35,11 +35,14 @@ from frameloom.pipeline.conditions import (
     video_of_ends,
 )
 from frameloom.pipeline.keep import FORGETS, Keeper
+from frameloom.pipeline.preview import Preview
 from frameloom.pipeline.vace import UNCONTROLLED, VaceConditions, VaceInputs, prepare_control
+from frameloom.pipeline.windows import Windows
 from frameloom.platform.device import platform_of, synchronise
 from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler
+from frameloom.sampling.windows import windows_over
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import Progress, ProgressCallback, ResolvedRequest, SizeRules, Stage
 
@@ -152,6 +155,8 @@ class WanPipeline:
         """Raise RequestError for a size that the position table of the DiT does not reach."""
         spec, rules = self.experts[0].spec, self.size_rules
         patch_t = spec.patch_size[0]
+        if request.window_frames is not None and patch_t > 1:
+            raise RequestError(f"windows are not possible with a patch of {patch_t} latent frames; leave them out")
         latent_frames = self._latent_size(request)[0] + len(request.references)
         if latent_frames % patch_t:
             raise RequestError(
@@ -160,13 +165,16 @@ class WanPipeline:
         reach = spec.rope_max_seq_len
         reach_in_time = reach * patch_t - len(request.references)
         limits = {
-            "frames": (request.num_frames, 1 + rules.temporal * (reach_in_time - 1)),
+            "frames": (request.window_frames or request.num_frames, 1 + rules.temporal * (reach_in_time - 1)),
             "height": (request.height, rules.height_multiple * reach),
             "width": (request.width, rules.width_multiple * reach),
         }
         for name, (asked, limit) in limits.items():
             if asked > limit:
-                raise RequestError(f"{name} {asked} is past the last position of this checkpoint; use {limit} or less")
+                other = ", or denoise it in windows (--windows)" if name == "frames" else ""
+                raise RequestError(
+                    f"{name} {asked} is past the last position of this checkpoint; use {limit} or less{other}"
+                )
 
     def check_control(self, request: ResolvedRequest) -> None:
         """Raise RequestError for inputs of VACE that do not fit together, or not to this checkpoint."""
@@ -185,7 +193,13 @@ class WanPipeline:
         return self.vae_planner.decode(shape_BZTHW)
 
     def latents(
-        self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, keeper: Keeper = FORGETS
+        self,
+        request: ResolvedRequest,
+        clock: StageClock,
+        report: ProgressCallback,
+        keeper: Keeper = FORGETS,
+        *,
+        preview: Preview | None = None,
     ) -> Tensor:
         """Prompts and pictures to latents: float32 (B, C, T', H', W'), normalised. `keeper` gets what is computed."""
         sampler = make_sampler(
@@ -199,18 +213,18 @@ class WanPipeline:
         )
         text, negative = self._texts(request, clock, report, keeper, guided=switch.guided)
         condition, control, start = self._pictures(request, sampler.schedule, clock, report, keeper)
-        shape = (len(request.prompts), self.experts[0].spec.in_channels, *start.shape[2:])
+        windows = self._windows(request, control)
+        shape = (len(request.prompts), self.experts[0].spec.in_channels, windows.longest, *start.shape[3:])
         loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
+        if preview is not None:
+            keeper = preview.beside(keeper, sampler.schedule, lambda x: control.cut(condition.kept(x)))
+        make = control.predictor(windows.predictor(self.make_predictor))
+        prompts = stages.Prompts(text_BSE=text, negative_BSE=negative, condition=condition, make_predictor=make)
         with clock.stage("denoise"), self.during("denoise"):
             out = stages.denoise(
                 self.experts,
                 start,
-                stages.Prompts(
-                    text_BSE=text,
-                    negative_BSE=negative,
-                    condition=condition,
-                    make_predictor=control.predictor(self.make_predictor),
-                ),
+                prompts,
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,
@@ -225,6 +239,15 @@ class WanPipeline:
         loop, why = self.step_planner.loop(shape_BCTHW, guided=guided)
         log.info("steps: %s", why)
         return asdict(loop)
+
+    def _windows(self, request: ResolvedRequest, control: VaceConditions) -> Windows:
+        """What the denoiser sees of the video at a time: all, unless windows were asked for."""
+        frames, temporal = self._latent_size(request)[0], self.vae.spec.temporal_scale
+        length = frames if request.window_frames is None else 1 + (request.window_frames - 1) // temporal
+        found = windows_over(frames - 1, length - 1, request.window_overlap // temporal)
+        if len(found) > 1:
+            log.info("windows: %d of %d frames over %d", len(found), request.window_frames, request.num_frames)
+        return Windows(each=found, always=1 + control.num_references)
 
     def _texts(
         self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, keeper: Keeper, *, guided: bool
