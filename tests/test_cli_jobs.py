@@ -55,7 +55,7 @@ def test_a_run_that_ends_early_is_gone_on_with_by_a_command(sent, said, checkpoi
     asked = ("a cat", "--model", checkpoint_of(), *SMALL, "--steps", "400", "--quality", "40")
     assert run("generate", *asked, "-o", tmp_path / "whole.mp4")[0] == 0
     process = started("generate", *asked, "-o", tmp_path / "a.mp4")
-    wait_for(folder, "step-*", process)
+    wait_for(folder, "loop*", process)
     err = ended(process, sent, stderr_has=said)
     (name,) = [job["name"] for job in frameloom.jobs() if job["state"] == "unfinished"]
     if sent != signal.SIGKILL:
@@ -76,7 +76,7 @@ def test_several_ranks_are_gone_on_with_as_they_were(checkpoint_of, folder, tmp_
     _, err = whole.communicate(timeout=120)
     assert whole.returncode == 0, err
     process = started("generate", *asked, "-o", tmp_path / "a.mp4")
-    wait_for(folder, "step-*", process)
+    wait_for(folder, "loop*", process)
     err = ended(process, signal.SIGINT, stderr_has="`frameloom resume 2")
     assert err.count("frameloom resume") == 1
     again = started("resume")
