@@ -35,8 +35,8 @@ from frameloom.weights.tensors import DTYPES, is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
-_OF_STEP_HERE, _OF_NARROW_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.7, 2.1, 1.25, 1.1  # narrow: of two bytes a number
-_STEP_WORKSPACE_BYTES = 10_000_000
+_OF_STEP_HERE, _OF_NARROW_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.65, 1.8, 1.25, 1.1  # narrow: of two bytes a number
+_STEP_WORKSPACE_BYTES = 12_000_000
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
 _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
