@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,6 +36,7 @@ def picture(kind):
     return dict(list(images.items())[:taken])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(2, 30), st.data())
 def test_windows_cover_every_frame_with_shares_that_sum_to_one(num_frames, length, data):
     overlap = data.draw(st.integers(0, length - 1))
