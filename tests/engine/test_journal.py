@@ -146,7 +146,7 @@ def test_damaged_entries_are_computed_again_from_the_last_good_one(checkpoint_of
             last = entries(folder, name)[-1]
             assert last.name == "step-000003.safetensors"
             last.write_bytes(damage(last.read_bytes()))
-            with caplog.at_level(logging.INFO):
+            with caplog.at_level(logging.INFO, logger="frameloom"):
                 engine.finish(job.find(name))
             assert "going on after step 2" in caplog.text
             caplog.clear()
