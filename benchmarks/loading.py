@@ -8,7 +8,6 @@ once? Does the process peak at the file and a tenth? Every run is a process of i
 import json
 import mmap
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_weights import write_transformer
 from records import keep
 
 from frameloom.bench.paired import machine
@@ -27,22 +27,19 @@ from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import WanDiT
 from frameloom.platform.device import peak_memory_bytes
 from frameloom.weights.files import read_file
-from frameloom.weights.header import stored_bytes
-from frameloom.weights.keymap import DIT_ORIGINAL
 from frameloom.weights.load import load_module
-from frameloom.weights.loose import open_alone
+from frameloom.weights.source import open_parts
 
 SPEC = TransformerSpec(num_attention_heads=12, ffn_dim=8960, num_layers=22)  # 1.3B with fewer layers: 2.1 GB
 ROUNDS = 5
 BAR_SPEED, BAR_MEMORY = 0.7, 1.1
-_PIECE = 32 * 2**20  # bytes of random numbers at a time
 
 
 def main() -> None:
     """Write the file, time both sides in turns, count, and keep one record."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wan2.1_t2v_bf16.safetensors"
-        size = _write(path)
+        size = write_transformer(path, SPEC)
         rounds = [_round(path, turn) for turn in range(-1, ROUNDS)][1:]  # the first warms the page cache
     peak = max(one["peak_bytes"] - one["before_bytes"] for one in rounds)
     record = {
@@ -63,28 +60,6 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     keep(record, "loading-cpu")
-
-
-def _write(path: Path) -> int:
-    """A single file with the names of the original code, random numbers that are finite; returns its bytes."""
-    with on_meta():
-        shapes = {name: tuple(value.shape) for name, value in WanDiT(SPEC).state_dict().items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for native, shape in shapes.items():
-        start, end = end, end + stored_bytes("BF16", shape)
-        header[str(DIT_ORIGINAL.from_native(native))] = {
-            "dtype": "BF16", "shape": shape, "data_offsets": [start, end],
-        }  # fmt: skip
-    if shutil.disk_usage(path.parent).free < 2 * end:
-        sys.exit(f"{path.parent} has too little space for {end / 1e9:.1f} GB; set TMPDIR to another folder")
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, end, _PIECE):
-            numbers = torch.randn(min(_PIECE, end - start) // 2).mul_(0.02).bfloat16()
-            file.write(numbers.view(torch.uint8).numpy().data)
-    return path.stat().st_size
 
 
 def _median(rounds: list[dict[str, Any]], key: str) -> float:
@@ -149,7 +124,7 @@ def _load(path: Path) -> dict[str, Any]:
     with on_meta():
         dit = WanDiT(SPEC)
     before, read_before, start = _resident_bytes(), _read_bytes(), time.perf_counter()
-    report = load_module(dit, open_alone(path), dtype=torch.bfloat16)
+    report = load_module(dit, open_parts(path)["transformer"], dtype=torch.bfloat16)
     returned = time.perf_counter() - start
     for value in dit.state_dict().values():
         value.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].max()

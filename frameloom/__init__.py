@@ -20,15 +20,17 @@ from frameloom.errors import (
     RequestError,
 )
 from frameloom.settings import ask_for_same_sums
-from frameloom.types import EngineConfig
+from frameloom.types import EngineConfig, GenerateRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
+    from frameloom.engine.job import Job
+    from frameloom.memory.plan import Plan
     from frameloom.pipeline.media import Video
-    from frameloom.types import ImageInput, Lora, Pictures, Progress
+    from frameloom.types import ImageInput, Lora, Pictures, Progress, ProgressCallback
     from frameloom.verify.finding import Finding
 
 __version__ = "0.1.0"
@@ -47,11 +49,18 @@ __all__ = [
     "bench_generate",
     "bench_parallel",
     "bench_vae",
+    "compare_plan",
     "convert_model",
     "describe",
     "diagnose",
+    "forget_job",
+    "job_left_for",
+    "job_to_resume",
+    "jobs",
     "load",
+    "plan",
     "read_image",
+    "resume",
     "shapes",
     "verify_model",
 ]
@@ -64,9 +73,17 @@ _LAZY = {
     "Video": "frameloom.pipeline.media",
     "build_engine": "frameloom.engine.build",
     "convert_model": "frameloom.weights.convert",
+    "all_jobs": "frameloom.engine.jobs",
+    "Place": "frameloom.engine.plan",
+    "compare": "frameloom.engine.plan",
+    "make_plan": "frameloom.engine.plan",
     "describe_checkpoint": "frameloom.engine.describe",
     "examine": "frameloom.doctor",
+    "forget": "frameloom.engine.jobs",
     "image_of": "frameloom.pipeline.images",
+    "left_for": "frameloom.engine.jobs",
+    "resume_job": "frameloom.engine.resume",
+    "to_resume": "frameloom.engine.resume",
     "verify": "frameloom.verify",
     "run_dit": "frameloom.bench.dit",
     "DitCase": "frameloom.bench.dit",
@@ -94,6 +111,9 @@ def load(
     quantized: str = "keep",
     loras: "Sequence[Lora | str]" = (),
     preset: str | None = None,
+    memory: int | str = "auto",
+    residence: str = "auto",
+    prompt_cache: bool = True,
     variant: str = "",
     on_bytes: Callable[[str, int, int], None] | None = None,
 ) -> "Engine":
@@ -111,6 +131,7 @@ def load(
     config = EngineConfig(
         device=device, dtype=dtype, exactness=exactness, rewrites=rewrites, compilation=compilation,
         attention=attention, vae_memory=vae_memory, parallel=parallel, quantized=quantized, loras=loras, preset=preset,
+        memory=memory, residence=residence, prompt_cache=prompt_cache,
     )  # fmt: skip
     engine: Engine = _lazy("build_engine")(
         _named(model, parts), config, parts=parts, variant=variant, on_bytes=on_bytes
@@ -154,6 +175,81 @@ def describe(
     """
     facts: dict[str, Any] = _lazy("describe_checkpoint")(_named(model), parts=parts, variant=variant, on_bytes=on_bytes)
     return facts
+
+
+def plan(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    device: str = "auto",
+    gpus: int = 1,
+    memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    config: EngineConfig | None = None,
+    variant: str = "",
+    runs_only: bool = False,
+    **request: Any,
+) -> "Plan":
+    """What a request would take, before anything of it is computed, and the arrangement in which it fits.
+
+    `model` as `load` takes it, of which only descriptions are read, or the name of a published model such as
+    "wan2.2-t2v-a14b", for which nothing is fetched. `device`: auto or a platform that is here, or a device that is not,
+    such as "H100"; `gpus` of them. `memory`, `host_memory`: bytes, or texts such as "24GB", instead of what there is.
+    `config`: how the engine would be built. `runs_only`: consider only what this version computes. `request`: fields
+    of types.GenerateRequest. Raises CheckpointError or RequestError; what does not fit is told by `fits` and `refusal`.
+    """
+    ask_for_same_sums()
+    place = _lazy("Place")(device=device, gpus=gpus, memory=memory, host_memory=host_memory)
+    wanted = GenerateRequest(**{"prompt": "a video", **request})
+    found: Plan = _lazy("make_plan")(
+        _named(model, parts), wanted, config or EngineConfig(), place=place, parts=parts, variant=variant,
+        runs_only=runs_only,
+    )  # fmt: skip
+    return found
+
+
+def compare_plan(plan: "Plan", made: Mapping[str, Any]) -> dict[str, Any]:
+    """What was foreseen of a request that `Engine.generate_to` then made: seconds by stage, and the peak of memory.
+
+    How fast it was is kept, and plans on this machine are the better for it.
+    """
+    told: dict[str, Any] = _lazy("compare")(plan, made)
+    return told
+
+
+def resume(
+    job: str | None = None, *, anyway: bool = False, progress: "ProgressCallback | None" = None
+) -> dict[str, Any]:
+    """Go on with a job that ended early, by its name or folder; without one the newest that is not finished.
+
+    The video is, bit by bit, what it would have been. `anyway`: go on though versions, device or kernels are others.
+    Returns as `Engine.generate_to` does. Raises RequestError or CheckpointError.
+    """
+    made: dict[str, Any] = _lazy("resume_job")(job, anyway=anyway, progress=progress)
+    return made
+
+
+def jobs() -> list[dict[str, Any]]:
+    """What is known of every job in the folder of jobs, oldest first."""
+    found: list[dict[str, Any]] = _lazy("all_jobs")()
+    return found
+
+
+def job_left_for(output: str, *, since: float) -> str | None:
+    """The name of the job that a run for an absolute output path has left unfinished, begun since a time; or None."""
+    name: str | None = _lazy("left_for")(output, since=since)
+    return name
+
+
+def job_to_resume(name: str | None = None) -> "Job":
+    """The job of a name, or the newest unfinished one. Raises RequestError for one that cannot be gone on with."""
+    job: Job = _lazy("to_resume")(name)
+    return job
+
+
+def forget_job(name: str) -> None:
+    """Remove a job and what it has kept. Raises RequestError."""
+    _lazy("forget")(name)
 
 
 def read_image(source: "ImageInput") -> "Pictures":

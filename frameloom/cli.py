@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,14 +25,17 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 import frameloom
-from frameloom.config import check_request, memory_bytes, video_size
+from frameloom.config import check_request, memory_bytes, residences, video_size
 from frameloom.errors import FrameloomError, RequestError
 from frameloom.parallel.heart import Ending, Heart, is_lost
 from frameloom.parallel.launch import count_ranks, run_ranks
 from frameloom.pipeline.target import OutputTarget, check_output
 from frameloom.settings import LOGGER_NAME, Launched, ask_for_same_sums, launched, log_level
 from frameloom.shapes.advice import advice
-from frameloom.types import GenerateRequest, Progress
+from frameloom.types import EngineConfig, GenerateRequest, Progress
+
+if TYPE_CHECKING:
+    from frameloom.memory.plan import Plan
 
 app = typer.Typer(
     help="Turn a prompt into a video with the Wan family of diffusion models.",
@@ -86,6 +89,7 @@ ParallelOption = Annotated[
 VariantOption = Annotated[
     str, typer.Option(help="Which weight files in Diffusers layout, such as fp16. Default: those without, or the only.")
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON record on standard output, and no table.")]
 
 
@@ -185,6 +189,12 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    windows: Annotated[
+        bool | None,
+        typer.Option(help="Denoise more frames than the model was trained on in windows (lossy), blended."),
+    ] = None,
+    window_frames: Annotated[int | None, typer.Option(help="Frames of a window; by default what it knows.")] = None,
+    window_overlap: Annotated[int | None, typer.Option(help="Frames that neighbours share at least.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
     guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
@@ -200,11 +210,25 @@ def generate(
     compilation: CompileOption = "auto",
     attention: AttentionOption = "auto",
     vae_memory: VaeMemoryOption = "auto",
+    memory: Annotated[
+        str, typer.Option(help="What all may take: auto, or bytes such as 24GB; weights then come as they are needed.")
+    ] = "auto",
+    residence: Annotated[
+        str, typer.Option(help="Where weights are: auto, or such as text=moved,transformer=streamed (or resident).")
+    ] = "auto",
+    prompt_cache: Annotated[
+        bool, typer.Option(help="Keep what the text encoder made of prompts in the cache folder.")
+    ] = True,
     gpus: GpusOption = None,
     parallel: ParallelOption = "auto",
+    journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
+    keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Keep the latents when all is done.")] = False,
+    preview: Annotated[
+        str | None, typer.Option(help="A PNG file that shows, while denoising, what the video is becoming.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Generate a video from a prompt."""
     first = _is_first(launched())
@@ -228,21 +252,32 @@ def generate(
         "mask": mask,
         "references": [frameloom.read_image(path) for path in reference] if reference else None,
         "control_strength": _one_or_each(control_strength),
+        "windows": windows,
+        "window_frames": window_frames,
+        "window_overlap": window_overlap,
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
     memory_bytes(vae_memory)
+    memory_bytes(memory)
+    residences(residence)
     before = target.written() if target else ()
-    with _last_words(lambda: _fate(target, before)):
-        _share(gpus, parallel, tidy=target.remove_partials if target else None)
+    since = time.time()
+    with _last_words(functools.partial(_fate, target, before, since)):
+        _share(gpus, parallel, target=target, since=since)
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
+        config: dict[str, Any] = {
+            "quantized": quantized, "preset": preset, "dtype": dtype, "exactness": exactness,
+            "rewrites": rewrite or (), "compilation": compilation, "vae_memory": vae_memory, "parallel": parallel,
+            "memory": memory, "residence": residence, "prompt_cache": prompt_cache,
+        }  # fmt: skip
+        foreseen = _foreseen(model, parts, options, EngineConfig(**config), device=device, variant=variant)
         begun = time.perf_counter()
         with _byte_bars(console) as on_bytes:
             engine = frameloom.load(
-                model, parts=parts, variant=variant, quantized=quantized, loras=lora or (), preset=preset,
-                device=device, dtype=dtype, exactness=exactness, rewrites=rewrite or (), compilation=compilation,
-                attention=attention, vae_memory=vae_memory, parallel=parallel, on_bytes=on_bytes,
+                model, parts=parts, variant=variant, loras=lora or (), device=device, attention=attention,
+                on_bytes=on_bytes, **config,
             )  # fmt: skip
         with engine:
             loaded_s = time.perf_counter() - begun
@@ -252,17 +287,180 @@ def generate(
             with _progress(console) as report:
                 if quality is not None:
                     options["quality"] = quality
-                made = engine.generate_to(output, prompt, progress=report, **options)
+                made = engine.generate_to(
+                    output, prompt, progress=report, job=journal, keep_latents=keep_latents, preview=preview, **options
+                )
     if not first:
         return
     record = {**made, "seconds": {"load": loaded_s, **made["seconds"]}}
+    if foreseen is not None:
+        record["foreseen"] = frameloom.compare_plan(foreseen, made)
     if explain:
         record["rewrites"] = [str(decision) for decision in engine.decisions]
+    _print_made(record, console, as_json=as_json)
+
+
+def _foreseen(
+    model: str | None,
+    parts: dict[str, str],
+    options: dict[str, Any],
+    config: EngineConfig,
+    *,
+    device: str,
+    variant: str,
+) -> "Plan | None":
+    """The plan of a request, by the first rank; None where only what must be fetched or read first would tell.
+
+    Raises RequestError for what does not fit, before any weight is read.
+    """
+    place = launched()
+    of_videos = options["video"] is not None or options["control_video"] is not None
+    sources = [*parts.values(), *([] if model is None else [model])]
+    if not _is_first(place) or of_videos or not all(os.path.exists(os.path.expanduser(source)) for source in sources):
+        return None
+    gpus = 1 if place is None else place.world_size
+    request = {name: value for name, value in options.items() if value is not None and name != "seed"}
+    plan = frameloom.plan(
+        model, parts=parts or None, device=device, gpus=gpus, config=config, variant=variant, runs_only=True, **request
+    )
+    if plan.refusal:
+        raise RequestError(plan.refusal)
+    return plan
+
+
+def _print_made(record: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    """What became of a request."""
     if as_json:
         print(json.dumps(record))
     else:
         console.print(_timing_table(record))
         console.print(f"The video is at {record['output']}", style="bold", soft_wrap=True)
+
+
+@app.command()
+def resume(
+    job: Annotated[str | None, typer.Argument(help="Name of a job; without one the newest unfinished one.")] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Go on though versions, device or kernels are others: bits may be, too.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Go on with a job that ended early; the video is what it would have been, bit by bit."""
+    begun = frameloom.job_to_resume(job)
+    target = check_output(begun.order.output)
+    console = _console(quiet=quiet or as_json)
+    console.print(f"going on with {begun.name}: {begun.request.prompts[0]}", soft_wrap=True)
+    ranks = begun.origin.ranks if begun.origin.ranks > 1 else None
+    with _last_words(functools.partial(_fate, target, target.written(), begun.began)):
+        names = [] if job is not None else [begun.name]  # all ranks the same
+        _share(ranks, begun.origin.config.parallel, target=target, since=begun.began, further=names)
+        with _progress(console) as report:
+            made = frameloom.resume(begun.name, anyway=anyway, progress=report)
+    if _is_first(launched()):
+        _print_made(made, console, as_json=as_json)
+
+
+@app.command()
+def jobs(
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Remove this job and what it has kept. May be given several times.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the jobs: what has begun, what is finished, and what `frameloom resume` would go on with."""
+    for name in forget or ():
+        frameloom.forget_job(name)
+    found = frameloom.jobs()
+    if as_json:
+        print(json.dumps({"jobs": found}))
+        return
+    table = Table("job", "state", "size", "prompt", "output")
+    for job in found:
+        table.add_row(job["name"], job["state"], _bytes(job["bytes"]), job["prompt"], job["output"])
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
+
+
+@app.command()
+@_with_parts
+def plan(
+    parts: dict[str, str],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="As --model, or the name of a published model such as wan2.2-t2v-a14b: nothing is fetched."
+        ),
+    ] = None,
+    of_model: Annotated[str | None, typer.Option("--model", help="The same as the argument.")] = None,
+    variant: VariantOption = "",
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, a device that is here (cuda:1), or one that is not: H100, 4090, T4, M3 Max, ...")
+    ] = "auto",
+    gpus: Annotated[int, typer.Option(help="So many of them.")] = 1,
+    memory: Annotated[str, typer.Option(help="What may be used of the device: auto, or bytes such as 24GB.")] = "auto",
+    host_memory: Annotated[
+        str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantized: Annotated[str, typer.Option(help="Quantized weights: keep or expand.")] = "keep",
+    preset: Annotated[str | None, typer.Option(help="lightning: 4 steps without guidance.")] = None,
+    exactness: ExactnessOption = "rounding",
+    rewrite: RewriteOption = None,
+    vae_memory: VaeMemoryOption = "auto",
+    parallel: ParallelOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a request would take, and how it is arranged to fit, before anything of it is computed."""
+    if model is not None and of_model is not None:
+        raise RequestError(f"two models were given, {model!r} and {of_model!r}; give one")
+    if gpus < 1:
+        raise RequestError(f"{gpus} devices compute nothing; use 1 or more")
+    config = EngineConfig(
+        dtype=dtype, quantized=quantized, preset=preset, exactness=exactness, rewrites=tuple(rewrite or ()),
+        vae_memory=vae_memory, parallel=parallel,
+    )  # fmt: skip
+    found = frameloom.plan(
+        model or of_model, parts=parts or None, device=device, gpus=gpus, memory=memory, host_memory=host_memory,
+        config=config, variant=variant, width=width, height=height, num_frames=frames, steps=steps,
+        guidance_scale=guidance,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        _print_plan(found)
+
+
+def _print_plan(plan: "Plan") -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    console.print(f"{plan.model}: {plan.request}, on {plan.device}", style="bold", soft_wrap=True)
+    table = Table("stage", "peak of the device", "of its host", "time")
+    for stage in plan.stages:
+        host = _bytes(stage.host_bytes) if stage.host_bytes else ""
+        table.add_row(stage.stage, _bytes(stage.device_bytes), host, _duration(stage.seconds))
+    there = f"of {_bytes(plan.memory_bytes)}"
+    table.add_row("together", f"{_bytes(plan.arranged.device_bytes)} {there}", "", _duration(plan.arranged.seconds))
+    console.print(table)
+    for choice in plan.choices:
+        console.print(f"{choice.what}: {choice.chosen} ({choice.reason})", soft_wrap=True)
+    console.print(f"seconds by {plan.rates}", soft_wrap=True)
+    if plan.cheaper is not None:
+        less, longer = plan.cheaper.device_bytes, _duration(plan.cheaper.seconds)
+        console.print(f"with less memory: {plan.cheaper}: {_bytes(less)}, {longer}", soft_wrap=True)
+    if plan.refusal:
+        console.print(f"it does not fit: {plan.refusal}", style="red", soft_wrap=True)
+    elif not plan.runs:
+        console.print("it would fit, but this version holds all weights in memory", style="yellow", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else f"{1000 * seconds:.1f} ms"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()
@@ -324,7 +522,7 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16 for all but the VAE. Default: as stored.")
     ] = None,
     variant: VariantOption = "",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a checkpoint in another layout; the same command again goes on where it was ended."""
     console = _console(quiet=quiet)
@@ -650,24 +848,48 @@ def _last_words(became: Callable[[], str]) -> Iterator[None]:
         raise _Ended(Ending(code=_TERMINATION.code, message=f"terminated; {became()}")) from None
 
 
-def _fate(target: OutputTarget | None, before: tuple[int, ...]) -> str:
-    """What became of a video: `before` is what `written` said when the command began."""
-    is_there = target is not None and target.written() not in ((), before)
-    return f"the video had been written to {target.path}" if target and is_there else "nothing was written"
+def _fate(target: OutputTarget | None, before: tuple[int, ...], since: float) -> str:
+    """What became of the output, and of what was computed for it."""
+    if target is None:
+        return "nothing was written"
+    is_there = target.written() not in ((), before)
+    if is_there:
+        return f"the video had been written to {target.path}"
+    return "; ".join(filter(None, ("nothing was written", _way_on(target, since))))
 
 
-def _share(gpus: int | None, parallel: str, *, tidy: Callable[[int], object] | None = None) -> None:
-    """Where several ranks are asked for and this is none of them: start them, and end as they do; see `run_ranks`."""
+def _way_on(target: OutputTarget, since: float) -> str:
+    """How to go on with what was computed, where any of it is kept."""
+    job = frameloom.job_left_for(str(target.path), since=since)
+    return f"`frameloom resume {job}` goes on from what was computed" if job else ""
+
+
+def _share(
+    gpus: int | None,
+    parallel: str,
+    *,
+    target: OutputTarget | None = None,
+    since: float = 0.0,
+    further: Sequence[str] = (),
+) -> None:
+    """Where several ranks are asked for and this is none of them: start them, and end as they do; see `run_ranks`.
+
+    `target`: what they write, for a job that has begun `since`. `further`: arguments besides those of this command.
+    """
     place = launched()
     count = count_ranks(gpus, parallel, place)
     if place is not None or count == 1:
         return
     # As the installed command does, ranks import nothing from the working folder, unless `python -m` began it all.
     safe = [] if sys.path[0] == _working_folder() else ["-P"]
-    outcome = run_ranks([sys.executable, *safe, "-m", "frameloom", *sys.argv[1:]], count, say=_say_error, tidy=tidy)
+    command = [sys.executable, *safe, "-m", "frameloom", *sys.argv[1:], *further]
+    outcome = run_ranks(command, count, say=_say_error, tidy=target.remove_partials if target else None)
     if outcome.code and sys.stdout.isatty():
         Console().show_cursor()  # which the bars of a rank that was killed had hidden
-    raise _Ended(Ending(code=outcome.code, message=outcome.message))
+    message = outcome.message
+    if outcome.code and target and "frameloom resume" not in message:
+        message = "; ".join(filter(None, (message, _way_on(target, since))))
+    raise _Ended(Ending(code=outcome.code, message=message))
 
 
 def _working_folder() -> str:
@@ -787,16 +1009,22 @@ def _plain_line(console: Console, news: Progress) -> None:
 
 
 def _timing_table(record: dict[str, Any]) -> Table:
-    table = Table("stage", "seconds", "")
+    """Seconds by stage, beside those that were foreseen."""
+    foreseen = record.get("foreseen")
+    table = Table("stage", "seconds", *(["foreseen"] if foreseen else []), "")
     for stage, seconds in record["seconds"].items():
         note = f"{seconds / len(record['step_seconds']):.3f} s/step" if stage == "denoise" else ""
-        table.add_row(stage, f"{seconds:.2f}", note)
-    table.add_row(
-        "together",
-        f"{sum(record['seconds'].values()):.2f}",
-        f"peak memory {_bytes(record['peak_memory_bytes'])}",
-    )
+        before = [_seconds_or_nothing(foreseen["seconds"].get(stage))] if foreseen else []
+        table.add_row(stage, f"{seconds:.2f}", *before, note)
+    peak = f"peak memory {_bytes(record['peak_memory_bytes'])}"
+    before = [f"{sum(foreseen['seconds'].values()):.2f}"] if foreseen else []
+    peak += f", foreseen {_bytes(foreseen['peak_memory_bytes'])}" if foreseen else ""
+    table.add_row("together", f"{sum(record['seconds'].values()):.2f}", *before, peak)
     return table
+
+
+def _seconds_or_nothing(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"
 
 
 def _bytes(count: int) -> str:

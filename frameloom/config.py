@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import InternalError, RequestError
-from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, ResolvedRequest, SizeRules
+from frameloom.types import GenerateRequest, Lora, ParallelPlan, Pictures, Residence, ResolvedRequest, SizeRules
 
 log = logging.getLogger(__name__)
 DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
@@ -21,6 +21,7 @@ MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
 MAX_REFERENCES = 64  # each costs as much as a latent frame
 MAX_LORA_STRENGTH = 20  # far past what any file is made for; more is a slip
+_SHARE_OF_WINDOW = 0.2  # that the next one shares unless told otherwise: 16 frames of 81, 24 of 121
 
 _PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
@@ -37,7 +38,11 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, 0, 2**63 - 1),
     "strength": (float, 0, 1),
     "control_strength": (float, 0, 20),
+    "window_frames": (int, 1, MAX_FRAMES),
+    "window_overlap": (int, 1, MAX_FRAMES),
 }
+
+_STREAMABLE = ("text", "transformer")  # the image encoder and the VAE are small beside them: always resident
 
 # Whatever Python takes for a number: that it is too large, or none, is said better than that there is no such file.
 _STRENGTH = r"(?i:[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?))"
@@ -102,6 +107,22 @@ def memory_bytes(value: int | str) -> int | None:
     if isinstance(value, bool) or not 1 <= count < 2**63:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
     return round(count)
+
+
+def residences(text: str) -> dict[str, Residence]:
+    """What "text=moved,transformer=streamed" asks for; nothing for "auto". Raises RequestError."""
+    if text == "auto":
+        return {}
+    found: dict[str, Residence] = {}
+    for part in str(text).split(","):
+        name, _, where = part.strip().partition("=")
+        if name not in _STREAMABLE or where not in list(Residence) or name in found:
+            raise RequestError(
+                f"residence {text!r} is not possible; write auto, or for {' and '.join(_STREAMABLE)} one of "
+                f"{', '.join(Residence)} each, such as text=moved,transformer=streamed"
+            )
+        found[name] = Residence(where)
+    return found
 
 
 def lora(text: str) -> Lora:
@@ -236,6 +257,8 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError("a mask was given, and no control video; give the video that it is the mask of, too")
     if request.strength is not None and request.video is None:
         raise RequestError("a strength was given, and no video; give the video to start from, or leave it out")
+    if request.windows is False and (request.window_frames, request.window_overlap) != (None, None):
+        raise RequestError("windows are switched off, and their frames are given; leave one of them out")
 
 
 def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeRules) -> ResolvedRequest:
@@ -273,6 +296,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         references=tuple(map(_pictures, _references(request.references))),
         control_strength=_control_strength(request.control_strength),
         keeps_aspect=request.width is None or request.height is None,
+        **_windows(request, num_frames, defaults, rules),
     )
     _check_pictures(resolved)
     return resolved
@@ -364,6 +388,27 @@ def _num_frames(
     return request.num_frames
 
 
+def _windows(
+    request: GenerateRequest, num_frames: int, defaults: GenerationDefaults, rules: SizeRules
+) -> dict[str, Any]:
+    """The frames of a window, and how many neighbours share at least; nothing where the video is denoised whole."""
+    if not (request.windows or request.window_frames or request.window_overlap):
+        return {}
+    step = rules.temporal
+    frames = _frames(_or(request.window_frames, defaults.num_frames), step, what="frames in a window")
+    most = frames - 1 - step  # every window sees the first frame of the video, and has something new
+    if most < step:
+        raise RequestError(f"windows of {frames} frames cannot share any; use {1 + 2 * step} or more")
+    usual = min(most, max(2, round(frames * _SHARE_OF_WINDOW / step)) * step)
+    overlap: int = _limited("window_overlap", _or(request.window_overlap, usual))
+    if overlap % step or overlap > most:
+        nearest = min(most, max(1, round(overlap / step)) * step)
+        raise RequestError(
+            f"windows of {frames} frames cannot share {overlap}: it is a multiple of {step} up to {most}; use {nearest}"
+        )
+    return {} if num_frames <= frames else {"window_frames": frames, "window_overlap": overlap}
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -397,13 +442,13 @@ def _side(name: str, value: object, multiple: int, reason: str) -> int:
     raise RequestError(f"{name} {size} is not a multiple of {multiple} ({reason}); use {choices}")
 
 
-def _frames(value: object, temporal: int) -> int:
+def _frames(value: object, temporal: int, *, what: str = "frames") -> int:
     frames: int = _limited("num_frames", value)
     if (frames - 1) % temporal == 0:
         return frames
     below = 1 + (frames - 1) // temporal * temporal
     raise RequestError(
-        f"{frames} frames are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
+        f"{frames} {what} are not possible: the model makes {temporal}k+1; use {below} or {below + temporal}"
     )
 
 

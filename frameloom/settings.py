@@ -3,6 +3,7 @@
 FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line shows info and above by default.
 FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
 frameloom in XDG_CACHE_HOME or ~/.cache.
+FRAMELOOM_JOBS: folder of the jobs, by default frameloom/jobs in XDG_STATE_HOME or ~/.local/state.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
 MKL_CBWR: the order in which MKL sums; set by the command, to AUTO, if it is not.
 
@@ -38,14 +39,25 @@ def log_level(*, quiet: bool = False) -> int:
 
 def cache_folder() -> Path:
     """Where compiled kernels and measured choices are kept; it may not exist yet. Raises RequestError."""
-    chosen = os.environ.get("FRAMELOOM_CACHE")
+    return _folder("FRAMELOOM_CACHE", "XDG_CACHE_HOME", ".cache")
+
+
+def jobs_folder() -> Path:
+    """Where jobs are kept; it may not exist yet. Raises RequestError."""
+    path = _folder("FRAMELOOM_JOBS", "XDG_STATE_HOME", ".local/state")
+    return path if os.environ.get("FRAMELOOM_JOBS") else path / "jobs"
+
+
+def _folder(name: str, parent: str, below_home: str) -> Path:
+    """What the variable `name` says, else frameloom in that of the variable `parent`, or below the user's home."""
+    chosen = os.environ.get(name)
     try:
         if chosen:
-            return Path(chosen).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frameloom"
+            return Path(chosen).expanduser().absolute()
+        return Path(os.environ.get(parent) or Path.home() / below_home) / "frameloom"
     except RuntimeError:  # an unknown ~user, or one without a home
-        known = f"FRAMELOOM_CACHE is {chosen!r}, whose home is unknown" if chosen else "this user has no home folder"
-        raise RequestError(f"{known}; set FRAMELOOM_CACHE to a folder that can be written") from None
+        known = f"{name} is {chosen!r}, whose home is unknown" if chosen else "this user has no home folder"
+        raise RequestError(f"{known}; set {name} to a folder that can be written") from None
 
 
 def keep_compiled_code() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class GenerateRequest:
 
     For VACE: `control_video`, likewise; `mask`, a video of its size, white where it is made anew; `references`, images
     of what the video shows; `control_strength`: how much all this counts, one number or one for each VACE layer.
+
+    `windows`: denoise a video that is longer than the model was trained on in windows of `window_frames` frames, of
+    which neighbours share `window_overlap` or more; naming either asks for windows, too.
     """
 
     prompt: str | Sequence[str]
@@ -76,6 +80,9 @@ class GenerateRequest:
     mask: "VideoInput | None" = None
     references: "Sequence[ImageInput] | None" = None
     control_strength: float | Sequence[float] | None = None
+    windows: bool | None = None
+    window_frames: int | None = None
+    window_overlap: int | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -99,6 +106,9 @@ class GenerateOptions(TypedDict, total=False):
     mask: "VideoInput | None"
     references: "Sequence[ImageInput] | None"
     control_strength: float | Sequence[float] | None
+    windows: bool | None
+    window_frames: int | None
+    window_overlap: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +116,7 @@ class ResolvedRequest:
     """A request with every choice made and every value checked.
 
     `keeps_aspect`: pictures are cut to the size of the video, and not squeezed. `strength` None: there is no video to
-    start from. `control_video` and `mask` are cut to the frames that count.
+    start from. `control_video` and `mask` are cut to the frames that count. `window_frames` None: denoised whole.
     """
 
     prompts: tuple[str, ...]
@@ -129,6 +139,8 @@ class ResolvedRequest:
     references: tuple[Pictures, ...] = ()
     control_strength: float | tuple[float, ...] = 1.0
     keeps_aspect: bool = False
+    window_frames: int | None = None
+    window_overlap: int = 0
 
     @property
     def skipped_steps(self) -> int:
@@ -169,6 +181,14 @@ class ParallelPlan:
 
     def __str__(self) -> str:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+class Residence(StrEnum):
+    """Where the weights of a component are: in memory always; for its stage; or block by block as they compute."""
+
+    RESIDENT = "resident"
+    MOVED = "moved"
+    STREAMED = "streamed"
 
 
 Expert = Literal["high", "low"]
@@ -216,6 +236,9 @@ class EngineConfig:
     quantized: str = "keep"
     loras: "Sequence[Lora | str]" = ()
     preset: str | None = None
+    memory: int | str = "auto"
+    residence: str = "auto"
+    prompt_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

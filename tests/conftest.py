@@ -22,9 +22,10 @@ transformers.utils.logging.disable_progress_bar()
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory):
-    """Compiled kernels and measured choices of this run alone, in processes that tests start too."""
+    """Compiled kernels, measured choices and jobs of this run alone, in processes that tests start too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FRAMELOOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FRAMELOOM_JOBS", str(tmp_path_factory.mktemp("jobs")))
         yield
 
 

@@ -51,6 +51,7 @@ TORCH_FREE_FILES = (
     "pipeline/images.py",
     "shapes/advice.py",
     "shapes/world.py",
+    "engine/jobs.py",
     "parallel/__init__.py",
     "parallel/heart.py",
     "parallel/launch.py",

@@ -225,7 +225,7 @@ def test_an_interrupt_after_the_file_is_in_place_does_not_deny_it(is_replaced, s
     before = target.written()
 
     def interrupted() -> None:
-        with cli._last_words(lambda: cli._fate(target, before)):
+        with cli._last_words(lambda: cli._fate(target, before, 0.0)):
             if is_replaced:
                 (tmp_path / "new").write_bytes(b"a newer video")
                 os.replace(tmp_path / "new", target.path)

@@ -44,7 +44,7 @@ def run_generate(case: GenerateCase) -> dict[str, Any]:
     device, _ = choose_device(case.device)
     config = EngineConfig(
         device=case.device, dtype=case.dtype, exactness=case.exactness, rewrites=case.rewrites,
-        compilation=case.compilation, attention=case.attention,
+        compilation=case.compilation, attention=case.attention, prompt_cache=False,
     )  # fmt: skip
     with build_engine(case.model, config) as engine:
         options = _options(case, engine)

@@ -10,10 +10,11 @@ from frameloom.errors import CheckpointError
 from frameloom.models.clip import image_tokens
 from frameloom.models.defaults import Defaults, Preset, defaults_for
 from frameloom.models.spec import TransformerSpec, VaceSpec, VaeSpec
-from frameloom.pipeline.conditions import channels_beside_image
+from frameloom.pipeline.conditions import Takes, channels_beside_image, pictures_taken, size_rules
 from frameloom.pipeline.vace import control_channels
 from frameloom.platform.device import DTYPES, choose_dtype
 from frameloom.sampling.unipc import make_sampler
+from frameloom.types import SizeRules
 from frameloom.weights.checkpoint import Checkpoint, Component
 from frameloom.weights.load import Quantized, held_bytes
 from frameloom.weights.tensors import is_quantized
@@ -47,6 +48,16 @@ class Blueprint:
         """Where the second expert takes over; None of a single one."""
         return self.checkpoint.boundary_ratio if len(self.experts) > 1 else None
 
+    @property
+    def size_rules(self) -> SizeRules:
+        """The sizes that can be computed."""
+        return size_rules(self.experts[0], self.vae)
+
+    @property
+    def takes(self) -> Takes:
+        """The pictures that the checkpoint starts from."""
+        return pictures_taken(self.experts[0], self.vae, expand_timesteps=self.checkpoint.expand_timesteps)
+
     def held_bytes(self, quantized: Quantized) -> int:
         """Of the weights of all experts, once they are loaded."""
         return sum(held_bytes(part, self.dtype, quantized) for part in self.transformers)
@@ -75,7 +86,7 @@ def draw(
         expand_timesteps=checkpoint.expand_timesteps,
         own=checkpoint.defaults,
     )
-    preferred = _preferred_dtype(defaults, checkpoint.components[names[0]])
+    preferred = preferred_dtype(defaults, checkpoint.components[names[0]])
     compute, why = choose_dtype(dtype, device, preferred=preferred)
     return Blueprint(
         checkpoint=checkpoint,
@@ -142,7 +153,7 @@ def _transformer_spec(component: Component) -> TransformerSpec:
     return TransformerSpec.from_config(component.config, where=str(component.described_by))
 
 
-def _preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
+def preferred_dtype(defaults: Defaults, transformer: Component) -> torch.dtype:
     """The dtype the checkpoint is documented for, else the one most of its transformer is stored in."""
     if defaults.dtype is not None:
         return DTYPES[defaults.dtype]

@@ -13,7 +13,9 @@ from frameloom.engine.compiled import COMPILER
 from frameloom.engine.loras import merging
 from frameloom.engine.modules import fill, set_attention
 from frameloom.engine.ranks import Ranks, single
+from frameloom.engine.residence import Residents
 from frameloom.memory.dit import StepPlanner
+from frameloom.memory.stream import block_by_block
 from frameloom.models.adapters import Adapters
 from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
@@ -50,15 +52,17 @@ def load_plain_dit(
     *,
     quantized: Quantized = "expand",
     adapters: Sequence[Adapters] = (),
+    residents: Residents | None = None,
 ) -> WanDiT:
     """The transformer as the reference computes it, with torch's own attention; this rank's part of its weights.
 
     `quantized`: whether quantized weights become plain, or stay as they are stored: then they cannot be divided.
-    `adapters` are merged into the weights, which then must be plain.
+    `adapters` are merged into the weights, which then must be plain. `residents`: whether they come and go.
     """
     with on_meta():
         dit = make_dit(spec).eval()
     ranks = ranks or single(device)
+    leave = None if residents is None else residents.leave_dit(dit, dtype)
     fill(
         dit,
         component,
@@ -67,7 +71,10 @@ def load_plain_dit(
         keep=WanDiT.keep_in_fp32,
         take=merging(adapters, ranks.cut_dit(dit)),
         quantized=quantized,
+        leave=leave,
     )
+    if leave is not None:
+        dit.run_blocks = block_by_block
     ranks.divide_dit(dit)
     return dit
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor
 
 from frameloom.config import check_request, resolve
+from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute_loras, begin, differences
+from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
-from frameloom.errors import InternalError, RequestError
+from frameloom.engine.shared_journal import SharedJournal
+from frameloom.errors import FrameloomError, InternalError, OutputError, RequestError
 from frameloom.models.adapters import Adapters
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
@@ -25,7 +30,9 @@ from frameloom.parallel.agreement import check_equal_latents, check_same, check_
 from frameloom.parallel.team import Team
 from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.media import DEFAULT_QUALITY, Video, check_output, open_writer, written_behind
+from frameloom.pipeline.preview import Preview, check_preview
 from frameloom.pipeline.wan import StageClock, WanPipeline
+from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import (
@@ -59,6 +66,8 @@ def _told(request: ResolvedRequest) -> dict[str, Any]:
         told["strength"] = request.strength
     if request.control_strength != 1:
         told["control_strength"] = request.control_strength
+    if request.window_frames is not None:
+        told |= {"window_frames": request.window_frames, "window_overlap": request.window_overlap}
     return told
 
 
@@ -72,6 +81,19 @@ def _tell_of_rest(read: GenerateRequest, num_frames: int) -> None:
     for video in (read.video, read.control_video):
         if isinstance(video, Pictures) and len(video.frames) > num_frames:
             log.info("%s: only its first %d frames are used", video.name, num_frames)
+
+
+def _no_job() -> None:
+    """Of those who keep nothing."""
+
+
+def _tell_of_length(request: ResolvedRequest, defaults: Defaults) -> None:
+    """Of videos that the denoiser sees whole though it was trained on shorter ones."""
+    if request.window_frames is None and request.num_frames > defaults.num_frames:
+        log.warning(
+            "%d frames are more than the %d that this model was trained on; --windows denoises them in windows",
+            request.num_frames, defaults.num_frames,
+        )  # fmt: skip
 
 
 def _silent(_: Progress) -> None:
@@ -96,8 +118,9 @@ class Engine:
         team: Team | None = None,
         adapters: Sequence[Sequence[Adapters]] = (),
         loras: Sequence[Lora] = (),
+        origin: Origin | None = None,
     ) -> None:
-        self._team = team
+        self._team, self._origin = team, origin
         self._loras = tuple(loras)
         self._set_loras: tuple[Lora, ...] = ()
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
@@ -146,8 +169,11 @@ class Engine:
         check_request(asked)
         self._open.takes.check(asked, self.name)
         read = self._with_pictures(asked)
+        if asked.windows is None and any(told.used for told in self.decisions if told.name == WINDOWS.name):
+            read = dataclasses.replace(read, windows=True)
         request = resolve(read, self.defaults, self._open.size_rules)
         _tell_of_rest(read, request.num_frames)
+        _tell_of_length(request, self.defaults)
         if options.get("guidance_scale_2") is not None and len(self._open.experts) == 1:
             raise RequestError(
                 f"guidance scale 2 is of the second expert, and '{self.name}' has one; leave guidance_scale_2 out"
@@ -222,33 +248,96 @@ class Engine:
         *,
         quality: int | None = None,
         progress: ProgressCallback | None = None,
+        job: bool = False,
+        keep_latents: bool = False,
+        preview: str | os.PathLike[str] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> dict[str, Any]:
         """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
 
-        Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before
-        anything is computed; whatever happens, there is a whole file at `path` or none that was not there before.
+        `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
+        whatever happens; with `keep_latents` the latents are kept when all is done, too. `preview`: a PNG file that
+        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the
+        absolute path. Raises RequestError or OutputError before anything is computed; whatever happens, there is a
+        whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._agreed(self.resolve(prompt, **options))
-        if not self._writes:
-            return self._help(request, progress or _silent)
-        check_output(path, fps=request.fps, quality=quality)
+        loras = absolute_loras(self._set_loras)
+        shown = None if preview is None else str(check_preview(preview, self._open.vae.spec))
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, preview=shown)
+        if self._writes:
+            target = check_output(path, fps=request.fps, quality=quality)
+            order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
+        begin_job = functools.partial(self._begin, order, request) if job and self._writes else _no_job
+        return self._make(order, request, progress or _silent, begin_job)
+
+    def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
+        """Go on with a job that this engine, or one like it, has begun; returns as `generate_to` does.
+
+        Raises RequestError if it would be another video, or another process works on it. `anyway`: though the bits may
+        be others, as versions, device or kernels are.
+        """
+        changed = differences(job.origin.facts, self.facts)
+        model = [change for change in changed if change.startswith("model ")]
+        if model or (changed and not anyway):
+            way_out = (
+                "give the model that it began with" if model else "go back to that, or take other bits with --anyway"
+            )
+            raise RequestError(f"job {job.name} began with something else: {'; '.join(model or changed)}; {way_out}")
+        if job.order.loras != self._set_loras:
+            self.set_loras(job.order.loras)
+        request = self._agreed(job.request)
+        return self._make(job.order, request, progress or _silent, lambda: job if self._writes else None)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the bits of a video depend on, besides the request: versions, model, device, kernels."""
+        used = ", ".join(sorted(decision.name for decision in self.decisions if decision.used))
+        return {**({} if self._origin is None else self._origin.facts), "rewrites": used}
+
+    def _begin(self, order: Order, request: ResolvedRequest) -> Job | None:
+        """A new job; None, with a line in the log, where none can be kept."""
+        if self._origin is None:
+            return None
+        try:
+            return begin(dataclasses.replace(self._origin, facts=self.facts), order, request)
+        except OutputError as error:
+            log.warning("%s; this run cannot be resumed", error)
+            return None
+
+    def _make(
+        self, order: Order, request: ResolvedRequest, report: ProgressCallback, job_of: Callable[[], Job | None]
+    ) -> dict[str, Any]:
+        """The video of a request in its file, and what is told of it; all but the first rank help."""
         passages = self._open.plan(request)
-        report = progress or _silent
+        job = job_of()
         clock = StageClock(device=self._open.device)
-        with self._answering(request):
-            latents = self._equal(self._open.latents(request, clock, report))
-            frames = self._open.decode(latents, passages, clock, report)
-            dial = DEFAULT_QUALITY if quality is None else quality
-            writer = open_writer(path, width=request.width, height=request.height, fps=request.fps, quality=dial)
-            with writer, written_behind(writer) as write:
-                for (part,) in frames:
-                    write(part)
-                decoded = time.perf_counter()
-            clock.seconds["encode"] = time.perf_counter() - decoded
-        return {**self._metadata(request, 0, clock), "output": str(writer.target.path)}
+        with self._working_on(job), self._answering(request):
+            journal = self._journal(job)
+
+            def computed() -> dict[str, Tensor]:
+                shown = Preview(Path(order.preview), self._open.vae.spec) if order.preview and self._writes else None
+                return {LATENTS: self._equal(self._open.latents(request, clock, report, journal, preview=shown))}
+
+            latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
+
+            def decoded(done: int) -> Iterator[Frames]:
+                skipped = done if self._team is None else self._team.agree(done)
+                if skipped < request.num_frames:
+                    yield from self._open.decode(latents, passages, clock, report, skipped=skipped)
+
+            if self._writes:
+                clock.seconds["encode"] = self._write(order, request, journal, decoded)
+            else:
+                for _ in decoded(0):
+                    raise InternalError("frames came to a rank that does not write")
+        made = {**self._metadata(request, 0, clock), "output": order.output.rstrip("/")}
+        if job is not None:
+            made["journal_seconds"] = job.journal.seconds
+            job.finish(made)
+        return made
 
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
         """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several.
@@ -314,16 +403,50 @@ class Engine:
         """Whether this process writes files: the first rank, or the only one."""
         return self._team is None or self._team.index == 0
 
-    def _help(self, request: ResolvedRequest, report: ProgressCallback) -> dict[str, Any]:
-        """This rank's part of a video that another one writes."""
-        clock = StageClock(device=self._open.device)
-        passages = self._open.plan(request)
-        with self._answering(request):
-            for _ in self._open.decode(
-                self._equal(self._open.latents(request, clock, report)), passages, clock, report
-            ):
-                raise InternalError("frames came to a rank that does not write")
-        return self._metadata(request, 0, clock)
+    def _write(
+        self,
+        order: Order,
+        request: ResolvedRequest,
+        journal: Journal | NoJournal,
+        decode: Callable[[int], Iterator[Frames]],
+    ) -> float:
+        """Write the frames that are there and those that `decode` makes; returns the seconds after the last of them."""
+        dial = DEFAULT_QUALITY if order.quality is None else order.quality
+        writer = open_writer(order.output, width=request.width, height=request.height, fps=request.fps, quality=dial)
+        with writer, written_behind(writer) as write:
+            done = 0
+            for part in journal.frames():
+                write(part)
+                done += len(part)
+            for (part,) in decode(done):
+                journal.keep_frames(done, part)
+                write(part)
+                done += len(part)
+            decoded = time.perf_counter()
+        return time.perf_counter() - decoded
+
+    def _journal(self, job: Job | None) -> Journal | NoJournal:
+        """Where this run keeps what it computes; on all ranks that of the first."""
+        if self._team is None:
+            return NO_JOURNAL if job is None else job.journal
+        if not self._team.agree(job is not None):
+            return NO_JOURNAL
+        return SharedJournal(self._team, None if job is None else job.journal)
+
+    @contextmanager
+    def _working_on(self, job: Job | None) -> Iterator[None]:
+        """Hold the job meanwhile; an error says how to go on."""
+        if job is None:
+            yield
+            return
+        with closing(job.held()) as lock:
+            if lock.before is not None:
+                check_output(job.order.output).remove_partials(lock.before)
+            try:
+                yield
+            except FrameloomError as error:
+                again = f"what was computed is kept, and `frameloom resume {job.name}` goes on from there"
+                raise type(error)(f"{error}; {again}") from error
 
     def _agreed(self, request: ResolvedRequest) -> ResolvedRequest:
         """The request, if all ranks were asked the same. Raises RequestError."""

@@ -11,7 +11,7 @@ from frameloom.errors import InternalError, RequestError
 from frameloom.models.encoders import TIED
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Component
-from frameloom.weights.load import Quantized, load_module
+from frameloom.weights.load import Leave, Quantized, load_module
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -38,11 +38,12 @@ def fill(
     rename: Callable[[str], str | None] | None = None,
     take: Callable[[str, Tensor], Tensor] | None = None,
     quantized: Quantized = "expand",
+    leave: Leave | None = None,
 ) -> None:
     """Read the weights of a component into a model, in `dtype` (parameters that `keep` names stay in float32).
 
     `rename`: the module's name of a stored tensor, None to leave it out. `take`: what is kept of each tensor as it is
-    read.
+    read. `leave`: what is left in its file.
     """
     report = load_module(
         model,
@@ -54,6 +55,7 @@ def fill(
         rename=rename,
         take=take,
         quantized=quantized,
+        leave=leave,
     )
     log.debug("%s: %d tensors, %d bytes", component.name, report.num_tensors, report.size_bytes)
 

@@ -8,8 +8,9 @@ from frameloom.errors import RequestError
 from frameloom.models.dit_rewrites import DIT_REWRITES
 from frameloom.models.vae_rewrites import VAE_REWRITES
 from frameloom.ops.registry import Policy, make_policy
+from frameloom.pipeline.windows import WINDOWS
 
-REWRITES = (*VAE_REWRITES, *DIT_REWRITES, COMPILED)
+REWRITES = (*VAE_REWRITES, *DIT_REWRITES, WINDOWS, COMPILED)
 _COMPILE = {"auto": None, "on": True, "off": False}
 
 

@@ -59,14 +59,18 @@ def load_fast_vae(
     return make_fast(vae, policy=policy, budget_bytes=budget_bytes, ranks=ranks)
 
 
+def winograd_bytes(free_bytes: int, total_bytes: int, processes: int = 1) -> int:
+    """What Winograd's weights may take, in each half of the network of each process."""
+    return min(free_bytes // _OF_FREE // processes, total_bytes // _OF_TOTAL)
+
+
 def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, ranks: Ranks | None = None) -> FastVae:
     """Give a loaded VAE its kernels, the same on all ranks; it keeps no other form of its weights."""
     weight = next(vae.parameters())
     ranks = ranks or single(weight.device)
     processes = ranks.sharing_memory
-    fair = free_memory_bytes(weight.device) // _OF_FREE // processes
     total = platform_of(weight.device).total_memory_bytes(weight.device.index)
-    bound = ranks.world.everyone.least(min(fair, total // _OF_TOTAL))
+    bound = ranks.world.everyone.least(winograd_bytes(free_memory_bytes(weight.device), total, processes))
     choices = choose(vae, policy, Tuner(weight.device, agreed=ranks.agreed), winograd_bytes=bound)
     if choices.num_short:
         log.info(

@@ -67,13 +67,21 @@ class StepPlanner:
         Adapters are counted as they are attached now: not their numbers, which have their memory already, but what is
         computed beside the weights.
         """
+        return round(_OVERHEAD * self.counted(latents_BCTHW, branches=2, batched=True)) + self.plain_bytes
+
+    def counted(
+        self, latents_BCTHW: tuple[int, ...], *, branches: int, batched: bool, text_tokens: int = _TEXT_TOKENS
+    ) -> int:
+        """Bytes of all tensors that two blocks have at a time in a step; no allocator's rounding, no workspaces."""
         batch, channels, *cells = latents_BCTHW
+        samples, prompts = (branches * batch, 1) if batched else (batch, branches)
 
         def run(twin: WanDiT) -> None:
             x = torch.empty(batch, channels, *cells, device="meta")
-            text = torch.empty(2 * batch, _TEXT_TOKENS, self.spec.text_dim, device="meta", dtype=self.dtype)
-            prompt = under_empty_control(twin.read_prompt(text), twin, x)
-            twin.velocities(x, torch.empty(batch, device="meta"), [prompt])
+            text = torch.empty(samples, text_tokens, self.spec.text_dim, device="meta", dtype=self.dtype)
+            read = [under_empty_control(twin.read_prompt(text), twin, x) for _ in range(prompts)]
+            read = [prompt._replace(control=read[0].control) for prompt in read]  # they have it in common
+            twin.velocities(x, torch.empty(batch, device="meta"), read)
 
         most = 0
         for sets in {expert.adapters for expert in self.experts} or {()}:
@@ -81,7 +89,12 @@ class StepPlanner:
             attach(twin, [_in_few_blocks(adapters, twin) for adapters in sets])
             with torch.inference_mode():
                 most = max(most, peak_bytes(functools.partial(run, twin)))
-        return round(_OVERHEAD * most) + self.plain_bytes
+        return most
+
+    def prompt_bytes(self, batch: int, *, branches: int, text_tokens: int = _TEXT_TOKENS) -> int:
+        """Of the keys and values that all blocks but two, which `counted` sees, have of the prompts."""
+        blocks = max(0, self.spec.num_blocks - 2)
+        return 2 * blocks * batch * branches * text_tokens * self.spec.dim * self.dtype.itemsize
 
     def _twin(self) -> WanDiT:
         """Two blocks without weights: the others use the same memory again."""

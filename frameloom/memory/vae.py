@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from frameloom.errors import RequestError
 from frameloom.memory.meter import peak_bytes
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_fast import VaeChoices, without_weights
 from frameloom.models.vae_state import Passage
@@ -62,23 +64,44 @@ class VaePlanner:
         steps = (frames - 1) // self.spec.temporal_scale
         return self._passages((batch, channels, height, width), steps, encode=True)
 
+    def ways(self, shape_BCTHW: tuple[int, ...], *, encode: bool = False) -> Iterator[Passage]:
+        """All passages for latents, or for frames, the fastest first, whatever they take."""
+        frames, height, width = shape_BCTHW[2:]
+        steps = (frames - 1) // self.spec.temporal_scale if encode else frames - 1
+        scale = 1 if encode else self.spec.spatial_scale
+        return self._candidates(steps, height * scale, width * scale)
+
     def needed(
         self, picture_BCHW: tuple[int, int, int, int], steps: int, passage: Passage, *, encode: bool = False
     ) -> int:
         """Bytes that a passage takes besides the weights; `steps` is the number of latent frames after the first."""
+        return round(_OVERHEAD * self.counted(picture_BCHW, steps, passage, encode=encode))
+
+    def counted(
+        self, picture_BCHW: tuple[int, int, int, int], steps: int, passage: Passage, *, encode: bool = False
+    ) -> int:
+        """Bytes of all tensors that a passage has at a time; no allocator's rounding, no workspaces."""
         batch, channels, height, width = picture_BCHW
         pass_on = self._twin.encode_chunk if encode else self._twin.decode_chunk  # made here: its weights do not count
 
         def run() -> None:
             state = passage.state()
-            later = passage.steps * (self.spec.temporal_scale if encode else 1)
+            later = min(passage.steps, max(1, steps)) * (self.spec.temporal_scale if encode else 1)
             for count in (1, later)[: 1 + min(steps, 1)]:
                 x = torch.empty((batch, channels, count, height, width), device="meta", dtype=self.dtype)
                 out = pass_on(x, state)
                 out.new_empty(_FRAME_COPIES, *out.shape)
 
         with torch.inference_mode():
-            return round(_OVERHEAD * peak_bytes(run))
+            return peak_bytes(run)
+
+    def held_bytes(self, *, encodes: bool) -> int:
+        """Of the weights, as the kernels of the decoder hold them and, where it `encodes`, those of the encoder."""
+        with on_meta():
+            plain = WanVAE(self.spec)
+        encoder = _bytes_in(self._twin.encoder) if encodes else self.dtype.itemsize * _numbers_in(plain.encoder)
+        rest = _numbers_in(plain) - _numbers_in(plain.encoder) - _numbers_in(plain.decoder)
+        return encoder + _bytes_in(self._twin.decoder) + self.dtype.itemsize * rest
 
     @functools.cached_property
     def _twin(self) -> WanVAE:
@@ -156,6 +179,17 @@ class VaePlanner:
         return round(
             _SHARE_OF_FREE * free_memory_bytes(self.device)
         ) // self.processes, "what may be used of the free memory"
+
+
+def _numbers_in(part: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in part.parameters())
+
+
+def _bytes_in(part: nn.Module) -> int:
+    """Of parameters, and of what kernels hold instead of them."""
+    kernels = [vars(kernel) for module in part.modules() if (kernel := getattr(module, "kernel", None)) is not None]
+    held = [value for fields in kernels for value in fields.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*part.parameters(), *held))
 
 
 def _narrower(passage: Passage, rows: int, *, may_shorten: bool) -> Iterator[Passage]:

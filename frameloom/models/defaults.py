@@ -30,7 +30,7 @@ class Defaults:
 
     width: int = 832  # [D] 480 x 832, also [W1] --size of T2V-1.3B
     height: int = 480
-    num_frames: int = 81  # [D], [W1] frame_num, [W2] frame_num
+    num_frames: int = 81  # [D], [W1] frame_num, [W2] frame_num; what the model was trained on, too
     fps: int = 16  # [W1] sample_fps, [W2] sample_fps of A14B
     steps: int = 50  # [D], [W1] sample_steps
     guidance_scale: float = 5.0  # [D], [W1] sample_guide_scale

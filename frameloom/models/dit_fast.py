@@ -28,13 +28,12 @@ from frameloom.ops.dit_ops import Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED, MLP_ROWS
 from frameloom.ops.linear import PackedLinear, PackedMlp, refuses_packed
 from frameloom.ops.mlp import mlp
-from frameloom.ops.quantized import is_quantized
+from frameloom.ops.quantized import held_form
 from frameloom.ops.registry import Decision, Policy, Rewrite
 from frameloom.platform.tuning import Tuner
 
 _MEASURED_TOKENS = 256
 _PLAIN = "plain"
-_AS_STORED = "the weights are quantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +83,7 @@ def choose(
     packs_linear, packs_mlp = (uses(rewrite, refusal) for rewrite, refusal in packed.items())
     on_cpu = platform_name == "cpu" and not packs_linear and not policy.insists(QKV_FUSED)
     slower = f"no faster on a CPU without {LINEAR_PACKED.name}" if on_cpu else None
-    fuses_qkv = uses(QKV_FUSED, _AS_STORED if is_quantized(dit) else slower)
+    fuses_qkv = uses(QKV_FUSED, _not_plain(dit) or slower)
     ops, told_of_ops = ops_for(platform_name, policy=policy, compiler=compiler, dtype=dit.dtype)
     told += [
         _instead(decision) if packs_mlp and decision.name == MLP_ROWS.name else decision for decision in told_of_ops
@@ -125,6 +124,12 @@ def without_weights(spec: TransformerSpec, dtype: torch.dtype, choices: DitChoic
     return dit
 
 
+def _not_plain(dit: WanDiT) -> str | None:
+    """Why its weights cannot be laid out in another form, or None."""
+    form = held_form(dit)
+    return None if form is None else f"the weights are {form}"
+
+
 def _instead(decision: Decision) -> Decision:
     """The packed feed-forward takes some tokens at a time as well."""
     return replace(decision, used=False, reason=f"{MLP_PACKED.name} is used instead")
@@ -146,7 +151,7 @@ def _choose_packed(dit: WanDiT, policy: Policy, tuner: Tuner) -> Mapping[Rewrite
     }
     refusals: dict[Rewrite, str | None] = {}
     for rewrite, makers in ways.items():
-        refusal = policy.refuses(rewrite) or (_AS_STORED if is_quantized(dit) else refuses_packed(linear.weight))
+        refusal = policy.refuses(rewrite) or _not_plain(dit) or refuses_packed(linear.weight)
         if refusal is None and not policy.insists(rewrite):
             first = linear.weight if rewrite is LINEAR_PACKED else feed.weights[0]
             key = f"{rewrite.name} {tuple(feed.weights[0].shape)} {linear.weight.dtype}"

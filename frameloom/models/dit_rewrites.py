@@ -28,7 +28,7 @@ _SMALL: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+def small_network(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """A small random network, latents of at most seven rows and columns of tokens, two timesteps and two prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(sizes.seed)
@@ -44,7 +44,7 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[An
     return dit, x.to(device), times.to(device), prompts.to(device, dtype)
 
 
-def _plainly(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
+def plainly(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
     """Each timestep and each prompt for itself, as the reference pipeline calls the network."""
     calls = [dit(x, t.expand(x.shape[0]), prompt) for t in times for prompt in prompts]
     return torch.stack(calls)
@@ -69,7 +69,7 @@ def _together(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
 def _collapsed(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
     short = deepcopy(dit)
     short.collapses_padding = True
-    return _plainly(short, x, times, prompts)
+    return plainly(short, x, times, prompts)
 
 
 def _frame_times(x: Tensor, times: Tensor) -> FrameTimes:
@@ -95,7 +95,7 @@ def _fused_qkv(dit: WanDiT, x: Tensor, times: Tensor, prompts: Tensor) -> Tensor
     fused = deepcopy(dit)
     for block in fused.block_list:
         block.attn1.fuse_projections()
-    return _plainly(fused, x, times, prompts)
+    return plainly(fused, x, times, prompts)
 
 
 def _never(*_: object) -> None:
@@ -109,7 +109,7 @@ def _rewrite(
     replaces: str,
     because: str,
     exactness: Any = "rounding",
-    reference: Callable[..., Tensor] = _plainly,
+    reference: Callable[..., Tensor] = plainly,
 ) -> Rewrite:
     return Rewrite(
         name=name,
@@ -118,7 +118,7 @@ def _rewrite(
         reference=torch.inference_mode()(reference),
         fast=torch.inference_mode()(fast),
         refuses=_never,
-        example=_example,
+        example=small_network,
         tolerance=0.0 if exactness == "bitwise" else 1e-5,
         because=because,
         dtypes=(torch.float32, torch.bfloat16),

@@ -192,6 +192,17 @@ class VaeSpec:
         """Frames per latent frame after the first."""
         return 1 << sum(self.temperal_downsample)
 
+    @property
+    def decoder_reach(self) -> int:
+        """Latent frames before its own on which a decoded frame depends: each causal convolution sees two before."""
+        convolutions = 2 * (self.num_res_blocks + 1)  # of a stage
+        reach, rate = 2.0 * (1 + 4), 1  # the first, and those of the two blocks in the middle
+        for doubles in (*reversed(self.temperal_downsample), False):
+            reach += 2 * convolutions / rate
+            if doubles:
+                reach, rate = reach + 2 / rate, 2 * rate
+        return math.ceil(reach + 2 / rate)
+
     @classmethod
     def from_config(cls, config: JsonObject, *, where: str = "vae/config.json") -> Self:
         """Read a Diffusers VAE config. Raises CheckpointError on a key or value we cannot compute."""

@@ -67,15 +67,17 @@ class WanVAE(nn.Module):
         passage = passage or _PLAINLY
         return passage.join(torch.cat(list(self.decode_stream(z_BZTHW, passage)), dim=2))
 
-    def decode_stream(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Iterator[Tensor]:
+    def decode_stream(
+        self, z_BZTHW: Tensor, passage: Passage | None = None, *, prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Tensor]:
         """Yield the decoded frames (B, 3, t, H, W) chunk by chunk, so that the whole video need never be in memory.
 
-        Of a passage that takes part of the picture, that part.
+        Of a passage that takes part of the picture, that part. `prepare` makes latents as above of what is given.
         """
         passage = passage or _PLAINLY
         state, z_BZTHW = passage.state(), passage.part(z_BZTHW)
         for z in _chunks(z_BZTHW, passage.steps):
-            yield self.decode_chunk(z, state)
+            yield self.decode_chunk(z if prepare is None else prepare(z), state)
 
     def encode_chunk(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """Moments of the next frames: 1 + k * temporal_scale at the start of a video, k * temporal_scale later."""

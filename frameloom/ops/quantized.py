@@ -1,10 +1,11 @@
-"""Layers that hold their weights as they are stored: each becomes plain numbers when it computes, and only then.
+"""Layers whose weights are not plain numbers of their own: as a file has them, or brought in when they compute.
 
 Shapes: x (..., K), weight (N, K), bias (N,), out (..., N); a table of R rows (R, D), ids (...).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,32 @@ from torch import Tensor, nn
 from frameloom.ops.dequant import dequantise
 
 Kernel = Callable[[Tensor], Tensor]
+
+
+class HeldWeight(Protocol):
+    """A weight of a linear layer that is asked for anew at each call."""
+
+    @property
+    def form(self) -> str:
+        """What is said of it: quantized, streamed."""
+        ...
+
+    @property
+    def copies(self) -> bool:
+        """Whether its plain numbers are made for the call."""
+        ...
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """All of it, (N, K); good until another layer asks for its own."""
+        ...
+
+
+class HeldTable(Protocol):
+    """An embedding, likewise."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (...) -> (..., D)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +55,9 @@ class QuantizedWeight:
     shape: tuple[int, ...]
     scale: Tensor | None = None
     rotated: int = 0
+
+    form = "quantized"
+    copies = True
 
     @property
     def nbytes(self) -> int:
@@ -50,10 +80,10 @@ class QuantizedWeight:
         return dequantise(raw_U8, self.dtype_name, shape=shape, dtype=dtype, scale=scale, rotated=self.rotated)
 
 
-class QuantizedLinear:
+class HeldLinear:
     """x · weightᵀ + bias, bit by bit what the plain weight of `dtype` gives; no copy of that is kept."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: HeldWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
         self.bias = None if bias is None else bias.detach()
 
@@ -62,10 +92,10 @@ class QuantizedLinear:
         return F.linear(x, self.weight.plain(self.dtype), self.bias)
 
 
-class QuantizedTable:
+class HeldRows:
     """An embedding of which only the rows that are asked for become plain."""
 
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: HeldTable, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -83,14 +113,14 @@ class Linear(nn.Linear):
         return super().forward(x) if self.kernel is None else self.kernel(x)
 
     @property
-    def stored(self) -> QuantizedWeight | None:
-        """The weight as a file has it, if that is what is held."""
-        return self.kernel.weight if isinstance(self.kernel, QuantizedLinear) else None
+    def stored(self) -> HeldWeight | None:
+        """What is held instead of a weight, if it is."""
+        return self.kernel.weight if isinstance(self.kernel, HeldLinear) else None
 
     @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in."""
-        return self.kernel.dtype if isinstance(self.kernel, QuantizedLinear) else self.weight.dtype
+        return self.kernel.dtype if isinstance(self.kernel, HeldLinear) else self.weight.dtype
 
     def plain_weight(self) -> Tensor:
         """The weight (out_features, in_features) in `dtype`; made for this call if it is held as stored."""
@@ -107,21 +137,43 @@ class Embedding(nn.Embedding):
         return super().forward(ids) if self.kernel is None else self.kernel(ids)
 
 
-def hold(layer: Linear | Embedding, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    """Let a layer compute in `dtype` with a weight as it is stored, instead of its own; its bias is filled already."""
-    if isinstance(layer, Linear):
-        layer.kernel = QuantizedLinear(weight, layer.bias, dtype)
-    else:
-        layer.kernel = QuantizedTable(weight, dtype)
+def hold_weight(layer: Linear, weight: HeldWeight, dtype: torch.dtype) -> None:
+    """Let a layer compute in `dtype` with a weight that is held, instead of its own; its bias is filled already."""
+    layer.kernel = HeldLinear(weight, layer.bias, dtype)
     layer.register_parameter("weight", None)
+
+
+def hold_table(layer: Embedding, table: HeldTable, dtype: torch.dtype) -> None:
+    """The same of an embedding."""
+    layer.kernel = HeldRows(table, dtype)
+    layer.register_parameter("weight", None)
+
+
+def hold(layer: Linear | Embedding, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    """Either, with a weight as it is stored."""
+    if isinstance(layer, Linear):
+        hold_weight(layer, weight, dtype)
+    else:
+        hold_table(layer, weight, dtype)
+
+
+def held_form(network: nn.Module) -> str | None:
+    """What is said of the weights of the linear layers where one does not have its own; None where all do."""
+    return next((weight.form for _, weight in _held(network)), None)
 
 
 def is_quantized(network: nn.Module) -> bool:
     """Whether any linear layer holds its weight as it is stored."""
-    return any(isinstance(module, Linear) and module.stored is not None for module in network.modules())
+    return any(isinstance(weight, QuantizedWeight) for _, weight in _held(network))
 
 
 def largest_plain_bytes(network: nn.Module) -> int:
     """Bytes of the largest weight that is made plain while its layer computes; 0 where none is."""
-    held = (module for module in network.modules() if isinstance(module, Linear) and module.stored is not None)
-    return max((layer.in_features * layer.out_features * layer.dtype.itemsize for layer in held), default=0)
+    made = (layer for layer, weight in _held(network) if weight.copies)
+    return max((layer.in_features * layer.out_features * layer.dtype.itemsize for layer in made), default=0)
+
+
+def _held(network: nn.Module) -> Iterator[tuple[Linear, HeldWeight]]:
+    for module in network.modules():
+        if isinstance(module, Linear) and (weight := module.stored) is not None:
+            yield module, weight

@@ -19,7 +19,7 @@ from frameloom.pipeline.images import fitted
 from frameloom.pipeline.sinks import Frames
 from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import expand_timesteps
-from frameloom.types import GenerateRequest, Pictures, ResolvedRequest
+from frameloom.types import GenerateRequest, Pictures, ResolvedRequest, SizeRules
 
 GREY = 127.5  # of 255: what the frames that are not given look like to the VAE, exactly 0 in [-1, 1]
 CONTROLS = ("control_video", "mask", "references", "control_strength")  # what VACE takes
@@ -80,6 +80,18 @@ def pictures_taken(spec: TransformerSpec, vae: VaeSpec, *, expand_timesteps: boo
         return Takes(needed=("image",), possible=("image", "last_image"))
     fields = ("image",) if spec.pos_embed_seq_len is None else ("image", "last_image")
     return Takes(needed=fields, possible=fields)
+
+
+def size_rules(spec: TransformerSpec, vae: VaeSpec) -> SizeRules:
+    """The sizes that a transformer and a VAE can compute."""
+    _, patch_h, patch_w = spec.patch_size
+    space = vae.spatial_scale
+    return SizeRules(
+        width_multiple=space * patch_w,
+        height_multiple=space * patch_h,
+        temporal=vae.temporal_scale,
+        reason=f"VAE {space} x patch {patch_w}" if patch_h == patch_w else "VAE x patch",
+    )
 
 
 def channels_beside_image(vae: VaeSpec) -> int:

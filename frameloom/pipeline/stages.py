@@ -14,11 +14,13 @@ from torch import Tensor
 
 from frameloom.errors import InternalError
 from frameloom.models.dit_fast import LoopChoices
+from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Frames, Passage
 from frameloom.models.wan_dit import FrameTimes, Prompt, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
 from frameloom.pipeline.conditions import Condition
+from frameloom.pipeline.keep import FORGETS, Keeper
 from frameloom.platform.device import is_memory_error
 from frameloom.sampling.flow import Sampler
 from frameloom.sampling.guidance import ExpertSwitch, guide
@@ -27,6 +29,7 @@ from frameloom.settings import LOGGER_NAME
 log = logging.getLogger(LOGGER_NAME)
 
 StepCallback = Callable[[int], None]
+_TOGETHER = 4  # latent frames at most that pass the decoder at a time
 PLAINLY = LoopChoices()  # as the reference pipeline
 FROM_TEXT = Condition()
 Result = TypeVar("Result")
@@ -126,17 +129,22 @@ def denoise(
     per_token: bool,
     on_step: StepCallback,
     choices: LoopChoices = PLAINLY,
+    keeper: Keeper = FORGETS,
 ) -> Tensor:
-    """Walk the sampler's schedule from noise to latents.
+    """Walk the sampler's schedule from noise to latents, or from where `keeper` has seen it last.
 
     `per_token`: the network takes one timestep per token (TI2V-5B). Nothing in a step waits for the device.
     """
     state = sampler.start()
+    if (walked := keeper.walked()) is not None:
+        latents_BCTHW, state = walked[0].to(latents_BCTHW), walked[1].to(latents_BCTHW.device)
     device, condition = latents_BCTHW.device, prompts.condition
     predict = prompts.make_predictor(prompts.branches, choices, condition.image_BNE)
     patch = experts[0].spec.patch_size
     times = sampler.schedule.timesteps.to(device)  # all at once: a copy of one number would wait for the device
     for index, t in enumerate(sampler.schedule.timesteps):
+        if index < state.step:
+            continue
         which, scale = switch.for_timestep(t)
         if per_token and not choices.distinct_timesteps:
             timestep: Tensor | FrameTimes = condition.token_times(times[index], latents_BCTHW.shape, patch=patch)
@@ -146,30 +154,37 @@ def denoise(
             velocities = predict(experts[which], condition.shown(latents_BCTHW), timestep)
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
         latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
+        keeper.walk(latents_BCTHW, state)
         on_step(index + 1)
     return condition.kept(latents_BCTHW)
 
 
 @torch.inference_mode()
 def decode(
-    vae: WanVAE, latents_BCTHW: Tensor, passages: Iterator[Passage], on_frames: StepCallback
+    vae: WanVAE, latents_BCTHW: Tensor, passages: Iterator[Passage], on_frames: StepCallback, *, skipped: int = 0
 ) -> Iterator[Frames]:
     """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole.
 
-    `on_frames` gets the number of frames that are out. Where memory runs out, the next passage begins again and skips
-    those frames. Latents that are no numbers, and what the decoder makes of them, are told in a warning: the frames
-    before them are good, the others black. An InternalError if there is no good frame. Of a picture that passes in
-    parts, frames are yielded where they are collected, and nothing elsewhere.
+    `skipped`: so many frames are there already and are not yielded. `on_frames` gets the number of frames that are out.
+    Where memory runs out, the next passage goes on from there. Latents that are no numbers, and what
+    the decoder makes of them, are told in a warning: the frames before them are good, the others black. An
+    InternalError if there is no good frame. Of a picture that passes in parts, frames are yielded where they are
+    collected, and nothing elsewhere.
     """
     if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
     weight = next(vae.parameters())
-    z = vae.denormalise(latents_BCTHW.to(weight.device, weight.dtype).contiguous())  # equal latents, equal frames
-    done, is_good = 0, True
+    done, is_good = skipped, True
+
+    def denormalised(z_BCTHW: Tensor) -> Tensor:
+        """Contiguous: equal latents, equal frames."""
+        return vae.denormalise(z_BCTHW.to(weight.device, weight.dtype).contiguous())
 
     def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
-        start = 0
-        for chunk in _in_own_precision(vae.decode_stream(z, passage), z.device):
+        first = _latent_to_begin_with(vae.spec, done)
+        start = first * vae.spec.temporal_scale  # the first latent frame of a passage makes one frame
+        chunks = vae.decode_stream(latents_BCTHW[:, :, first:], passage, prepare=denormalised)
+        for chunk in _in_own_precision(chunks, weight.device):
             end = start + chunk.shape[2]
             if end > done:
                 yield chunk[:, :, max(0, done - start) :], passage
@@ -184,6 +199,16 @@ def decode(
         on_frames(done)
         if frames is not None:
             yield frames
+
+
+def _latent_to_begin_with(spec: VaeSpec, done: int) -> int:
+    """Which latent frame the decoder begins with so that all frames after the first `done` are as in a whole passage.
+
+    What a frame depends on lies at most `decoder_reach` before its own. A multiple of four keeps the latent frames
+    together that pass together in a whole passage.
+    """
+    own = (done + spec.temporal_scale - 1) // spec.temporal_scale
+    return max(0, own - spec.decoder_reach) // _TOGETHER * _TOGETHER
 
 
 @torch.inference_mode()

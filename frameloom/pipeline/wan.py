@@ -4,8 +4,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from frameloom.models.spec import VaceSpec
 from frameloom.models.vace import strengths_for
 from frameloom.models.vae_fast import prepare
 from frameloom.models.vae_state import Frames, Passage
-from frameloom.models.wan_dit import WanDiT
+from frameloom.models.wan_dit import Control, WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.precision import own_precision
 from frameloom.pipeline import stages
@@ -31,13 +31,18 @@ from frameloom.pipeline.conditions import (
     fitted_to,
     noised,
     pictures_taken,
+    size_rules,
     video_of_ends,
 )
+from frameloom.pipeline.keep import FORGETS, Keeper
+from frameloom.pipeline.preview import Preview
 from frameloom.pipeline.vace import UNCONTROLLED, VaceConditions, VaceInputs, prepare_control
+from frameloom.pipeline.windows import Windows
 from frameloom.platform.device import platform_of, synchronise
 from frameloom.sampling.flow import FlowSchedule
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler
+from frameloom.sampling.windows import windows_over
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import Progress, ProgressCallback, ResolvedRequest, SizeRules, Stage
 
@@ -120,7 +125,7 @@ class WanPipeline:
     """Loaded networks and what the checkpoint says of their use. `experts`: one, or high noise then low noise.
 
     `image_encoder`: where the transformer reads CLIP's features. `make_predictor`: who predicts
-    under the branches of the guidance.
+    under the branches of the guidance. `during`: who has the weights of a stage there meanwhile.
     """
 
     text_encoder: EncodesPrompts
@@ -134,6 +139,7 @@ class WanPipeline:
     device: torch.device
     image_encoder: EncodesImages | None = None
     make_predictor: stages.MakePredictor = stages.Predictor
+    during: Callable[[Stage], AbstractContextManager[object]] = nullcontext
 
     @property
     def takes(self) -> Takes:
@@ -143,19 +149,14 @@ class WanPipeline:
     @property
     def size_rules(self) -> SizeRules:
         """The sizes this checkpoint can compute."""
-        _, patch_h, patch_w = self.experts[0].spec.patch_size
-        space = self.vae.spec.spatial_scale
-        return SizeRules(
-            width_multiple=space * patch_w,
-            height_multiple=space * patch_h,
-            temporal=self.vae.spec.temporal_scale,
-            reason=f"VAE {space} x patch {patch_w}" if patch_h == patch_w else "VAE x patch",
-        )
+        return size_rules(self.experts[0].spec, self.vae.spec)
 
     def check_size(self, request: ResolvedRequest) -> None:
         """Raise RequestError for a size that the position table of the DiT does not reach."""
         spec, rules = self.experts[0].spec, self.size_rules
         patch_t = spec.patch_size[0]
+        if request.window_frames is not None and patch_t > 1:
+            raise RequestError(f"windows are not possible with a patch of {patch_t} latent frames; leave them out")
         latent_frames = self._latent_size(request)[0] + len(request.references)
         if latent_frames % patch_t:
             raise RequestError(
@@ -164,13 +165,16 @@ class WanPipeline:
         reach = spec.rope_max_seq_len
         reach_in_time = reach * patch_t - len(request.references)
         limits = {
-            "frames": (request.num_frames, 1 + rules.temporal * (reach_in_time - 1)),
+            "frames": (request.window_frames or request.num_frames, 1 + rules.temporal * (reach_in_time - 1)),
             "height": (request.height, rules.height_multiple * reach),
             "width": (request.width, rules.width_multiple * reach),
         }
         for name, (asked, limit) in limits.items():
             if asked > limit:
-                raise RequestError(f"{name} {asked} is past the last position of this checkpoint; use {limit} or less")
+                other = ", or denoise it in windows (--windows)" if name == "frames" else ""
+                raise RequestError(
+                    f"{name} {asked} is past the last position of this checkpoint; use {limit} or less{other}"
+                )
 
     def check_control(self, request: ResolvedRequest) -> None:
         """Raise RequestError for inputs of VACE that do not fit together, or not to this checkpoint."""
@@ -188,8 +192,16 @@ class WanPipeline:
         prepare(self.vae.decoder)
         return self.vae_planner.decode(shape_BZTHW)
 
-    def latents(self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback) -> Tensor:
-        """Prompts and pictures to latents: float32 (B, C, T', H', W'), normalised."""
+    def latents(
+        self,
+        request: ResolvedRequest,
+        clock: StageClock,
+        report: ProgressCallback,
+        keeper: Keeper = FORGETS,
+        *,
+        preview: Preview | None = None,
+    ) -> Tensor:
+        """Prompts and pictures to latents: float32 (B, C, T', H', W'), normalised. `keeper` gets what is computed."""
         sampler = make_sampler(
             self.scheduler, request.steps, flow_shift=request.flow_shift, skipped=request.skipped_steps
         )
@@ -199,41 +211,64 @@ class WanPipeline:
             guidance_scale_2=request.guidance_scale_2,
             num_train_timesteps=sampler.schedule.num_train_timesteps,
         )
-        text, negative = self._texts(request, clock, report, guided=switch.guided)
-        condition, control, start = self._pictures(request, sampler.schedule, clock, report)
-        shape = (len(request.prompts), self.experts[0].spec.in_channels, *start.shape[2:])
-        loop, why = self.step_planner.loop(shape, guided=negative is not None)
-        log.info("steps: %s", why)
-        with clock.stage("denoise"):
+        text, negative = self._texts(request, clock, report, keeper, guided=switch.guided)
+        condition, control, start = self._pictures(request, sampler.schedule, clock, report, keeper)
+        windows = self._windows(request, control)
+        shape = (len(request.prompts), self.experts[0].spec.in_channels, windows.longest, *start.shape[3:])
+        loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
+        if preview is not None:
+            keeper = preview.beside(keeper, sampler.schedule, lambda x: control.cut(condition.kept(x)))
+        make = control.predictor(windows.predictor(self.make_predictor))
+        prompts = stages.Prompts(text_BSE=text, negative_BSE=negative, condition=condition, make_predictor=make)
+        with clock.stage("denoise"), self.during("denoise"):
             out = stages.denoise(
                 self.experts,
                 start,
-                stages.Prompts(
-                    text_BSE=text,
-                    negative_BSE=negative,
-                    condition=condition,
-                    make_predictor=control.predictor(self.make_predictor),
-                ),
+                prompts,
                 sampler=sampler,
                 switch=switch,
                 per_token=self.expand_timesteps,
                 on_step=clock.each_step(_reporter(report, "denoise", sampler.schedule.num_steps)),
                 choices=loop,
+                keeper=keeper,
             )
         return _plain(control.cut(out))
 
+    def _loop(self, shape_BCTHW: tuple[int, ...], *, guided: bool) -> dict[str, bool]:
+        """The fields of the LoopChoices for latents of a shape."""
+        loop, why = self.step_planner.loop(shape_BCTHW, guided=guided)
+        log.info("steps: %s", why)
+        return asdict(loop)
+
+    def _windows(self, request: ResolvedRequest, control: VaceConditions) -> Windows:
+        """What the denoiser sees of the video at a time: all, unless windows were asked for."""
+        frames, temporal = self._latent_size(request)[0], self.vae.spec.temporal_scale
+        length = frames if request.window_frames is None else 1 + (request.window_frames - 1) // temporal
+        found = windows_over(frames - 1, length - 1, request.window_overlap // temporal)
+        if len(found) > 1:
+            log.info("windows: %d of %d frames over %d", len(found), request.window_frames, request.num_frames)
+        return Windows(each=found, always=1 + control.num_references)
+
     def _texts(
-        self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, *, guided: bool
+        self, request: ResolvedRequest, clock: StageClock, report: ProgressCallback, keeper: Keeper, *, guided: bool
     ) -> tuple[Tensor, Tensor | None]:
-        with clock.stage("text"), own_precision(self.device):
+        def encoded() -> dict[str, Tensor]:
+            found = {"text": self.text_encoder.encode_prompts(request.prompts)}
+            return found | ({"negative": self.text_encoder.encode_prompts(request.negative_prompts)} if guided else {})
+
+        with clock.stage("text"), self.during("text"), own_precision(self.device):
             report(Progress(stage="text", step=0, total=1))
-            text = self.text_encoder.encode_prompts(request.prompts)
-            negative = self.text_encoder.encode_prompts(request.negative_prompts) if guided else None
+            texts = {name: x.to(self.device) for name, x in keeper.once("prompts", encoded).items()}
             report(Progress(stage="text", step=1, total=1))
-        return text, negative
+        return texts["text"], texts.get("negative")
 
     def _pictures(
-        self, request: ResolvedRequest, schedule: FlowSchedule, clock: StageClock, report: ProgressCallback
+        self,
+        request: ResolvedRequest,
+        schedule: FlowSchedule,
+        clock: StageClock,
+        report: ProgressCallback,
+        keeper: Keeper,
     ) -> tuple[Condition, VaceConditions, Tensor]:
         """What is given, encoded before the denoiser begins; and the latents that it begins with."""
         shape = (len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request))
@@ -242,13 +277,39 @@ class WanPipeline:
             return stages.FROM_TEXT, UNCONTROLLED, stages.initial_noise(shape, request.seed, self.device)
         with clock.stage("image"), own_precision(self.device):
             report(Progress(stage="image", step=0, total=1))
-            condition = self._condition(request)
-            control = self._control(request, spec) if isinstance(spec, VaceSpec) else UNCONTROLLED
+            encoded = keeper.once("pictures", lambda: self._given(request))
+            given = {name: x.to(self.device) for name, x in encoded.items()}
+            condition = Condition(
+                beside_BCTHW=given.get("beside"), first_BCTHW=given.get("first"), image_BNE=given.get("image")
+            )
+            control = UNCONTROLLED
+            if isinstance(spec, VaceSpec):
+                control = VaceConditions(
+                    control=Control(given["control"], strengths_for(spec, request.control_strength)),
+                    num_references=len(request.references),
+                )
             start = stages.initial_noise(control.lengthened(shape), request.seed, self.device)
             if request.video is not None:
-                start = noised(self._encoded(torch.from_numpy(fitted_to(request, request.video))), start, schedule)
+                start = noised(given["video"], start, schedule)
             report(Progress(stage="image", step=1, total=1))
         return condition, control, start
+
+    def _given(self, request: ResolvedRequest) -> dict[str, Tensor]:
+        """All that is encoded of the pictures."""
+        spec = self.experts[0].spec
+        condition = self._condition(request)
+        control = self._control(request, spec).control if isinstance(spec, VaceSpec) else None
+        video = None
+        if request.video is not None:
+            video = self._encoded(torch.from_numpy(fitted_to(request, request.video)))
+        found = {
+            "beside": condition.beside_BCTHW,
+            "first": condition.first_BCTHW,
+            "image": condition.image_BNE,
+            "control": None if control is None else control.x_BCTHW,
+            "video": video,
+        }
+        return {name: x for name, x in found.items() if x is not None}
 
     def _control(self, request: ResolvedRequest, spec: VaceSpec) -> VaceConditions:
         return prepare_control(
@@ -275,11 +336,18 @@ class WanPipeline:
         return Condition(beside_BCTHW=given, image_BNE=image_BNE)
 
     def decode(
-        self, latents_BCTHW: Tensor, passages: Iterator[Passage], clock: StageClock, report: ProgressCallback
+        self,
+        latents_BCTHW: Tensor,
+        passages: Iterator[Passage],
+        clock: StageClock,
+        report: ProgressCallback,
+        *,
+        skipped: int = 0,
     ) -> Iterator[Frames]:
-        """Latents to frames uint8 (B, t, H, W, 3), as they come."""
+        """Latents to frames uint8 (B, t, H, W, 3), as they come, without the first `skipped`."""
         total = 1 + self.vae.spec.temporal_scale * (latents_BCTHW.shape[2] - 1)
-        frames = stages.decode(self.vae, latents_BCTHW, passages, _reporter(report, "decode", total))
+        reporter = _reporter(report, "decode", total)
+        frames = stages.decode(self.vae, latents_BCTHW, passages, reporter, skipped=skipped)
         return clock.each("decode", frames)
 
     def encode(self, frames: Frames, clock: StageClock, report: ProgressCallback) -> Tensor:

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -104,6 +105,18 @@ class Platform(ABC):
         """A new timed event to put into a queue, or None where there are none."""
         return None
 
+    def current(self, index: int | None = None, torch: Any = torch) -> Any | None:
+        """The queue that work is put into now, or None where there is but one."""
+        return None
+
+    def on(self, queue: Any, torch: Any = torch) -> AbstractContextManager[Any]:
+        """Put work into a queue that `stream` made, meanwhile."""
+        return nullcontext()
+
+    def pinned(self, count: int, torch: Any = torch) -> Any:
+        """Bytes on the host that the device copies from while the host goes on; ordinary ones where it has no such."""
+        return torch.empty(count, dtype=torch.uint8)
+
     def has_bfloat16(self, index: int | None = None, torch: Any = torch) -> bool:
         """Whether the device itself computes bfloat16."""
         return True
@@ -195,6 +208,19 @@ class Accelerator(Platform):
     def event(self, torch: Any = torch) -> Any:
         """A new event that knows its time."""
         return self._namespace(torch).Event(enable_timing=True)
+
+    def current(self, index: int | None = None, torch: Any = torch) -> Any:
+        """The queue that work is put into now."""
+        return self._namespace(torch).current_stream(index)
+
+    def on(self, queue: Any, torch: Any = torch) -> AbstractContextManager[Any]:
+        """Put work into a queue, meanwhile."""
+        there: AbstractContextManager[Any] = self._namespace(torch).stream(queue)
+        return there
+
+    def pinned(self, count: int, torch: Any = torch) -> Any:
+        """Memory that the system does not move: copies from it need not wait."""
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
     def mark(self, index: int | None = None, torch: Any = torch) -> Any:
         """A point in the device's time that the host does not wait for: an event in the device's current queue."""

@@ -128,6 +128,15 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(_cpuinfo("flags", "features").split())
 
 
+def resident_bytes() -> int:
+    """What this process has in memory now; where the system does not say, the most it had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError):
+        return CPU.peak_memory_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def cpu_name() -> str:
     """What the CPU's maker calls it, or the architecture where the system does not say."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()

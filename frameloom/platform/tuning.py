@@ -71,6 +71,16 @@ class Tuner:
             self._fresh += 1
         return found
 
+    def number(self, key: str) -> float | None:
+        """What `note` has kept for this key, or None."""
+        found = self._known.get(key)
+        return found if type(found) is float and 0 < found < float("inf") else None
+
+    def note(self, key: str, number: float) -> None:
+        """Keep a number that was measured in the middle of other work."""
+        self._known[key] = float(number)
+        self._fresh += 1
+
     def save(self) -> None:
         """Write what was measured, beside the final name and then renamed."""
         if not self._fresh:
@@ -92,6 +102,18 @@ class Tuner:
                 if round_:  # the first round warms up
                     best[name] = min(best[name], seconds)
         return best
+
+
+class Foreseen(Tuner):
+    """What a tuner would choose, without timing anything: what was measured here before, else the last way there is.
+
+    Ways that take more memory stand behind the others, so that nothing is foreseen too small. What was foreseen is not
+    kept.
+    """
+
+    def _best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
+        found = self._known.get(f"{key} | {' '.join(sorted(names))}")
+        return found if isinstance(found, str) and found in names else names[-1]
 
 
 def _read(path: Path) -> dict[str, Any]:

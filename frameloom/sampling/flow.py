@@ -6,23 +6,17 @@ References: diffusers FlowMatchEulerDiscreteScheduler and UniPCMultistepSchedule
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from frameloom.errors import CheckpointError, InternalError, OutputError, RequestError
+from frameloom.errors import CheckpointError, InternalError, RequestError
 
-_STATE_FORMAT = "frameloom sampler state 1"
 _FIRST_SIGMA_MARGIN = 1e-6  # UniPC takes log(1 - sigma): the reference moves a first sigma of 1 down by this much
 
 
@@ -139,29 +133,6 @@ class SamplerState:
         """The same state with its history on `device`."""
         return replace(self, history={name: x.to(device) for name, x in self.history.items()})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; a reader sees the old file or the whole new one. Raises OutputError."""
-        metadata = {"format": _STATE_FORMAT, "step": str(self.step), "sampler": self.sampler}
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.history.items()}
-        _write_atomically(Path(path), to_safetensors(tensors, metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote, onto the host. Raises CheckpointError: file missing, damaged or foreign."""
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                # clone: the tensors would otherwise stay windows onto the file
-                history = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no __iter__)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as a sampler state ({error}); delete it and start the run again"
-            ) from error
-        step = metadata.get("step", "")
-        if metadata.get("format") != _STATE_FORMAT or not (step.isascii() and step.isdigit() and len(step) < 10):
-            raise CheckpointError(f"{path} is not a '{_STATE_FORMAT}' file; pass one that SamplerState.save wrote")
-        return cls(step=int(step), sampler=metadata.get("sampler", ""), history=history)
-
     def check(self, *, sampler: str, num_steps: int, latents: Tensor) -> None:
         """Raise CheckpointError if this state belongs to another run, InternalError if no step is left."""
         if self.sampler != sampler:
@@ -177,22 +148,6 @@ class SamplerState:
                     f"the state to continue from holds '{name}' of shape {tuple(x.shape)}, this run's "
                     f"latents are {tuple(latents.shape)}; use the same size and frames, or start again"
                 )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write the sampler state {path} ({error.strerror}); choose a writable folder with space"
-        ) from error
 
 
 class Sampler(Protocol):

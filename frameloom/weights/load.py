@@ -9,14 +9,23 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from frameloom.errors import CheckpointError, InternalError, RequestError
 from frameloom.ops.dequant import BLOCK_TYPES
-from frameloom.ops.quantized import Embedding, Linear, QuantizedWeight, hold
+from frameloom.ops.quantized import (
+    Embedding,
+    HeldTable,
+    HeldWeight,
+    Linear,
+    QuantizedWeight,
+    hold,
+    hold_table,
+    hold_weight,
+)
 from frameloom.weights.checkpoint import Component
 from frameloom.weights.header import TensorEntry, read_tensors
 from frameloom.weights.tensors import (
@@ -24,11 +33,14 @@ from frameloom.weights.tensors import (
     Reader,
     check_dtype,
     is_quantized,
+    rows_are_whole,
     same_bytes,
     scale_fits,
 )
 
 Quantized = Literal["keep", "expand"]
+Leave = Callable[[str, TensorEntry], HeldWeight | HeldTable | None]
+"""What a layer holds in place of a tensor that is left in its file; None: the tensor is read."""
 _LISTED = 10  # names per kind in an error message
 
 
@@ -52,6 +64,7 @@ def load_module(
     tied: Mapping[str, str] | None = None,
     take: Callable[[str, Tensor], Tensor] | None = None,
     quantized: Quantized = "expand",
+    leave: Leave | None = None,
 ) -> LoadReport:
     """Replace every parameter and persistent buffer of `module` by the stored tensor of the same name.
 
@@ -62,6 +75,7 @@ def load_module(
     its own: never more than the parts and one whole tensor exist. Parameters come back without gradient.
     `quantized`: GGUF's blocks, float8 and what has a scale become plain numbers ("expand"), or stay as they are stored
     where a layer can compute with that ("keep": `Linear` and `Embedding` of ops/quantized.py).
+    `leave` is asked for every tensor under its name in the module, in the order in which they lie on disk.
     Raises CheckpointError before anything is loaded, naming what is missing, unexpected or does not fit; RequestError
     if something is to be taken of weights that stay as stored.
     """
@@ -73,20 +87,24 @@ def load_module(
         aliases = dict(tied or {})
         stored = _untie(renamed, aliases, where=where)
         _check_fit(stored, {name: slots[name] for name in slots if name not in aliases}, where=where)
-        as_stored = _holdable(module, stored) if quantized == "keep" else frozenset()
+        left = {} if leave is None else _left(leave, stored)
+        read = {name: entry for name, entry in stored.items() if name not in left}
+        as_stored = _holdable(module, read) if quantized == "keep" else frozenset()
         if as_stored and take is not None:
             raise RequestError(
                 f"the weights of {where} stay quantized and can neither be divided over ranks nor have a LoRA merged "
                 "into them; expand them (quantized=expand), or leave out tp, fsdp and merging"
             )
         reader = Reader(dtype=dtype, device=torch.device(device), keep=keep, take=take, as_stored=as_stored, maps=True)
-        size_bytes = _fill(module, reader, stored)
+        size_bytes = _fill(module, reader, read)
     except OSError as error:
         raise CheckpointError(f"the weights cannot be read ({error}); check the files and their disk") from None
+    for name, held in left.items():
+        _hold_left(module, name, held, reader.wanted_dtype(name, torch.float32))
     for alias, name in aliases.items():
         _share(module, alias, name)
     _move_buffers(module, torch.device(device))
-    return LoadReport(num_tensors=len(stored), size_bytes=size_bytes, dropped=dropped)
+    return LoadReport(num_tensors=len(read), size_bytes=size_bytes, dropped=dropped)
 
 
 def held_bytes(component: Component, dtype: torch.dtype, quantized: Quantized) -> int:
@@ -191,12 +209,17 @@ def _can_hold(module: nn.Module, name: str, entry: TensorEntry) -> bool:
     owner, attribute = _owner(module, name)
     if attribute != "weight" or not isinstance(owner, Linear | Embedding):
         return False
-    return entry.dtype not in BLOCK_TYPES or entry.shape[-1] % BLOCK_TYPES[entry.dtype].numbers == 0
+    return rows_are_whole(entry)
 
 
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def _left(leave: Leave, stored: Mapping[str, TensorEntry]) -> dict[str, HeldWeight | HeldTable]:
+    ordered = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
+    return {name: held for name, entry in ordered if (held := leave(name, entry)) is not None}
 
 
 # --- bytes ---
@@ -215,6 +238,14 @@ def _fill(module: nn.Module, reader: Reader, stored: Mapping[str, TensorEntry]) 
     for name, weight in held.items():  # their layers have their biases now
         hold(_layer(module, name), weight, reader.wanted_dtype(name, torch.float32))
     return size_bytes
+
+
+def _hold_left(module: nn.Module, name: str, held: HeldWeight | HeldTable, dtype: torch.dtype) -> None:
+    layer = _layer(module, name)
+    if isinstance(layer, Linear):
+        hold_weight(layer, cast("HeldWeight", held), dtype)
+    else:
+        hold_table(layer, cast("HeldTable", held), dtype)
 
 
 # --- the module ---

@@ -70,6 +70,11 @@ def scale_fits(entry: TensorEntry) -> bool:
     return is_plain and math.prod(scale.shape) in (1, *entry.shape[:1])
 
 
+def rows_are_whole(entry: TensorEntry) -> bool:
+    """Whether each row can be read for itself: it consists of whole blocks."""
+    return entry.dtype not in BLOCK_TYPES or entry.shape[-1] % BLOCK_TYPES[entry.dtype].numbers == 0
+
+
 def read_tensor(entry: TensorEntry, *, dtype: torch.dtype | None = None) -> Tensor:
     """One stored tensor on the CPU, plain; floating numbers become `dtype` (None: as stored, float32 if quantized).
 

@@ -162,9 +162,9 @@ def fails_first(vae: WanVAE, times: int, monkeypatch: pytest.MonkeyPatch) -> lis
     tried: list[str] = []
     plain = vae.decode_stream
 
-    def stream(z: torch.Tensor, passage: Passage):
+    def stream(z: torch.Tensor, passage: Passage, **options):
         tried.append(str(passage))
-        for number, chunk in enumerate(plain(z, passage)):
+        for number, chunk in enumerate(plain(z, passage, **options)):
             if number == 1 and len(tried) <= times:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
             yield chunk
@@ -199,7 +199,7 @@ def test_other_errors_are_not_tried_again(monkeypatch) -> None:
     vae = small_vae()
     tried = []
 
-    def stream(z: torch.Tensor, passage: Passage):
+    def stream(z: torch.Tensor, passage: Passage, **_):
         tried.append(passage)
         raise RuntimeError("something else")
         yield

@@ -1,0 +1,231 @@
+"""What networks take that are not there: their ways, their weights, and the tensors of a stage, all by shapes."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from frameloom.engine.blueprint import Blueprint
+from frameloom.engine.machine import Machine
+from frameloom.engine.vae import winograd_bytes
+from frameloom.memory.dit import StepPlanner
+from frameloom.memory.meter import peak_bytes
+from frameloom.memory.plan import Weights
+from frameloom.memory.vae import VaePlanner
+from frameloom.models import dit_fast, vae_fast
+from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder
+from frameloom.models.meta import on_meta
+from frameloom.models.vace import make_dit
+from frameloom.models.vae_rewrites import TILES
+from frameloom.models.vae_state import Passage
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops import vae_rewrites
+from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED
+from frameloom.ops.registry import Policy, Rewrite
+from frameloom.ops.winograd import bytes_at_points
+from frameloom.platform.tuning import Foreseen
+from frameloom.types import Stage
+from frameloom.weights.checkpoint import Component
+from frameloom.weights.header import TensorEntry
+from frameloom.weights.load import Quantized, held_bytes
+from frameloom.weights.tensors import DTYPES, is_quantized
+
+# A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
+# this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
+_OF_STEP_HERE, _OF_NARROW_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 1.65, 1.8, 1.25, 1.1  # narrow: of two bytes a number
+_STEP_WORKSPACE_BYTES = 12_000_000
+_USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
+_ON_CPUS: tuple[Rewrite, ...] = (
+    LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
+    vae_rewrites.UPSAMPLED_WINOGRAD, vae_rewrites.NORM_SILU_NATIVE, vae_rewrites.NORM_SILU_TILED,
+)  # fmt: skip
+_BLOCK = re.compile(r"(?:^|\.)((?:vace_)?blocks|block|layers)\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: what was counted is kept
+class Foresight:
+    """The networks of a blueprint on a machine. `processes`: that share the memory."""
+
+    plan: Blueprint
+    machine: Machine
+    policy: Policy
+    quantized: Quantized = "keep"
+    processes: int = 1
+    vae_bytes_at_most: int | None = None
+
+    @functools.cached_property
+    def tuner(self) -> Foreseen:
+        """What is known of this machine."""
+        return Foreseen(self.machine.device)
+
+    @functools.cached_property
+    def step_planner(self) -> StepPlanner:
+        """Of the first transformer, with the ways that it would have."""
+        spec = self.plan.experts[0]
+        few = spec.first_layers(2)
+        with on_meta():
+            dit = make_dit(replace(few, image_dim=None, added_kv_proj_dim=None)).eval()
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else self.plan.dtype)
+        choices = dit_fast.choose(dit, self._policy, self.tuner, platform_name=self.machine.platform)
+        return StepPlanner(spec=spec, dtype=self.plan.dtype, choices=choices, device=self._stand_in)
+
+    @functools.cached_property
+    def vae_planner(self) -> VaePlanner:
+        """Of the VAE, with the ways that it would have."""
+        with on_meta():
+            vae = WanVAE(self.plan.vae).eval().to(self.plan.vae_dtype)
+        machine = self.machine
+        bound = winograd_bytes(machine.memory_bytes, machine.total_bytes, self.processes)
+        choices = vae_fast.choose(vae, self._policy, self.tuner, winograd_bytes=bound)
+        return VaePlanner(spec=self.plan.vae, dtype=self.plan.vae_dtype, choices=choices, device=self._stand_in)
+
+    @property
+    def text_tokens(self) -> int:
+        """Keys of a prompt that are attended to."""
+        own = _USUAL_TOKENS if self.step_planner.choices.collapses_padding else TEXT_LENGTH
+        return own + (257 if self.plan.experts[0].image_dim is not None else 0)
+
+    def weights(self, *, encodes: bool, with_image: bool) -> list[Weights]:
+        """Of every component that is needed."""
+        parts = self.plan.checkpoint.components
+        stages: Mapping[str, tuple[Stage, ...]] = {
+            "text_encoder": ("text",), "transformer": ("denoise",), "transformer_2": ("denoise",),
+            "image_encoder": ("image",), "vae": ("image", "decode"),
+        }  # fmt: skip
+        found = []
+        for name in ("text_encoder", "transformer", "transformer_2"):
+            if name in parts:
+                found.append(self._weights(parts[name], stages[name]))
+        if with_image and "image_encoder" in parts:
+            size_bytes = held_bytes(parts["image_encoder"], self.plan.vae_dtype, "expand")
+            found.append(_whole("image_encoder", size_bytes, stages["image_encoder"]))
+        return [
+            *found,
+            _whole(
+                "vae",
+                self._kept(f"VAE {encodes}", functools.partial(self.vae_planner.held_bytes, encodes=encodes)),
+                stages["vae"],
+            ),
+        ]
+
+    def _kept(self, what: str, count: Callable[[], int]) -> int:
+        """What `count` found for these networks before, on whatever machine; else what it finds now."""
+        vae, step = self.vae_planner, self.step_planner
+        ways = (dict(vae.choices.kernels), vae.choices.norm, vae.choices.passage, step.choices.loop)
+        packs = (step.choices.packs_linear, step.choices.packs_mlp, step.choices.fuses_qkv)
+        about = (self.plan.experts, step.dtype, vae.spec, vae.dtype, ways, packs, self.machine.platform, what)
+        key = f"bytes {hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"
+        if (known := self.tuner.number(key)) is None:
+            known = count()
+            self.tuner.note(key, known)
+        return int(known)
+
+    def step_bytes(self, latents_BCTHW: tuple[int, ...], *, branches: int, batched: bool) -> int:
+        """Of a denoising step, besides the weights."""
+        tokens, planner = self.text_tokens, self.step_planner
+        count = functools.partial(
+            planner.counted, latents_BCTHW, branches=branches, batched=batched, text_tokens=tokens
+        )
+        counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens}", count)
+        kept = planner.prompt_bytes(latents_BCTHW[0], branches=branches, text_tokens=tokens)
+        return round(self._growth * counted) + kept + _STEP_WORKSPACE_BYTES
+
+    def vae_bytes(self, shape_BCTHW: tuple[int, ...], passage: Passage, *, encode: bool = False) -> int:
+        """Of a passage of latents, or of frames, besides the weights."""
+        batch, channels, frames, height, width = shape_BCTHW
+        steps = (frames - 1) // self.plan.vae.temporal_scale if encode else frames - 1
+        picture = (batch, channels, height, width)
+        count = functools.partial(self.vae_planner.counted, picture, steps, passage, encode=encode)
+        counted = self._kept(f"passage {picture} {min(steps, passage.steps)} {passage} {encode}", count)
+        if not self.machine.is_host:
+            return round(_ELSEWHERE * counted)
+        return round(_OF_VAE_HERE * counted) + self._winograd_workspace
+
+    def passages(self, shape_BCTHW: tuple[int, ...], *, encode: bool = False) -> list[Passage]:
+        """How latents, or frames, may pass within the budget of the VAE, the fastest first; the narrowest at least."""
+        ways = list({str(way): way for way in self.vae_planner.ways(shape_BCTHW, encode=encode)}.values())
+        most = self.vae_bytes_at_most
+        if most is None:
+            return ways
+        return [way for way in ways if self.vae_bytes(shape_BCTHW, way, encode=encode) <= most] or ways[-1:]
+
+    def text_bytes(self, prompts: int) -> int:
+        """Of reading prompts, besides the weights; one layer takes what the others take."""
+        config = {**self.plan.checkpoint.components["text_encoder"].config, "num_layers": 1}
+
+        def count() -> int:
+            encoder = build_text_encoder(config).to(self.plan.dtype)
+            ids = torch.empty(prompts, TEXT_LENGTH, dtype=torch.long, device="meta")
+            with torch.inference_mode():
+                return peak_bytes(lambda: encoder(ids, torch.ones_like(ids)))
+
+        return round(self._growth * self._kept(f"{prompts} {config}", count))
+
+    @property
+    def _growth(self) -> float:
+        """What a process takes for a byte of the tensors of a transformer or a text encoder."""
+        if not self.machine.is_host:
+            return _ELSEWHERE
+        return _OF_STEP_HERE if self.plan.dtype.itemsize > 2 else _OF_NARROW_STEP_HERE
+
+    @functools.cached_property
+    def _winograd_workspace(self) -> int:
+        """What the largest of Winograd's kernels works on at a time: half of its weights' bytes, going and coming."""
+        with on_meta():
+            modules = dict(WanVAE(self.plan.vae).named_modules())
+        used = [modules[name] for name, way in self.vae_planner.choices.kernels.items() if "winograd" in way]
+        return max((bytes_at_points(getattr(module, "conv", module).weight) // 2 for module in used), default=0)
+
+    @property
+    def _policy(self) -> Policy:
+        if self.machine.is_host:
+            return self.policy
+        return replace(self.policy, forced={**{rewrite.name: False for rewrite in _ON_CPUS}, **self.policy.forced})
+
+    @property
+    def _stand_in(self) -> torch.device:
+        """The device that planners are asked for: of an accelerator only that it is no CPU matters."""
+        return torch.device("cpu" if self.machine.is_host else "meta")
+
+    def _weights(self, component: Component, stages: tuple[Stage, ...]) -> Weights:
+        blocks: dict[str, list[str]] = {}
+        for name in component.tensors:
+            if match := _BLOCK.search(name):
+                blocks.setdefault(match[0], []).append(name)
+        count = functools.partial(held_bytes, dtype=self.plan.dtype, quantized=self.quantized)
+        sizes = [count(replace(component, tensors=_some(component, names))) for names in blocks.values()]
+        return Weights(
+            name=component.name,
+            size_bytes=count(component),
+            block_bytes=max(sizes, default=0),
+            blocks_bytes=sum(sizes),
+            stages=stages,
+            mapped=self._is_mapped(component),
+        )
+
+    def _is_mapped(self, component: Component) -> bool:
+        """Whether its weights stay in their files: on a CPU, where they are stored as they are computed with."""
+        if not self.machine.is_host or (component.name.startswith("transformer") and self._packs):
+            return False
+        entries = component.tensors.values()
+        as_stored = [
+            entry.size_bytes for entry in entries if is_quantized(entry) or DTYPES.get(entry.dtype) is self.plan.dtype
+        ]
+        return 2 * sum(as_stored) > component.size_bytes
+
+    @property
+    def _packs(self) -> bool:
+        choices = self.step_planner.choices
+        return choices.packs_linear or choices.packs_mlp
+
+
+def _whole(name: str, size_bytes: int, stages: tuple[Stage, ...]) -> Weights:
+    return Weights(name=name, size_bytes=size_bytes, block_bytes=0, blocks_bytes=0, stages=stages)
+
+
+def _some(component: Component, names: list[str]) -> dict[str, TensorEntry]:
+    return {name: component.tensors[name] for name in names}

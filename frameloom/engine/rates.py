@@ -1,0 +1,150 @@
+"""How fast devices compute the networks: by data sheets, by a quick look at this machine, and by what was run here.
+
+A run teaches the next plan: the rate of every stage is kept beside the measured choices, for its network and dtype.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from frameloom.models.spec import TransformerSpec, VaeSpec
+from frameloom.parallel.step_cost import StepWork
+from frameloom.platform.device import timed
+from frameloom.platform.specs import DeviceSpec
+from frameloom.platform.tuning import Tuner
+
+# What is reached of a data sheet's rate: docs/parallel.md has the assumptions; nothing of it was measured.
+_OF_PRODUCTS, _OF_ATTENTION, _OF_CONVOLUTIONS = 0.36, 0.36, 0.3
+# On a CPU, of the rate of a square product: measured on two cores of one, see benchmarks/planner.py.
+_ATTENTION_HERE: Mapping[torch.dtype, float] = {torch.float32: 0.85, torch.bfloat16: 0.4}
+_WINOGRAD_GAIN, _WINOGRAD_CHANNELS = 2.6, 50  # convolutions of b channels: gain x b / (b + channels)
+_TEXT_SHARE = 0.8
+_SIDE = 1024
+_COPIED = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """FLOP/s of the parts of a request, and bytes per second of memory, of the host's link and between devices.
+
+    `attention`: of the operations of self-attention. `decode` and `encode` count direct convolutions, whatever computes
+    them. `source`: where the numbers are from.
+    """
+
+    products: float
+    attention: float
+    text: float
+    decode: float
+    encode: float
+    bandwidth: float
+    link: float
+    peer: float
+    source: str
+
+    def step_s(self, flops: float, attention_flops: float) -> float:
+        """Seconds of a step of so many operations, some of them of self-attention."""
+        return (flops - attention_flops) / self.products + attention_flops / self.attention
+
+
+def sheet_rates(spec: DeviceSpec, dtype: torch.dtype, vae_dtype: torch.dtype) -> Rates:
+    """Of a device that is not here."""
+    name = str(dtype).removeprefix("torch.")
+    rate, vae_rate = getattr(spec, name), getattr(spec, str(vae_dtype).removeprefix("torch."))
+    return Rates(
+        products=_OF_PRODUCTS * rate,
+        attention=_OF_ATTENTION * rate,
+        text=_OF_PRODUCTS * rate,
+        decode=_OF_CONVOLUTIONS * vae_rate,
+        encode=_OF_CONVOLUTIONS * vae_rate,
+        bandwidth=spec.bandwidth_bytes_per_s,
+        link=spec.link_bytes_per_s,
+        peer=spec.peer_bytes_per_s,
+        source=f"the data sheet of {spec.name}, of which {_OF_PRODUCTS:.0%} are assumed to be reached",
+    )
+
+
+@functools.cache
+def glance(device: torch.device, dtype: torch.dtype, vae_channels: int) -> Rates:
+    """Of this machine, by products of squares that take a few milliseconds; the VAE's by its width."""
+    product, single = (_product_rate(device, each) for each in (dtype, torch.float32))
+    convolutions = single * _WINOGRAD_GAIN * vae_channels / (vae_channels + _WINOGRAD_CHANNELS)
+    source = torch.empty(_COPIED, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copied = 2 * _COPIED / min(timed(lambda: target.copy_(source), device) for _ in range(3))
+    return Rates(
+        products=product,
+        attention=product * _ATTENTION_HERE.get(dtype, 0.5),
+        text=product * _TEXT_SHARE,
+        decode=convolutions,
+        encode=convolutions,
+        bandwidth=copied,
+        link=copied / 2,
+        peer=copied / 2,
+        source="a glance at this machine; the first run here makes it exact",
+    )
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    x = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    return float(2 * _SIDE**3 / min(timed(lambda: F.linear(x, x), device) for _ in range(3)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Book:
+    """Rates that runs left behind, for networks that compute in certain dtypes with as many threads."""
+
+    tuner: Tuner
+    dit: TransformerSpec
+    dtype: torch.dtype
+    vae: VaeSpec
+    vae_dtype: torch.dtype
+    text: Mapping[str, Any]
+
+    def corrected(self, rates: Rates) -> Rates:
+        """The same, with what runs have taught."""
+        found = {stage: self.tuner.number(self._key(stage)) for stage in ("text", "denoise", "decode", "image")}
+        known: dict[str, float] = {stage: rate for stage, rate in found.items() if rate is not None}
+        if "denoise" in known:
+            products = known.pop("denoise")
+            known |= {"products": products, "attention": products * rates.attention / rates.products}
+        if "image" in known:
+            known["encode"] = known.pop("image")
+        if not known:
+            return rates
+        what = "all of it" if len(found) == sum(rate is not None for rate in found.values()) else "in part"
+        return replace(rates, **known, source=f"earlier runs on this machine ({what})")
+
+    def lessons(self, rates: Rates) -> dict[str, tuple[str, float]]:
+        """Of each stage of a run the key to keep its rate under, and the rate that was expected."""
+        expected = {"text": rates.text, "denoise": rates.products, "decode": rates.decode, "image": rates.encode}
+        return {stage: (self._key(stage), rate) for stage, rate in expected.items()}
+
+    def _key(self, stage: str) -> str:
+        dit = self.dit
+        network = {
+            "denoise": (dit.dim, dit.ffn_dim, dit.attention_head_dim, self.dtype),
+            "text": (dict(self.text), self.dtype),
+        }
+        what = network.get(stage, (self.vae, self.vae_dtype))
+        digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        return f"rate of {stage} {digest} {torch.get_num_threads()} threads"
+
+
+def attention_flops(work: StepWork) -> float:
+    """Of self-attention in a step, on one rank that has all of it."""
+    frames, rows, columns = work.grid
+    tokens = frames * rows * columns
+    passes = sum(calls * samples for calls, samples in work.looks(work.branches))
+    return 4.0 * tokens**2 * work.spec.dim * passes
+
+
+def text_flops(config: Mapping[str, Any], prompts: int, tokens: int) -> float:
+    """Of the text encoder, which computes all tokens of every prompt."""
+    width, inner = config["d_model"], config["d_kv"] * config["num_heads"]
+    layer = 4 * width * inner + 3 * width * config["d_ff"]
+    return float(2 * prompts * tokens * config["num_layers"] * (layer + 2 * tokens * inner))

@@ -1,0 +1,59 @@
+"""The journal of several ranks: the first one reads and writes, and all go on from the same place."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frameloom.engine.journal import Entry, Journal
+from frameloom.models.vae_state import Frames
+from frameloom.parallel.team import Team
+from frameloom.pipeline.keep import Tensors
+from frameloom.sampling.flow import SamplerState
+
+
+class SharedJournal(Journal):
+    """`journal`: of the first rank; None elsewhere."""
+
+    def __init__(self, team: Team, journal: Journal | None) -> None:
+        super().__init__(Path() if journal is None else journal.folder, "" if journal is None else journal.job)
+        self._team, self._journal = team, journal
+
+    def read(self, name: str) -> Entry | None:
+        """The first rank's entry, on every rank."""
+        return self._told(lambda journal: journal.read(name))
+
+    def newest(self, start: str) -> Entry | None:
+        """The first rank's, on every rank."""
+        return self._told(lambda journal: journal.newest(start))
+
+    def write(self, name: str, tensors: Tensors, facts: Mapping[str, str] | None = None, *, waits: bool = True) -> None:
+        """On the first rank."""
+        if self._journal is not None:
+            self._journal.write(name, tensors, facts, waits=waits)
+
+    def walk(self, latents_BCTHW: Tensor, state: SamplerState) -> None:
+        """On the first rank."""
+        if self._journal is not None:
+            self._journal.walk(latents_BCTHW, state)
+
+    def frames(self) -> Iterator[Frames]:
+        """On the first rank."""
+        return iter(()) if self._journal is None else self._journal.frames()
+
+    def _told(self, find: Callable[[Journal], Entry | None]) -> Entry | None:
+        found = None if self._journal is None else find(self._journal)
+        shapes = None if found is None else [[name, str(x.dtype), list(x.shape)] for name, x in found[0].items()]
+        facts = self._team.agree(None if found is None else [shapes, found[1]])
+        if facts is None:
+            return None
+        tensors = {}
+        for name, dtype, shape in facts[0]:
+            x = (
+                torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+                if found is None
+                else found[0][name]
+            )
+            tensors[name] = self._team.broadcast(x.to(self._team.device))
+        return tensors, facts[1]

@@ -1,0 +1,242 @@
+"""The plan of a request before it runs: what lies where, what each stage takes, and what would take less.
+
+Pure arithmetic on numbers that others count: `StepPlanner` and `VaePlanner` on the meta device, and the weights.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from frameloom.types import Residence, SizeRules, Stage
+
+_WORTH = 0.95  # of the peak: what takes hardly less is not told
+BUFFERS = 2  # of streamed blocks: one computes while the next comes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Those of one component. `block_bytes`: of its largest block; `blocks_bytes`: of all of them; `stages`: its own.
+
+    `mapped`: they lie in their files, which the system reads again when memory is short.
+    """
+
+    name: str
+    size_bytes: int
+    block_bytes: int
+    blocks_bytes: int
+    stages: tuple[Stage, ...]
+    mapped: bool = False
+
+    def held_bytes(self, residence: Residence, *, in_its_stage: bool) -> int:
+        """What they take of the device."""
+        outside = self.size_bytes - self.blocks_bytes
+        if residence is Residence.RESIDENT or (residence is Residence.MOVED and in_its_stage):
+            return self.size_bytes
+        return outside + (min(BUFFERS * self.block_bytes, self.blocks_bytes) if in_its_stage else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the weights are: of the text encoder, and of the transformers."""
+
+    text: Residence
+    transformer: Residence
+
+    def of(self, name: str) -> Residence:
+        """Of a component; image encoder and VAE are small beside the others, and resident."""
+        if name.startswith("transformer"):
+            return self.transformer
+        return self.text if name == "text_encoder" else Residence.RESIDENT
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether everything stays where it is."""
+        return self.text is self.transformer is Residence.RESIDENT
+
+    @property
+    def runs(self) -> bool:
+        """Whether this version computes so: with all weights in memory."""
+        return self.is_resident
+
+    def __str__(self) -> str:
+        return (
+            "all weights resident" if self.is_resident else f"text encoder {self.text}, transformer {self.transformer}"
+        )
+
+
+def layouts(num_experts: int) -> Iterator[Layout]:
+    """The fastest first. The text encoder works once a request: it gives way before anything else."""
+    resident, moved, streamed = Residence
+    yield Layout(text=resident, transformer=resident)
+    yield Layout(text=streamed, transformer=resident)
+    if num_experts > 1:  # they share a place, and change it once
+        yield Layout(text=streamed, transformer=moved)
+    yield Layout(text=streamed, transformer=streamed)
+
+
+def held_in(stage: Stage, weights: Sequence[Weights], layout: Layout) -> int:
+    """Bytes of all weights that are on the device in a stage; of experts that are moved in, the largest."""
+    at_work = [part for part in weights if stage in part.stages]
+    held = sum(part.held_bytes(layout.of(part.name), in_its_stage=stage in part.stages) for part in weights)
+    experts = [part for part in at_work if part.name.startswith("transformer")]
+    if layout.transformer is Residence.RESIDENT or len(experts) < 2:
+        return held
+    coming = [part.held_bytes(layout.transformer, in_its_stage=True) for part in experts]
+    resting = [part.held_bytes(layout.transformer, in_its_stage=False) for part in experts]
+    return held - sum(coming) + sum(resting) + max(c - r for c, r in zip(coming, resting, strict=True))
+
+
+def host_bytes(weights: Sequence[Weights], layout: Layout) -> int:
+    """What the host holds for a device: pinned buffers of streamed blocks. Weights that wait lie in their files."""
+    return max(
+        (BUFFERS * part.block_bytes for part in weights if layout.of(part.name) is Residence.STREAMED), default=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One decision: what was chosen and why."""
+
+    what: str
+    chosen: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage: the peak of the device, what the host takes for it (0 where the host is the device), and seconds."""
+
+    stage: Stage
+    device_bytes: int
+    host_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arranged:
+    """A way to compute the whole request. `mapped_bytes`: of the peak, what lies in files that can be read again."""
+
+    layout: Layout
+    batched: bool
+    passage: str
+    stages: tuple[StagePlan, ...]
+    mapped_bytes: int = 0
+
+    @property
+    def peak(self) -> StagePlan:
+        """The stage that takes the most of the device."""
+        return max(self.stages, key=lambda stage: stage.device_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak of the device."""
+        return self.peak.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """The peak of the host."""
+        return max(stage.host_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def __str__(self) -> str:
+        way = "both branches in one batch" if self.batched else "one branch at a time"
+        return f"{self.layout}; {way}; VAE: {self.passage}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a request will take. `cheaper`: the next arrangement that takes less; `runs`: whether this version has it.
+
+    `fits`: in both memories. `remedy`: what to do where it does not, and the nearest request that fits. `rates`: where
+    the seconds are from. `lessons`: of each stage the key and the rate that a run of it corrects.
+    `here`: the device as torch calls it, if it is on this machine.
+    """
+
+    model: str
+    request: str
+    device: str
+    memory_bytes: int
+    host_memory_bytes: int
+    arranged: Arranged
+    choices: tuple[Choice, ...]
+    cheaper: Arranged | None
+    runs: bool
+    fits: bool
+    remedy: str = ""
+    rates: str = ""
+    here: str = ""
+    lessons: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Of the arrangement that was chosen."""
+        return self.arranged.stages
+
+    @property
+    def refusal(self) -> str | None:
+        """The sentence that refuses what cannot run: what it needs, what there is, what to do; None where it can."""
+        if self.fits:
+            return None
+        needs, there = amount(self.arranged.device_bytes), amount(self.memory_bytes)
+        if self.arranged.device_bytes - self.arranged.mapped_bytes <= self.memory_bytes:
+            needs, there = f"{amount(self.arranged.host_bytes)} beside it", amount(self.host_memory_bytes)
+        return f"{self.request} with '{self.model}' need about {needs} of memory, and there are {there}; {self.remedy}"
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        found = {**asdict(self), "refusal": self.refusal}
+        del found["lessons"], found["here"]
+        for name, arranged in (("arranged", self.arranged), ("cheaper", self.cheaper)):
+            if arranged is not None:
+                told = {"device_bytes": arranged.device_bytes, "host_bytes": arranged.host_bytes}
+                found[name] = {"what": str(arranged), **told, "seconds": arranged.seconds, **found[name]}
+        return found
+
+
+def first_that_fits(candidates: Iterable[Arranged], memory_bytes: int, host_memory_bytes: int) -> tuple[Arranged, bool]:
+    """The first within both memories and True; of none, the one that takes the least, and False.
+
+    Candidates are made as they are asked for, as counting them takes a while: an iterator goes on behind the first.
+    """
+    seen: list[Arranged] = []
+    for candidate in candidates:
+        seen.append(candidate)
+        if _needs(candidate) <= memory_bytes and candidate.host_bytes <= host_memory_bytes:
+            return candidate, True
+    return min(seen, key=_needs), False
+
+
+def next_cheaper(candidates: Iterable[Arranged], arranged: Arranged) -> Arranged | None:
+    """The first that takes noticeably less of the device."""
+    return next((one for one in candidates if one.device_bytes < _WORTH * arranged.device_bytes), None)
+
+
+def _needs(candidate: Arranged) -> int:
+    return candidate.device_bytes - candidate.mapped_bytes
+
+
+def smaller_sizes(size: tuple[int, int, int], rules: SizeRules) -> Iterator[tuple[int, int, int]]:
+    """Widths, heights and frames that take less, the nearest first: fewer frames, then smaller pictures."""
+    width, height, num_frames = size
+    for scale, share in itertools.product((1.0, 0.75, 0.5, 0.25), (1.0, 0.75, 0.5, 0.25)):
+        smaller = (
+            _multiple(width * scale, rules.width_multiple),
+            _multiple(height * scale, rules.height_multiple),
+            1 + int((num_frames - 1) * share) // rules.temporal * rules.temporal,
+        )
+        if smaller != size:
+            yield smaller
+
+
+def _multiple(side: float, step: int) -> int:
+    return max(step, int(side) // step * step)
+
+
+def amount(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
