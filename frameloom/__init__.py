@@ -187,7 +187,7 @@ def plan(
     host_memory: int | str = "auto",
     config: EngineConfig | None = None,
     variant: str = "",
-    runs_only: bool = False,
+    here_only: bool = False,
     **request: Any,
 ) -> "Plan":
     """What a request would take, before anything of it is computed, and the arrangement in which it fits.
@@ -195,15 +195,16 @@ def plan(
     `model` as `load` takes it, of which only descriptions are read, or the name of a published model such as
     "wan2.2-t2v-a14b", for which nothing is fetched. `device`: auto or a platform that is here, or a device that is not,
     such as "H100"; `gpus` of them. `memory`, `host_memory`: bytes, or texts such as "24GB", instead of what there is.
-    `config`: how the engine would be built. `runs_only`: consider only what this version computes. `request`: fields
-    of types.GenerateRequest. Raises CheckpointError or RequestError; what does not fit is told by `fits` and `refusal`.
+    `config`: how the engine would be built. `here_only`: a device that is here, and nothing cheaper is looked for.
+    `request`: fields of types.GenerateRequest. Raises CheckpointError or RequestError; what does not fit is told by
+    `fits` and `refusal`.
     """
     ask_for_same_sums()
     place = _lazy("Place")(device=device, gpus=gpus, memory=memory, host_memory=host_memory)
     wanted = GenerateRequest(**{"prompt": "a video", **request})
     found: Plan = _lazy("make_plan")(
         _named(model, parts), wanted, config or EngineConfig(), place=place, parts=parts, variant=variant,
-        runs_only=runs_only,
+        here_only=here_only,
     )  # fmt: skip
     return found
 

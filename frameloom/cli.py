@@ -321,7 +321,15 @@ def _foreseen(
     gpus = 1 if place is None else place.world_size
     request = {name: value for name, value in options.items() if value is not None and name != "seed"}
     plan = frameloom.plan(
-        model, parts=parts or None, device=device, gpus=gpus, config=config, variant=variant, runs_only=True, **request
+        model,
+        parts=parts or None,
+        device=device,
+        gpus=gpus,
+        config=config,
+        variant=variant,
+        here_only=True,
+        memory=config.memory,
+        **request,
     )
     if plan.refusal:
         raise RequestError(plan.refusal)
@@ -453,8 +461,6 @@ def _print_plan(plan: "Plan") -> None:
         console.print(f"with less memory: {plan.cheaper}: {_bytes(less)}, {longer}", soft_wrap=True)
     if plan.refusal:
         console.print(f"it does not fit: {plan.refusal}", style="red", soft_wrap=True)
-    elif not plan.runs:
-        console.print("it would fit, but this version holds all weights in memory", style="yellow", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

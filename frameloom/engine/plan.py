@@ -51,27 +51,27 @@ def make_plan(
     place: Place = _ANYWHERE,
     parts: Mapping[str, Source] | None = None,
     variant: str = "",
-    runs_only: bool = False,
+    here_only: bool = False,
 ) -> Plan:
     """The plan of a request for a checkpoint of which descriptions are enough.
 
     `model` and `variant`: as `open_checkpoint` takes them, or the plain name of a published one, for which nothing is
-    fetched. `runs_only`: only by ways that this version computes in, on a device that is here. Raises
+    fetched. `here_only`: on a device that is here, and nothing cheaper is looked for. Raises
     CheckpointError, and RequestError for options that are not possible, but not for what does not fit.
     """
     machine = machine_of(
         place.device,
         memory=memory_bytes(place.memory),
         host_memory=memory_bytes(place.host_memory),
-        only_here=runs_only,
+        only_here=here_only,
     )
     blueprint = _drawn(_opened(model, parts, variant), machine, config)
     size = SizedRequest.of(request, blueprint)
-    return Planner(blueprint, machine, config, gpus=place.gpus, runs_only=runs_only).plan(size)
+    return Planner(blueprint, machine, config, gpus=place.gpus, here_only=here_only).plan(size)
 
 
 class Planner:
-    """Plans requests for one checkpoint on one machine; `runs_only`: only by ways that this version computes in."""
+    """Plans requests for one checkpoint on one machine; `here_only`: nothing cheaper is looked for."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Planner:
         config: EngineConfig,
         *,
         gpus: int = 1,
-        runs_only: bool = False,
+        here_only: bool = False,
     ) -> None:
         policy = policy_of(config.exactness, config.rewrites, compilation=config.compilation)
         self.blueprint, self.machine = blueprint, machine.shared_by(gpus)
-        self.gpus, self._runs_only = gpus, runs_only
+        self.gpus, self._here_only = gpus, here_only
         self._parallel = config.parallel
         self._quantized = quantized_of(config.quantized)
         self.foresight = Foresight(
@@ -114,7 +114,7 @@ class Planner:
         candidates = work.candidates()
         arranged, fits = first_that_fits(candidates, machine.memory_bytes, machine.host_memory_bytes)
         here = "" if machine.spec is not None or self.gpus > 1 else str(machine.device)
-        cheaper = None if self._runs_only else next_cheaper(candidates, arranged)
+        cheaper = None if self._here_only else next_cheaper(candidates, arranged)
         self.foresight.tuner.save()
         return Plan(
             model=self.blueprint.checkpoint.name,
@@ -125,7 +125,6 @@ class Planner:
             arranged=arranged,
             choices=tuple(self._choices(work, arranged, why_layout, fits=fits)),
             cheaper=cheaper,
-            runs=arranged.layout.runs,
             fits=fits,
             remedy="" if fits else self._remedy(request, arranged),
             rates=self.rates.source,
@@ -134,7 +133,7 @@ class Planner:
         )
 
     def _workload(self, request: SizedRequest, parallel: ParallelPlan) -> Workload:
-        return Workload(self.foresight, self.rates, request=request, parallel=parallel, runs_only=self._runs_only)
+        return Workload(self.foresight, self.rates, request=request, parallel=parallel)
 
     def _parallel_plan(self, request: SizedRequest) -> tuple[ParallelPlan, str]:
         spec, gpus = self.blueprint.experts[0], self.gpus

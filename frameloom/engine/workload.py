@@ -77,7 +77,6 @@ class Workload:
         *,
         request: SizedRequest,
         parallel: ParallelPlan,
-        runs_only: bool = False,
     ) -> None:
         self.foresight, self.rates, self.request, self.parallel = foresight, rates, request, parallel
         self.plan = plan = foresight.plan
@@ -87,7 +86,8 @@ class Workload:
         with_image = bool(plan.takes.needed)
         self.weights = foresight.weights(encodes=request.encodes, with_image=with_image)
         self.batched, self.why_guidance = self._guidance()
-        self._layouts = [one for one in layouts(len(plan.experts)) if one.runs or not runs_only]
+        divided = parallel.tp * parallel.fsdp > 1  # such weights stay
+        self._layouts = [one for one in layouts(len(plan.experts)) if one.is_resident or not divided]
 
     def _guidance(self) -> tuple[tuple[bool, ...], str]:
         """Whether both branches may make one batch, the faster way first."""

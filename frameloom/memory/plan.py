@@ -54,11 +54,6 @@ class Layout:
         """Whether everything stays where it is."""
         return self.text is self.transformer is Residence.RESIDENT
 
-    @property
-    def runs(self) -> bool:
-        """Whether this version computes so: with all weights in memory."""
-        return self.is_resident
-
     def __str__(self) -> str:
         return (
             "all weights resident" if self.is_resident else f"text encoder {self.text}, transformer {self.transformer}"
@@ -150,7 +145,7 @@ class Arranged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a request will take. `cheaper`: the next arrangement that takes less; `runs`: whether this version has it.
+    """What a request will take. `cheaper`: the next arrangement that takes less.
 
     `fits`: in both memories. `remedy`: what to do where it does not, and the nearest request that fits. `rates`: where
     the seconds are from. `lessons`: of each stage the key and the rate that a run of it corrects.
@@ -165,7 +160,6 @@ class Plan:
     arranged: Arranged
     choices: tuple[Choice, ...]
     cheaper: Arranged | None
-    runs: bool
     fits: bool
     remedy: str = ""
     rates: str = ""

@@ -75,7 +75,6 @@ def test_an_image_decides_the_size_as_it_does_for_a_video(checkpoint_of, tmp_pat
 def test_more_memory_keeps_everything_resident():
     roomy = frameloom.plan("wan2.1-t2v-1.3b", device="H100", width=832, height=480)
     assert roomy.arranged.layout.is_resident
-    assert roomy.runs
     assert roomy.cheaper is not None
     assert roomy.cheaper.device_bytes < roomy.arranged.device_bytes
 

@@ -105,7 +105,7 @@ def test_smaller_sizes_can_be_computed_and_come_nearest_first() -> None:
 def test_a_refusal_says_what_is_needed_what_there_is_and_what_fits() -> None:
     plan = Plan(
         model="wan", request="81 frames of 832x480, 50 steps", device="T4", memory_bytes=10**9,
-        host_memory_bytes=10**9, arranged=arranged(2 * 10**9), choices=(), cheaper=None, runs=True, fits=False,
+        host_memory_bytes=10**9, arranged=arranged(2 * 10**9), choices=(), cheaper=None, fits=False,
         remedy="the nearest that fits is 41 frames of 416x240",
     )  # fmt: skip
     assert plan.refusal == (
