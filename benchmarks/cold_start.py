@@ -48,7 +48,7 @@ def main() -> None:
         script.write_text(THEIRS, encoding="utf-8")
         video = str(Path(folder) / "video.mp4")
         commands = {
-            "ours": [sys.executable, "-m", "frameloom", "generate", PROMPT, "-o", video, "--quiet"],
+            "ours": [sys.executable, "-m", "frameloom", "generate", PROMPT, "-o", video, "--no-journal", "--quiet"],
             "diffusers": [sys.executable, str(script), str(PATH), video, PROMPT],
         }
         for round_ in range(rounds + 1):

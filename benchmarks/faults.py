@@ -77,7 +77,7 @@ def start(gpus: int, output: Path, mark: str) -> subprocess.Popen[str]:
     """One run of the command."""
     command = [
         sys.executable, "-m", "frameloom", "generate", "a red circle", "--device", "cpu", "--gpus", str(gpus),
-        "--frames", str(FRAMES), "--steps", "6", "--quiet", "--output", str(output),
+        "--frames", str(FRAMES), "--steps", "6", "--no-journal", "--quiet", "--output", str(output),
     ]  # fmt: skip
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -222,7 +222,10 @@ class EngineConfig:
     --gpus started. `quantized`: keep leaves quantized weights as they are stored, expand makes them plain when they are
     read: faster, in more memory, and the same bits where `exactness` is bitwise. `loras`: Lora, or texts such as
     "high:FILE:0.8"; merged into weights as they are read, computed beside those that stay quantized. `preset`: a recipe
-    of models/defaults.py that replaces the checkpoint's scheduler and defaults.
+    of models/defaults.py that replaces the checkpoint's scheduler and defaults. `memory`: auto, or what everything may
+    take, bytes or a text such as "24GB". `residence`: auto, or where the weights are, such as
+    "text=streamed,transformer=moved", see docs/memory.md. `prompt_cache`: whether what the text encoder made of prompts
+    is kept in the cache folder.
     """
 
     device: str = "auto"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import diffusers.utils.logging
 import pytest
+import torch
 import transformers.utils.logging
 from checkpoints import Kind, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 from frameloom import cli
 
@@ -55,3 +58,16 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def float8_checkpoint(checkpoint_of, tmp_path_factory):
+    """A checkpoint whose matrices are float8, as those that are shared to save space; do not write into it."""
+    folder = tmp_path_factory.mktemp("float8") / "model"
+    shutil.copytree(checkpoint_of(), folder)
+    for part in ("transformer", "text_encoder"):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        narrow = {name for name, value in state.items() if value.dim() == 2 and ("block" in name or "shared" in name)}
+        save_file({name: x.to(torch.float8_e4m3fn) if name in narrow else x for name, x in state.items()}, path)
+    return folder

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom.engine.compiled import COMPILED
@@ -46,19 +44,6 @@ def kept_alone(no_rewrites, monkeypatch) -> None:
     """Of the checkpoint nothing but weights that stay as they are stored."""
     monkeypatch.setattr("frameloom.verify.attention_rewrites", lambda *_: ())
     monkeypatch.setattr("frameloom.verify.verify_networks", lambda *_: ())
-
-
-@pytest.fixture(scope="module")
-def float8_checkpoint(checkpoint_of, tmp_path_factory):
-    """A checkpoint whose matrices are float8, as those that are shared to save space."""
-    folder = tmp_path_factory.mktemp("float8") / "model"
-    shutil.copytree(checkpoint_of(), folder)
-    for part in ("transformer", "text_encoder"):
-        (path,) = (folder / part).glob("*.safetensors")
-        state = load_file(path)
-        narrow = {name for name, value in state.items() if value.dim() == 2 and ("block" in name or "shared" in name)}
-        save_file({name: x.to(torch.float8_e4m3fn) if name in narrow else x for name, x in state.items()}, path)
-    return folder
 
 
 def broken(findings) -> set[str]:

@@ -77,6 +77,7 @@ def build_engine(
         model=None if model is None else absolute(model),
         parts={name: absolute(source) for name, source in (parts or {}).items()},
         config=replace(config, loras=absolute_loras(chosen.loras)),
+        variant=variant,
         ranks=ranks.world.size,
         facts=_facts(plan, chosen.device, ranks),
     )

@@ -37,6 +37,7 @@ class Origin:
     model: str | None
     parts: Mapping[str, str]
     config: EngineConfig
+    variant: str = ""
     ranks: int = 1
     facts: Mapping[str, str] = field(default_factory=dict)
 

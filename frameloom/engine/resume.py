@@ -28,5 +28,6 @@ def resume_job(
     Raises RequestError or CheckpointError; `anyway` as in `Engine.finish`.
     """
     job = to_resume(name)
-    with build_engine(job.origin.model, job.origin.config, parts=job.origin.parts or None) as engine:
+    origin = job.origin
+    with build_engine(origin.model, origin.config, parts=origin.parts or None, variant=origin.variant) as engine:
         return engine.finish(job, progress=progress, anyway=anyway)

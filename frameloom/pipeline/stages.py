@@ -166,10 +166,9 @@ def decode(
     """Yield uint8 frames (B, t, H, W, 3) as they leave the decoder; the float video is never whole.
 
     `skipped`: so many frames are there already and are not yielded. `on_frames` gets the number of frames that are out.
-    Where memory runs out, the next passage goes on from there. Latents that are no numbers, and what
-    the decoder makes of them, are told in a warning: the frames before them are good, the others black. An
-    InternalError if there is no good frame. Of a picture that passes in parts, frames are yielded where they are
-    collected, and nothing elsewhere.
+    Where memory runs out, the next passage goes on from there. Latents that are no numbers, and what the decoder makes
+    of them, are told in a warning: the frames before them are good, the others black. An InternalError if there is no
+    good frame. Of a picture that passes in parts, frames are yielded where they are collected, and nothing elsewhere.
     """
     if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())

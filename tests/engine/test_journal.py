@@ -5,11 +5,13 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom.engine import job, jobs, journal
@@ -106,6 +108,19 @@ def test_a_job_is_gone_on_with_by_another_process_of_the_library(checkpoint_of, 
     assert made["output"] == str(tmp_path / "a.webm")
     assert ("denoise", 1) not in steps
     assert ("denoise", 3) in steps
+
+
+def test_the_variant_of_the_files_is_that_of_the_job(checkpoint_of, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_of(), folder)
+    (whole,) = (folder / "transformer").glob("*.safetensors")
+    halves = {name: x.half() for name, x in load_file(whole).items()}
+    save_file(halves, whole.with_name(f"{whole.stem}.fp16.safetensors"))
+    with frameloom.load(folder, dtype="float32", variant="fp16") as engine:
+        wanted = make(engine, tmp_path / "whole.mp4")
+        name = begun(engine, tmp_path / "a.mp4", "denoise", 2)
+    frameloom.resume(name)
+    assert (tmp_path / "a.mp4").read_bytes() == wanted
 
 
 def test_what_is_finished_is_small_and_says_so(checkpoint_of, folder, tmp_path):

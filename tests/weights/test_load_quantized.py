@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -186,19 +185,6 @@ def test_a_gguf_file_fills_a_transformer(tmp_path, dits):
 
 
 # --- the engine ---
-
-
-@pytest.fixture(scope="module")
-def float8_checkpoint(checkpoint_of, tmp_path_factory):
-    """A checkpoint whose matrices are float8, as those that are shared to save space."""
-    folder = tmp_path_factory.mktemp("float8") / "model"
-    shutil.copytree(checkpoint_of(), folder)
-    for part in ("transformer", "text_encoder"):
-        (path,) = (folder / part).glob("*.safetensors")
-        state = load_file(path)
-        narrow = {name for name, value in state.items() if value.dim() == 2 and ("block" in name or "shared" in name)}
-        save_file({name: x.to(torch.float8_e4m3fn) if name in narrow else x for name, x in state.items()}, path)
-    return folder
 
 
 def test_an_engine_makes_the_same_video_of_weights_held_as_stored(float8_checkpoint):
