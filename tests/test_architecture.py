@@ -39,8 +39,8 @@ OWNERS = {
     "pydantic": ("serve/",),
     "fastapi": ("serve/",),
     "av": ("pipeline/",),
-    "typer": ("cli.py",),
-    "rich": ("cli.py", "shapes/evaluate.py"),
+    "typer": ("cli/",),
+    "rich": ("cli/", "shapes/evaluate.py"),
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
 TORCH_FREE = ("serve", "types", "config", "errors", "settings", "cli", "__init__", "__main__")

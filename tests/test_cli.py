@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import frameloom
-from frameloom import cli
+from frameloom.cli.ending import fate, last_words
 from frameloom.pipeline.reader import read_frames
 from frameloom.pipeline.target import check_output
 
@@ -225,7 +225,7 @@ def test_an_interrupt_after_the_file_is_in_place_does_not_deny_it(is_replaced, s
     before = target.written()
 
     def interrupted() -> None:
-        with cli._last_words(lambda: cli._fate(target, before, 0.0)):
+        with last_words(lambda: fate(target, before, 0.0)):
             if is_replaced:
                 (tmp_path / "new").write_bytes(b"a newer video")
                 os.replace(tmp_path / "new", target.path)

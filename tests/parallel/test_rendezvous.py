@@ -78,7 +78,7 @@ def test_a_cpu_has_room_for_every_rank() -> None:
 # What a rank of a real run does, from the launcher's descriptors to its end.
 RANK = """
 import os, signal, sys
-from frameloom import cli
+from frameloom.cli.ranks import end_rank, rank_ending
 from frameloom.parallel.heart import Ending, Heart
 from frameloom.settings import launched
 
@@ -99,8 +99,8 @@ try:
     print(world.size, total.tolist(), file=sys.stderr)
     ending = Ending(code=0)
 except Exception as error:
-    ending = cli._rank_ending(error)
-cli._end_rank(ending, place, heart)
+    ending = rank_ending(error)
+end_rank(ending, place, heart)
 """
 
 
