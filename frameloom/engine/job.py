@@ -158,10 +158,15 @@ class Lock:
         self._file.close()
 
 
-def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is not as it was, in words."""
-    names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-    return [f"{name} was {then.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in names]
+def check_unchanged(job: Job, facts: Mapping[str, str], *, anyway: bool) -> None:
+    """Raise RequestError where a job began with other facts than these; `anyway` with the same model will do."""
+    then = job.origin.facts
+    names = sorted(name for name in {*then, *facts} if then.get(name) != facts.get(name))
+    changed = [f"{name} was {then.get(name, 'unknown')}, is {facts.get(name, 'unknown')}" for name in names]
+    model = [change for change in changed if change.startswith("model ")]
+    if model or (changed and not anyway):
+        way_out = "give the model that it began with" if model else "go back to that, or take other bits with --anyway"
+        raise RequestError(f"job {job.name} began with something else: {'; '.join(model or changed)}; {way_out}")
 
 
 def _written(request: ResolvedRequest) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
