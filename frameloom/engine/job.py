@@ -1,6 +1,5 @@
 """A job: what was asked, with which model and options, and the journal of what was computed for it."""
 
-import fcntl
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch
 from frameloom.engine.jobs import DESCRIPTION, FINISHED, FORMAT, LOCK, digest_of, folder_of, make_room, read_description
 from frameloom.engine.journal import Journal, write_whole
 from frameloom.errors import OutputError, RequestError
+from frameloom.lock import Lock, holder_of
 from frameloom.settings import LOGGER_NAME, jobs_folder
 from frameloom.types import EngineConfig, Lora, Pictures, ResolvedRequest
 
@@ -63,7 +63,7 @@ class Job:
     request: ResolvedRequest
     journal: Journal
     began: float
-    lock: "Lock | None" = None
+    lock: Lock | None = None
 
     @property
     def name(self) -> str:
@@ -75,9 +75,9 @@ class Job:
         """Whether its video is whole, and in its place."""
         return (self.folder / FINISHED).exists()
 
-    def held(self) -> "Lock":
+    def held(self) -> Lock:
         """The lock, which is to be closed. Raises RequestError if another process has it."""
-        return self.lock or Lock(self.folder)
+        return self.lock or _lock(self.folder)
 
     def finish(self, made: Mapping[str, Any]) -> None:
         """The video is in its place: let go of what was kept on the way."""
@@ -102,7 +102,7 @@ def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
         make_room(root)
         folder.mkdir()
         with ExitStack() as undo:
-            lock = undo.enter_context(closing(Lock(folder)))  # before anybody can see the job
+            lock = undo.enter_context(closing(_lock(folder)))  # before anybody can see the job
             journal.put(INPUTS, pictures)
             description = {"format": FORMAT, "sha256": digest, **told}
             write_whole(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
@@ -133,29 +133,15 @@ def find(name: str | None) -> Job:
     )
 
 
-class Lock:
-    """Holds a job for this process until it is closed or the process ends. `before`: who had it last, by number."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises RequestError if another process has it, OSError."""
-        self._file: TextIO = (folder / LOCK).open("a+", encoding="ascii")
-        self._file.seek(0)
-        holder = self._file.read(20)
-        self.before = int(holder) if holder.isdecimal() else None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise RequestError(
-                f"job {folder.name} is being worked on by process {holder}; wait for it, or end it first"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Let go."""
-        self._file.close()
+def _lock(folder: Path) -> Lock:
+    """Raises RequestError if another process works on the job, OSError."""
+    path = folder / LOCK
+    try:
+        return Lock(path)
+    except BlockingIOError:
+        number = holder_of(path)
+        holder = "another process" if number is None else f"process {number}"
+        raise RequestError(f"job {folder.name} is being worked on by {holder}; wait for it, or end it first") from None
 
 
 def check_unchanged(job: Job, facts: Mapping[str, str], *, anyway: bool) -> None:

@@ -4,7 +4,6 @@ A job is a folder named by the time it began. `job.json` says all that a resumed
 are an entry of its journal; `finished.json` says where the video is; `lock` is held by who works on it.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from frameloom.errors import RequestError
+from frameloom.lock import is_held
 from frameloom.settings import jobs_folder
 
 MAX_FINISHED: Final = 100  # jobs that are listed after they are done, and
@@ -66,14 +66,7 @@ def folder_of(name: str | None) -> Path:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process works on the job in a folder."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    return is_held(folder / LOCK)
 
 
 def folders(root: Path) -> list[Path]:

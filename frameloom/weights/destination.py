@@ -3,17 +3,17 @@
 Whatever lies there already is taken for this conversion's own only where its bytes show it.
 """
 
-import fcntl
 import functools
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from frameloom.errors import OutputError
+from frameloom.lock import Lock, holder_of
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.checkpoint import Checkpoint
 from frameloom.weights.header import MAX_HEADER_BYTES
@@ -23,7 +23,6 @@ from frameloom.weights.write import Target, is_whole, mapped_of, partial_of
 log = logging.getLogger(LOGGER_NAME)
 _LOCK = ".frameloom-convert.lock"
 _SPARE_BYTES = 64 * 2**20  # left free on the disk
-_MAX_DIGITS = 20  # of a process number
 
 
 def check_folder(destination: Path) -> None:
@@ -48,52 +47,21 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     Raises OutputError where another holds it. Where no file can be locked, the log says so, and nothing is held.
     """
-    path = folder / _LOCK
+    path, lock = folder / _LOCK, None
     try:
-        number = _locked(path)
+        lock = Lock(path)
     except BlockingIOError:
+        holder = f" ({number})" if (number := holder_of(path)) is not None else ""
         raise OutputError(
-            f"'{folder}' is being written by another process{_holder(path)}; wait for its end, or give another folder"
+            f"'{folder}' is being written by another process{holder}; wait for its end, or give another folder"
         ) from None
     except OSError as error:
         log.info("%s cannot be locked (%s): nothing else must write there now", folder, error.strerror)
-        number = None
     try:
         yield
     finally:
-        if number is not None:
-            with suppress(OSError):
-                path.unlink()
-            os.close(number)
-
-
-def _locked(path: Path) -> int:
-    """The descriptor of the locked file, which holds the number of this process. Raises OSError."""
-    while True:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(number), path.stat()):
-                with suppress(OSError):  # a full disk
-                    os.truncate(number, 0)
-                    os.write(number, str(os.getpid()).encode())
-                return number
-        except FileNotFoundError:
-            pass  # whoever held it has removed it meanwhile
-        except OSError:
-            os.close(number)
-            raise
-        os.close(number)
-
-
-def _holder(path: Path) -> str:
-    """The number that the holder has written, in brackets; nothing where it did not yet."""
-    try:
-        with path.open("rb") as file:
-            digits = file.read(_MAX_DIGITS)
-    except OSError:
-        return ""
-    return f" ({digits.decode()})" if digits.isdigit() else ""
+        if lock is not None:
+            lock.remove()
 
 
 # --- what lies there ---
