@@ -25,7 +25,8 @@ from records import keep
 from frameloom.bench.paired import machine
 from frameloom.engine.dit import load_plain_dit, make_fast_dit
 from frameloom.engine.residence import Residents
-from frameloom.memory.residency import Arrangement, Footprint, chain_of_dit, resident_bytes
+from frameloom.memory.layout import Layout
+from frameloom.memory.residency import Footprint, chain_of_dit, resident_bytes
 from frameloom.memory.stream import Stream
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
@@ -160,8 +161,8 @@ def _resident(path: Path, latents: list[int]) -> dict[str, Any]:
 
 def _streamed(path: Path, latents: list[int]) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    arrangement = Arrangement(text=Residence.RESIDENT, transformer=Residence.STREAMED, reason="")
-    return _compute(path, latents, Residents(arrangement=arrangement, device=CPU, transformer=Stream(CPU)))
+    layout = Layout(transformer=Residence.STREAMED)
+    return _compute(path, latents, Residents(layout=layout, device=CPU, transformer=Stream(CPU)))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
     team = None if ranks.alone else ranks.world.everyone
     # First, so that a LoRA that does not fit is told before anything is loaded
     adapters = read_alike(team, functools.partial(adapters_of_experts, plan.experts, chosen.loras))
-    residents = settle(plan, chosen.residences, chosen.memory, quantized=chosen.quantized, ranks=ranks)
+    residents = settle(plan, origin.config, ranks)
     load_text = functools.partial(
         _load_text_encoder, plan.checkpoint, plan.dtype, residents,
         quantized=chosen.quantized, caches=origin.config.prompt_cache,

@@ -129,6 +129,7 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks
         device=weight.device,
         insisted=policy.insists(TOGETHER),
         plain_bytes=2 * largest_plain_bytes(dit),  # a feed-forward has two
+        by_block=dit.run_blocks is block_by_block,
     )
     backend, _, reason = chosen.partition(": ")
     told = Decision(name=f"attention.{backend.partition(' ')[0]}", used=True, reason=reason)

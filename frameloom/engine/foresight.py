@@ -2,20 +2,23 @@
 
 import functools
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from frameloom.engine.blueprint import Blueprint
+from frameloom.engine.footprints import footprints
 from frameloom.engine.machine import Machine
 from frameloom.engine.vae import winograd_bytes
 from frameloom.memory.dit import StepPlanner
+from frameloom.memory.layout import Weights
 from frameloom.memory.meter import peak_bytes
-from frameloom.memory.plan import Weights
+from frameloom.memory.residency import Footprint
 from frameloom.memory.vae import VaePlanner
 from frameloom.models import dit_fast, vae_fast
+from frameloom.models.dit_rewrites import QKV_FUSED
 from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder
 from frameloom.models.meta import on_meta
 from frameloom.models.vace import make_dit
@@ -27,11 +30,9 @@ from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED
 from frameloom.ops.registry import Policy, Rewrite
 from frameloom.ops.winograd import bytes_at_points
 from frameloom.platform.tuning import Foreseen
-from frameloom.types import Stage
-from frameloom.weights.checkpoint import Component
-from frameloom.weights.header import TensorEntry
-from frameloom.weights.load import Quantized, held_bytes
-from frameloom.weights.tensors import DTYPES, is_quantized
+from frameloom.types import Residence, Stage
+from frameloom.weights.load import Quantized
+from frameloom.weights.tensors import is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
@@ -42,7 +43,7 @@ _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
     vae_rewrites.UPSAMPLED_WINOGRAD, vae_rewrites.NORM_SILU_NATIVE, vae_rewrites.NORM_SILU_TILED,
 )  # fmt: skip
-_BLOCK = re.compile(r"(?:^|\.)((?:vace_)?blocks|block|layers)\.(\d+)\.")
+_OF_PLAIN_WEIGHTS: tuple[Rewrite, ...] = (LINEAR_PACKED, MLP_PACKED, QKV_FUSED)
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: what was counted is kept
@@ -63,15 +64,13 @@ class Foresight:
 
     @functools.cached_property
     def step_planner(self) -> StepPlanner:
-        """Of the first transformer, with the ways that it would have."""
-        spec = self.plan.experts[0]
-        few = spec.first_layers(2)
-        with on_meta():
-            dit = make_dit(replace(few, image_dim=None, added_kv_proj_dim=None)).eval()
-        for name, parameter in dit.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else self.plan.dtype)
-        choices = dit_fast.choose(dit, self._policy, self.tuner, platform_name=self.machine.platform)
-        return StepPlanner(spec=spec, dtype=self.plan.dtype, choices=choices, device=self._stand_in)
+        """Of the first transformer, with the ways that it would have, resident."""
+        return self._step_planner(held=self._plain_bytes > 0, by_block=False)
+
+    @functools.cached_property
+    def held_step_planner(self) -> StepPlanner:
+        """The same of one whose weights come and go."""
+        return self._step_planner(held=True, by_block=True)
 
     @functools.cached_property
     def vae_planner(self) -> VaePlanner:
@@ -91,26 +90,14 @@ class Foresight:
 
     def weights(self, *, encodes: bool, with_image: bool) -> list[Weights]:
         """Of every component that is needed."""
-        parts = self.plan.checkpoint.components
         stages: Mapping[str, tuple[Stage, ...]] = {
             "text_encoder": ("text",), "transformer": ("denoise",), "transformer_2": ("denoise",),
             "image_encoder": ("image",), "vae": ("image", "decode"),
         }  # fmt: skip
-        found = []
-        for name in ("text_encoder", "transformer", "transformer_2"):
-            if name in parts:
-                found.append(self._weights(parts[name], stages[name]))
-        if with_image and "image_encoder" in parts:
-            size_bytes = held_bytes(parts["image_encoder"], self.plan.vae_dtype, "expand")
-            found.append(_whole("image_encoder", size_bytes, stages["image_encoder"]))
-        return [
-            *found,
-            _whole(
-                "vae",
-                self._kept(f"VAE {encodes}", functools.partial(self.vae_planner.held_bytes, encodes=encodes)),
-                stages["vae"],
-            ),
-        ]
+        count = functools.partial(self.vae_planner.held_bytes, encodes=encodes)
+        held = dict(self._footprints) | {"vae": Footprint(stays=self._kept(f"VAE {encodes}", count))}
+        needed = [name for name in stages if name in held and (with_image or name != "image_encoder")]
+        return [Weights(name=name, footprint=held[name], stages=stages[name]) for name in needed]
 
     def _kept(self, what: str, count: Callable[[], int]) -> int:
         """What `count` found for these networks before, on whatever machine; else what it finds now."""
@@ -124,15 +111,18 @@ class Foresight:
             self.tuner.note(key, known)
         return int(known)
 
-    def step_bytes(self, latents_BCTHW: tuple[int, ...], *, branches: int, batched: bool) -> int:
+    def step_bytes(
+        self, latents_BCTHW: tuple[int, ...], *, branches: int, batched: bool, residence: Residence = Residence.RESIDENT
+    ) -> int:
         """Of a denoising step, besides the weights."""
-        tokens, planner = self.text_tokens, self.step_planner
+        held = residence is not Residence.RESIDENT
+        tokens, planner = self.text_tokens, self.held_step_planner if held else self.step_planner
         count = functools.partial(
             planner.counted, latents_BCTHW, branches=branches, batched=batched, text_tokens=tokens
         )
-        counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens}", count)
+        counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens} {held}", count)
         kept = planner.prompt_bytes(latents_BCTHW[0], branches=branches, text_tokens=tokens)
-        return round(self._growth * counted) + kept + _STEP_WORKSPACE_BYTES
+        return round(self._growth * counted) + kept + self._plain_bytes + _STEP_WORKSPACE_BYTES
 
     def vae_bytes(self, shape_BCTHW: tuple[int, ...], passage: Passage, *, encode: bool = False) -> int:
         """Of a passage of latents, or of frames, besides the weights."""
@@ -180,52 +170,37 @@ class Foresight:
         used = [modules[name] for name, way in self.vae_planner.choices.kernels.items() if "winograd" in way]
         return max((bytes_at_points(getattr(module, "conv", module).weight) // 2 for module in used), default=0)
 
+    @functools.cached_property
+    def _footprints(self) -> Mapping[str, Footprint]:
+        return footprints(self.plan, self.quantized)
+
+    @functools.cached_property
+    def _plain_bytes(self) -> int:
+        """Of the two largest weights of a transformer that are stored quantized and made plain for a call."""
+        entries = self.plan.transformers[0].tensors.values() if self.quantized == "keep" else ()
+        return 2 * max((math.prod(e.shape) * self.plan.dtype.itemsize for e in entries if is_quantized(e)), default=0)
+
+    def _step_planner(self, *, held: bool, by_block: bool) -> StepPlanner:
+        spec, policy = self.plan.experts[0], self._policy
+        if held:
+            policy = _without(policy, _OF_PLAIN_WEIGHTS)
+        with on_meta():
+            dit = make_dit(replace(spec.first_layers(2), image_dim=None, added_kv_proj_dim=None)).eval()
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else self.plan.dtype)
+        choices = dit_fast.choose(dit, policy, self.tuner, platform_name=self.machine.platform)
+        return StepPlanner(spec=spec, dtype=self.plan.dtype, choices=choices, device=self._stand_in, by_block=by_block)
+
     @property
     def _policy(self) -> Policy:
-        if self.machine.is_host:
-            return self.policy
-        return replace(self.policy, forced={**{rewrite.name: False for rewrite in _ON_CPUS}, **self.policy.forced})
+        return self.policy if self.machine.is_host else _without(self.policy, _ON_CPUS)
 
     @property
     def _stand_in(self) -> torch.device:
         """The device that planners are asked for: of an accelerator only that it is no CPU matters."""
         return torch.device("cpu" if self.machine.is_host else "meta")
 
-    def _weights(self, component: Component, stages: tuple[Stage, ...]) -> Weights:
-        blocks: dict[str, list[str]] = {}
-        for name in component.tensors:
-            if match := _BLOCK.search(name):
-                blocks.setdefault(match[0], []).append(name)
-        count = functools.partial(held_bytes, dtype=self.plan.dtype, quantized=self.quantized)
-        sizes = [count(replace(component, tensors=_some(component, names))) for names in blocks.values()]
-        return Weights(
-            name=component.name,
-            size_bytes=count(component),
-            block_bytes=max(sizes, default=0),
-            blocks_bytes=sum(sizes),
-            stages=stages,
-            mapped=self._is_mapped(component),
-        )
 
-    def _is_mapped(self, component: Component) -> bool:
-        """Whether its weights stay in their files: on a CPU, where they are stored as they are computed with."""
-        if not self.machine.is_host or (component.name.startswith("transformer") and self._packs):
-            return False
-        entries = component.tensors.values()
-        as_stored = [
-            entry.size_bytes for entry in entries if is_quantized(entry) or DTYPES.get(entry.dtype) is self.plan.dtype
-        ]
-        return 2 * sum(as_stored) > component.size_bytes
-
-    @property
-    def _packs(self) -> bool:
-        choices = self.step_planner.choices
-        return choices.packs_linear or choices.packs_mlp
-
-
-def _whole(name: str, size_bytes: int, stages: tuple[Stage, ...]) -> Weights:
-    return Weights(name=name, size_bytes=size_bytes, block_bytes=0, blocks_bytes=0, stages=stages)
-
-
-def _some(component: Component, names: list[str]) -> dict[str, TensorEntry]:
-    return {name: component.tensors[name] for name in names}
+def _without(policy: Policy, rewrites: Sequence[Rewrite]) -> Policy:
+    """The same without some rewrites, unless they were asked for by name."""
+    return replace(policy, forced={**{rewrite.name: False for rewrite in rewrites}, **policy.forced})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from frameloom.config import memory_bytes, parallel_plan
+from frameloom.config import memory_bytes, parallel_plan, residences
 from frameloom.engine.blueprint import Blueprint, draw, preferred_dtype
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.machine import Machine, machine_of
@@ -61,17 +61,18 @@ def make_plan(
     """
     machine = machine_of(
         place.device,
-        memory=memory_bytes(place.memory),
+        memory=memory_bytes(config.memory if place.memory == "auto" else place.memory),
         host_memory=memory_bytes(place.host_memory),
         only_here=here_only,
     )
     blueprint = _drawn(_opened(model, parts, variant), machine, config)
     size = SizedRequest.of(request, blueprint)
-    return Planner(blueprint, machine, config, gpus=place.gpus, here_only=here_only).plan(size)
+    planner = Planner(blueprint, machine.shared_by(place.gpus), config, gpus=place.gpus, here_only=here_only)
+    return planner.plan(size)
 
 
 class Planner:
-    """Plans requests for one checkpoint on one machine; `here_only`: nothing cheaper is looked for."""
+    """Plans requests for one checkpoint. `machine`: what one rank has of it. `here_only`: nothing cheaper is sought."""
 
     def __init__(
         self,
@@ -83,9 +84,9 @@ class Planner:
         here_only: bool = False,
     ) -> None:
         policy = policy_of(config.exactness, config.rewrites, compilation=config.compilation)
-        self.blueprint, self.machine = blueprint, machine.shared_by(gpus)
+        self.blueprint, self.machine = blueprint, machine
         self.gpus, self._here_only = gpus, here_only
-        self._parallel = config.parallel
+        self._parallel, self._asked = config.parallel, residences(config.residence)
         self._quantized = quantized_of(config.quantized)
         self.foresight = Foresight(
             plan=blueprint, machine=self.machine, policy=policy, quantized=self._quantized,
@@ -133,7 +134,7 @@ class Planner:
         )
 
     def _workload(self, request: SizedRequest, parallel: ParallelPlan) -> Workload:
-        return Workload(self.foresight, self.rates, request=request, parallel=parallel)
+        return Workload(self.foresight, self.rates, request=request, parallel=parallel, asked=self._asked)
 
     def _parallel_plan(self, request: SizedRequest) -> tuple[ParallelPlan, str]:
         spec, gpus = self.blueprint.experts[0], self.gpus

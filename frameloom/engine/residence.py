@@ -6,50 +6,41 @@ The networks never hear of it: a linear layer whose weight is away holds one tha
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from frameloom.config import memory_bytes, residences
 from frameloom.engine.blueprint import Blueprint
+from frameloom.engine.machine import machine_of
+from frameloom.engine.plan import Planner
 from frameloom.engine.ranks import Ranks
+from frameloom.engine.workload import SizedRequest
 from frameloom.errors import RequestError
-from frameloom.memory.residency import (
-    Arrangement,
-    Chain,
-    Components,
-    Footprint,
-    arrange,
-    as_asked,
-    chain_of_dit,
-    chain_of_text_encoder,
-)
+from frameloom.memory.layout import Layout
+from frameloom.memory.plan import amount
+from frameloom.memory.residency import Chain, chain_of_dit, chain_of_text_encoder
 from frameloom.memory.stream import Stream, Unit, streamed
-from frameloom.models.encoders import build_text_encoder, text_encoder_keeps_fp32
-from frameloom.models.meta import on_meta
+from frameloom.models.encoders import text_encoder_keeps_fp32
 from frameloom.models.umt5 import Umt5Encoder
-from frameloom.models.vace import make_dit
 from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.quantized import HeldTable, HeldWeight
 from frameloom.platform.device import free_memory_bytes
 from frameloom.settings import LOGGER_NAME
-from frameloom.types import Residence, Stage
-from frameloom.weights.checkpoint import Component
+from frameloom.types import EngineConfig, GenerateRequest, Residence, Stage
 from frameloom.weights.header import TensorEntry
-from frameloom.weights.load import Leave, Quantized, held_bytes
-from frameloom.weights.tensors import is_quantized, rows_are_whole
+from frameloom.weights.load import Leave
+from frameloom.weights.tensors import rows_are_whole
 from frameloom.weights.windows import TableWindow, window
 
 log = logging.getLogger(LOGGER_NAME)
-
-_SMALL = ("vae", "image_encoder")  # resident always
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Residents:
     """Where everything is. `text`, `transformer`: the streams of what is not resident; experts share one."""
 
-    arrangement: Arrangement
+    layout: Layout
     device: torch.device
     text: Stream | None = None
     transformer: Stream | None = None
@@ -68,14 +59,14 @@ class Residents:
         """What of a transformer is left in its files while it is loaded; None: nothing."""
         if self.transformer is None:
             return None
-        chain = chain_of_dit(dit).arranged(self.arrangement.transformer)
+        chain = chain_of_dit(dit).arranged(self.layout.transformer)
         return leaving(chain, self.transformer, self.device, lambda _: dtype)
 
     def leave_text_encoder(self, encoder: Umt5Encoder, dtype: torch.dtype) -> Leave | None:
         """The same of the text encoder."""
         if self.text is None:
             return None
-        chain = chain_of_text_encoder(encoder).arranged(self.arrangement.text)
+        chain = chain_of_text_encoder(encoder).arranged(self.layout.text)
         keeps = text_encoder_keeps_fp32(dtype)
         return leaving(chain, self.text, self.device, lambda name: torch.float32 if keeps(name) else dtype)
 
@@ -96,22 +87,41 @@ def leaving(chain: Chain, stream: Stream, device: torch.device, dtype_of: Callab
     return leave
 
 
-def settle(
-    plan: Blueprint, asked: Mapping[str, Residence], memory: int | None, *, quantized: Quantized, ranks: Ranks
-) -> Residents:
-    """Decide where everything is, the same on all ranks. `memory`: what this machine may take; None: what is free.
+def settle(plan: Blueprint, config: EngineConfig, ranks: Ranks) -> Residents:
+    """Decide where everything is, the same on all ranks, by the memory that may be taken, or that is free.
 
-    On a CPU without a bound everything is resident: plain weights lie in their mapped files. Raises RequestError for
-    weights that are divided over ranks and should come and go.
+    There has to be room for a video as the checkpoint is documented for. On a CPU without a bound everything is
+    resident: plain weights lie in their mapped files. Raises RequestError for weights that are divided over ranks and
+    should come and go.
     """
-    asked, bound = _with_divided(asked, ranks), _bound(memory, ranks)
-    arrangement = as_asked(asked) if bound is None else arrange(_components(plan, quantized), asked, bound)
-    text, transformer = arrangement.text, arrangement.transformer
-    log.info("text encoder %s, transformer %s: %s", text, transformer, arrangement.reason)
-    if quantized == "expand" and {text, transformer} != {Residence.RESIDENT}:
+    asked, bound = _with_divided(residences(config.residence), ranks), _bound(memory_bytes(config.memory), ranks)
+    if len(asked) == 2 or bound is None:
+        layout, reason = Layout(**asked), "asked for" if asked else "no bound was given for the memory"
+    else:
+        found, reason = ranks.agreed(lambda: _planned(plan, replace(config, residence=_text(asked)), bound, ranks))
+        layout = Layout(**residences(found))
+    text, transformer = layout.text, layout.transformer
+    log.info("text encoder %s, transformer %s: %s", text, transformer, reason)
+    if config.quantized == "expand" and not layout.is_resident:
         log.info("quantized weights that are not resident stay as they are stored")
     streams = [None if where is Residence.RESIDENT else Stream(ranks.device) for where in (text, transformer)]
-    return Residents(arrangement=arrangement, device=ranks.device, text=streams[0], transformer=streams[1])
+    return Residents(layout=layout, device=ranks.device, text=streams[0], transformer=streams[1])
+
+
+def _planned(plan: Blueprint, config: EngineConfig, bound: int, ranks: Ranks) -> tuple[str, str]:
+    """The layout in which a video of the size that the checkpoint is documented for fits, or the smallest; and why."""
+    machine = machine_of(str(ranks.device), memory=bound, only_here=True)
+    planner = Planner(plan, machine, replace(config, parallel=str(ranks.plan)), gpus=ranks.world.size, here_only=True)
+    found = planner.plan(SizedRequest.of(GenerateRequest(prompt="a video"), plan))
+    takes = f"{found.request} take {amount(found.arranged.device_bytes)} of {amount(bound)}"
+    return (
+        found.arranged.layout.asked,
+        takes if found.fits else f"{takes}, which is more, and there is no smaller layout",
+    )
+
+
+def _text(asked: Mapping[str, Residence]) -> str:
+    return ",".join(f"{name}={where}" for name, where in asked.items()) or "auto"
 
 
 def _with_divided(asked: Mapping[str, Residence], ranks: Ranks) -> dict[str, Residence]:
@@ -133,33 +143,3 @@ def _bound(memory: int | None, ranks: Ranks) -> int | None:
     if ranks.device.type == "cpu":
         return None
     return ranks.world.everyone.least(free_memory_bytes(ranks.device))
-
-
-def _components(plan: Blueprint, quantized: Quantized) -> Components:
-    parts = plan.checkpoint.components
-    part = parts["text_encoder"]
-    encoder = build_text_encoder(part.config, where=str(part.described_by))
-    sizes = _sizes(part, plan.dtype, quantized, text_encoder_keeps_fp32(plan.dtype))
-    text = Footprint.of(encoder, chain_of_text_encoder(encoder), sizes)
-    experts = []
-    for part, spec in zip(plan.transformers, plan.experts, strict=True):
-        with on_meta():
-            dit = make_dit(spec)
-        sizes = _sizes(part, plan.dtype, quantized, WanDiT.keep_in_fp32)
-        experts.append(Footprint.of(dit, chain_of_dit(dit), sizes))
-    small = sum(held_bytes(parts[name], plan.vae_dtype, quantized) for name in _SMALL if name in parts)
-    return Components(text=text, experts=experts, others_bytes=small)
-
-
-def _sizes(
-    part: Component, dtype: torch.dtype, quantized: Quantized, keeps: Callable[[str], bool]
-) -> Callable[[str, Tensor], int]:
-    """What parameters take once they are loaded."""
-
-    def size_bytes(name: str, value: Tensor) -> int:
-        entry = part.tensors.get(name)
-        if quantized == "keep" and entry is not None and is_quantized(entry):
-            return entry.size_bytes
-        return value.numel() * (torch.float32 if keeps(name) else dtype).itemsize
-
-    return size_bytes

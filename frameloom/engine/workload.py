@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from frameloom.config import resolve
 from frameloom.engine.blueprint import Blueprint
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.rates import Rates, attention_flops, text_flops
-from frameloom.memory.plan import Arranged, Layout, StagePlan, Weights, held_in, host_bytes, layouts
+from frameloom.memory.layout import Layout, Weights, held_in, layouts, pinned_bytes
+from frameloom.memory.plan import Arranged, StagePlan
 from frameloom.models.encoders import TEXT_LENGTH
 from frameloom.models.spec import VaceSpec
 from frameloom.models.vae_state import Passage
@@ -77,6 +78,7 @@ class Workload:
         *,
         request: SizedRequest,
         parallel: ParallelPlan,
+        asked: Mapping[str, Residence],
     ) -> None:
         self.foresight, self.rates, self.request, self.parallel = foresight, rates, request, parallel
         self.plan = plan = foresight.plan
@@ -87,7 +89,7 @@ class Workload:
         self.weights = foresight.weights(encodes=request.encodes, with_image=with_image)
         self.batched, self.why_guidance = self._guidance()
         divided = parallel.tp * parallel.fsdp > 1  # such weights stay
-        self._layouts = [one for one in layouts(len(plan.experts)) if one.is_resident or not divided]
+        self._layouts = [Layout()] if divided else list(layouts(len(plan.experts), asked))
 
     def _guidance(self) -> tuple[tuple[bool, ...], str]:
         """Whether both branches may make one batch, the faster way first."""
@@ -118,7 +120,7 @@ class Workload:
     def _arranged(self, layout: Layout, passage: Passage, *, batched: bool) -> Arranged:
         computed: list[tuple[Stage, int]] = [
             ("text", self._text_bytes),
-            ("denoise", self._step_bytes(batched)),
+            ("denoise", self._step_bytes(layout, batched=batched)),
             ("decode", self._decode_bytes(passage)),
             ("encode", 0),
         ]
@@ -134,9 +136,7 @@ class Workload:
             )
             for stage, working in computed
         )
-        found = Arranged(layout=layout, batched=batched, passage=str(passage), stages=stages)
-        mapped = [part for part in self.weights if part.mapped]
-        return replace(found, mapped_bytes=held_in(found.peak.stage, mapped, layout))
+        return Arranged(layout=layout, batched=batched, passage=str(passage), stages=stages)
 
     # Memory of one rank, the first.
 
@@ -146,22 +146,22 @@ class Workload:
     def _of_rank(self, part: Weights) -> Weights:
         divisor = self.parallel.tp if part.name.startswith("transformer") else 1
         divisor *= self.parallel.fsdp if part.name != "vae" else 1
-        if divisor == 1:
-            return part
-        return replace(part, size_bytes=part.size_bytes // divisor, blocks_bytes=part.blocks_bytes // divisor)
+        return part if divisor == 1 else replace(part, footprint=part.footprint.divided(divisor))
 
     def _host_bytes(self, layout: Layout) -> int:
         if self.foresight.machine.is_host:
             return 0
-        return self.foresight.machine.host_base_bytes + host_bytes(self.weights, layout)
+        return self.foresight.machine.host_base_bytes + pinned_bytes(layout)
 
     @functools.cached_property
     def _text_bytes(self) -> int:
         return self.foresight.text_bytes(self.request.batch)
 
-    def _step_bytes(self, batched: bool) -> int:
+    def _step_bytes(self, layout: Layout, *, batched: bool) -> int:
         branches = 1 if self.parallel.cfg == 2 else self.branches
-        whole = self.foresight.step_bytes(self._latents, branches=branches, batched=batched)
+        whole = self.foresight.step_bytes(
+            self._latents, branches=branches, batched=batched, residence=layout.transformer
+        )
         return whole // (self.parallel.ring * self.parallel.ulysses)
 
     @property
@@ -235,7 +235,8 @@ class Workload:
     def _moving_s(self, name: str, layout: Layout) -> float:
         """Until the weights of a component have come once; those of a resident one are there."""
         part = next(part for part in self.weights if part.name == name)
-        return 0.0 if layout.of(name) is Residence.RESIDENT else part.size_bytes / self.rates.link
+        where = layout.of(name)
+        return 0.0 if where is Residence.RESIDENT else sum(part.footprint.units) / self.rates.link
 
     def _vae_costs(self, passage: Passage, *, encodes: bool) -> list[RankCost]:
         work = VaeWork(

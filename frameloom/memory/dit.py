@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from frameloom.memory.meter import peak_bytes
+from frameloom.memory.stream import block_by_block
 from frameloom.models.adapters import Adapter, Adapters
 from frameloom.models.adapters_beside import attach
 from frameloom.models.dit_fast import DitChoices, LoopChoices, without_weights
@@ -27,7 +28,8 @@ class StepPlanner:
     """Says how the steps of a video are computed: what is allowed, and of that what the memory has room for.
 
     `insisted`: the batch of both branches was asked for by name. `plain_bytes`: of the quantized weights that are plain
-    at a time. `experts`: the networks, for what is computed beside their weights.
+    at a time. `experts`: the networks, for what is computed beside their weights. `by_block`: all branches pass a block
+    before the next one comes.
     """
 
     spec: TransformerSpec
@@ -37,6 +39,7 @@ class StepPlanner:
     insisted: bool = False
     plain_bytes: int = 0
     experts: tuple[WanDiT, ...] = ()
+    by_block: bool = False
 
     def loop(self, latents_BCTHW: tuple[int, ...], *, guided: bool) -> tuple[LoopChoices, str]:
         """The way, and why: with guidance, both branches in one batch or one after the other."""
@@ -99,7 +102,10 @@ class StepPlanner:
     def _twin(self) -> WanDiT:
         """Two blocks without weights: the others use the same memory again."""
         spec = replace(self.spec.first_layers(2), image_dim=None, added_kv_proj_dim=None)
-        return without_weights(spec, self.dtype, replace(self.choices, collapses_padding=False))
+        twin = without_weights(spec, self.dtype, replace(self.choices, collapses_padding=False))
+        if self.by_block:
+            twin.run_blocks = block_by_block
+        return twin
 
 
 def _in_few_blocks(adapters: Adapters, twin: WanDiT) -> Adapters:

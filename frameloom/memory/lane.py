@@ -11,7 +11,9 @@ from torch import Tensor
 from frameloom.platform.base import Platform
 from frameloom.platform.device import platform_of
 
-_PINNED_BYTES: Final = 64 * 2**20  # of each of the two pieces on their way to a device
+_PIECE_BYTES: Final = 64 * 2**20  # of each of the two pieces on their way to a device
+PINNED_BYTES: Final = 2 * _PIECE_BYTES
+"""Of the host's memory, by a way to an accelerator."""
 
 
 class Lane(Protocol):
@@ -76,7 +78,7 @@ class Ferry:
     """The lane of an accelerator: through two pinned pieces, on a queue of its own."""
 
     def __init__(
-        self, device: torch.device, platform: Platform | None = None, *, piece_bytes: int = _PINNED_BYTES
+        self, device: torch.device, platform: Platform | None = None, *, piece_bytes: int = _PIECE_BYTES
     ) -> None:
         self._device, self._platform, self._piece_bytes = device, platform or platform_of(device), piece_bytes
         self._queue = self._platform.stream(device.index)

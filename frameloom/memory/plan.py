@@ -1,92 +1,17 @@
 """The plan of a request before it runs: what lies where, what each stage takes, and what would take less.
 
-Pure arithmetic on numbers that others count: `StepPlanner` and `VaePlanner` on the meta device, and the weights.
+Pure arithmetic on numbers that others count: `StepPlanner` and `VaePlanner` on the meta device, memory/layout.py.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from frameloom.types import Residence, SizeRules, Stage
+from frameloom.memory.layout import Layout
+from frameloom.types import SizeRules, Stage
 
 _WORTH = 0.95  # of the peak: what takes hardly less is not told
-BUFFERS = 2  # of streamed blocks: one computes while the next comes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """Those of one component. `block_bytes`: of its largest block; `blocks_bytes`: of all of them; `stages`: its own.
-
-    `mapped`: they lie in their files, which the system reads again when memory is short.
-    """
-
-    name: str
-    size_bytes: int
-    block_bytes: int
-    blocks_bytes: int
-    stages: tuple[Stage, ...]
-    mapped: bool = False
-
-    def held_bytes(self, residence: Residence, *, in_its_stage: bool) -> int:
-        """What they take of the device."""
-        outside = self.size_bytes - self.blocks_bytes
-        if residence is Residence.RESIDENT or (residence is Residence.MOVED and in_its_stage):
-            return self.size_bytes
-        return outside + (min(BUFFERS * self.block_bytes, self.blocks_bytes) if in_its_stage else 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where the weights are: of the text encoder, and of the transformers."""
-
-    text: Residence
-    transformer: Residence
-
-    def of(self, name: str) -> Residence:
-        """Of a component; image encoder and VAE are small beside the others, and resident."""
-        if name.startswith("transformer"):
-            return self.transformer
-        return self.text if name == "text_encoder" else Residence.RESIDENT
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether everything stays where it is."""
-        return self.text is self.transformer is Residence.RESIDENT
-
-    def __str__(self) -> str:
-        return (
-            "all weights resident" if self.is_resident else f"text encoder {self.text}, transformer {self.transformer}"
-        )
-
-
-def layouts(num_experts: int) -> Iterator[Layout]:
-    """The fastest first. The text encoder works once a request: it gives way before anything else."""
-    resident, moved, streamed = Residence
-    yield Layout(text=resident, transformer=resident)
-    yield Layout(text=streamed, transformer=resident)
-    if num_experts > 1:  # they share a place, and change it once
-        yield Layout(text=streamed, transformer=moved)
-    yield Layout(text=streamed, transformer=streamed)
-
-
-def held_in(stage: Stage, weights: Sequence[Weights], layout: Layout) -> int:
-    """Bytes of all weights that are on the device in a stage; of experts that are moved in, the largest."""
-    at_work = [part for part in weights if stage in part.stages]
-    held = sum(part.held_bytes(layout.of(part.name), in_its_stage=stage in part.stages) for part in weights)
-    experts = [part for part in at_work if part.name.startswith("transformer")]
-    if layout.transformer is Residence.RESIDENT or len(experts) < 2:
-        return held
-    coming = [part.held_bytes(layout.transformer, in_its_stage=True) for part in experts]
-    resting = [part.held_bytes(layout.transformer, in_its_stage=False) for part in experts]
-    return held - sum(coming) + sum(resting) + max(c - r for c, r in zip(coming, resting, strict=True))
-
-
-def host_bytes(weights: Sequence[Weights], layout: Layout) -> int:
-    """What the host holds for a device: pinned buffers of streamed blocks. Weights that wait lie in their files."""
-    return max(
-        (BUFFERS * part.block_bytes for part in weights if layout.of(part.name) is Residence.STREAMED), default=0
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +35,12 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arranged:
-    """A way to compute the whole request. `mapped_bytes`: of the peak, what lies in files that can be read again."""
+    """A way to compute the whole request."""
 
     layout: Layout
     batched: bool
     passage: str
     stages: tuple[StagePlan, ...]
-    mapped_bytes: int = 0
 
     @property
     def peak(self) -> StagePlan:
@@ -177,7 +101,7 @@ class Plan:
         if self.fits:
             return None
         needs, there = amount(self.arranged.device_bytes), amount(self.memory_bytes)
-        if self.arranged.device_bytes - self.arranged.mapped_bytes <= self.memory_bytes:
+        if self.arranged.device_bytes <= self.memory_bytes:
             needs, there = f"{amount(self.arranged.host_bytes)} beside it", amount(self.host_memory_bytes)
         return f"{self.request} with '{self.model}' need about {needs} of memory, and there are {there}; {self.remedy}"
 
@@ -200,18 +124,14 @@ def first_that_fits(candidates: Iterable[Arranged], memory_bytes: int, host_memo
     seen: list[Arranged] = []
     for candidate in candidates:
         seen.append(candidate)
-        if _needs(candidate) <= memory_bytes and candidate.host_bytes <= host_memory_bytes:
+        if candidate.device_bytes <= memory_bytes and candidate.host_bytes <= host_memory_bytes:
             return candidate, True
-    return min(seen, key=_needs), False
+    return min(seen, key=lambda one: one.device_bytes), False
 
 
 def next_cheaper(candidates: Iterable[Arranged], arranged: Arranged) -> Arranged | None:
     """The first that takes noticeably less of the device."""
     return next((one for one in candidates if one.device_bytes < _WORTH * arranged.device_bytes), None)
-
-
-def _needs(candidate: Arranged) -> int:
-    return candidate.device_bytes - candidate.mapped_bytes
 
 
 def smaller_sizes(size: tuple[int, int, int], rules: SizeRules) -> Iterator[tuple[int, int, int]]:

@@ -1,10 +1,10 @@
-"""Where the weights of each component are while a request is answered, in how many bytes, and why.
+"""The weights of a network that can be away: in which units they come and go, and in how many bytes.
 
 What stays when the weights of its linear layers are away (norms, biases, embedders) is small.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.quantized import Linear
 from frameloom.types import Residence
 
-_FOR_WEIGHTS: Final = 0.7  # of the memory: the rest is for what is computed
 _Named = tuple[str, nn.Module]
 _ONCE_PER_PROMPT: Final = ("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj")
 
@@ -88,8 +87,8 @@ class Footprint:
     """Bytes of a component: of what stays, of its tables, of each unit of the rest, `slots` of which are streamed."""
 
     stays: int
-    units: tuple[int, ...]
-    slots: int
+    units: tuple[int, ...] = ()
+    slots: int = 0
     tables: int = 0
 
     @classmethod
@@ -99,6 +98,11 @@ class Footprint:
         units = tuple(sum(sizes[name] for name in unit) for unit in chain.units)
         tables = sum(sizes[name] for name in chain.tables)
         return cls(stays=sum(sizes.values()) - sum(units) - tables, units=units, slots=chain.slots, tables=tables)
+
+    def divided(self, parts: int) -> "Footprint":
+        """Of one of several ranks that have equal parts of all weights."""
+        units = tuple(unit // parts for unit in self.units)
+        return replace(self, stays=self.stays // parts, units=units, tables=self.tables // parts)
 
 
 def resident_bytes(component: Footprint, residence: Residence, *, in_its_stage: bool = True) -> int:
@@ -110,63 +114,3 @@ def resident_bytes(component: Footprint, residence: Residence, *, in_its_stage: 
     if residence is Residence.MOVED:
         return component.stays + sum(component.units)
     return component.stays + component.slots * max(component.units, default=0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arrangement:
-    """Where text encoder and transformers are, and the reason, for the log."""
-
-    text: Residence
-    transformer: Residence
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Components:
-    """What is to be arranged: the text encoder, the experts, and the bytes of all else that stays."""
-
-    text: Footprint
-    experts: Sequence[Footprint]
-    others_bytes: int
-
-    def peak_bytes(self, text: Residence, transformer: Residence) -> int:
-        """The most that all weights take together. Of experts that are moved in, one is there at a time."""
-        resting = sum(resident_bytes(expert, transformer, in_its_stage=False) for expert in self.experts)
-        coming = max(
-            resident_bytes(expert, transformer) - resident_bytes(expert, transformer, in_its_stage=False)
-            for expert in self.experts
-        )
-        reading = resident_bytes(self.text, text) + resting
-        denoising = resident_bytes(self.text, text, in_its_stage=False) + resting + coming
-        return self.others_bytes + max(reading, denoising)
-
-
-def as_asked(asked: Mapping[str, Residence]) -> Arrangement:
-    """Where nothing bounds the memory: resident, but for what was asked otherwise."""
-    text, transformer = (asked.get(name, Residence.RESIDENT) for name in ("text", "transformer"))
-    reason = "asked for" if asked else "no bound was given for the memory"
-    return Arrangement(text=text, transformer=transformer, reason=reason)
-
-
-def arrange(components: Components, asked: Mapping[str, Residence], memory: int) -> Arrangement:
-    """The first arrangement that leaves room to compute in `memory` bytes, with what was asked for."""
-    room = round(_FOR_WEIGHTS * memory)
-    for first, second in _candidates(components):
-        text, transformer = asked.get("text", first), asked.get("transformer", second)
-        needed = components.peak_bytes(text, transformer)
-        if needed <= room:
-            break
-    resident = components.peak_bytes(Residence.RESIDENT, Residence.RESIDENT)
-    fits = "" if needed <= room else ", which is more, and there is no smaller arrangement"
-    reason = (
-        f"weights take {needed / 1e9:.2f} GB at a time (all of them {resident / 1e9:.2f} GB), and of the "
-        f"{memory / 1e9:.2f} GB of memory {room / 1e9:.2f} GB are for weights{fits}"
-    )
-    return Arrangement(text=text, transformer=transformer, reason=reason)
-
-
-def _candidates(components: Components) -> list[tuple[Residence, Residence]]:
-    """The fastest first. A text encoder works once per request: it is streamed before anything else."""
-    resident, moved, streamed = Residence
-    shared = [(streamed, moved)] if len(components.experts) > 1 else []
-    return [(resident, resident), (streamed, resident), *shared, (streamed, streamed)]

@@ -16,7 +16,7 @@ from frameloom.engine.dit import load_fast_dit, load_plain_dit, make_fast_dit
 from frameloom.engine.prompts import CachedPrompts
 from frameloom.engine.residence import Residents
 from frameloom.errors import CheckpointError, RequestError
-from frameloom.memory.residency import Arrangement
+from frameloom.memory.layout import Layout
 from frameloom.memory.stream import Stream
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.wan_dit import WanDiT
@@ -96,8 +96,7 @@ def component(path, kind=None):
 
 
 def streaming(residence=Residence.STREAMED):
-    arrangement = Arrangement(text=Residence.RESIDENT, transformer=residence, reason="")
-    return Residents(arrangement=arrangement, device=CPU, transformer=Stream(CPU))
+    return Residents(layout=Layout(transformer=residence), device=CPU, transformer=Stream(CPU))
 
 
 @pytest.mark.parametrize("quantized", ["keep", "expand"])
@@ -137,14 +136,14 @@ def test_rewrites_that_hold_weights_in_another_form_say_why_they_are_not_used(ch
 
 @pytest.mark.parametrize(
     ("memory", "text", "transformer"),
-    [("auto", "resident", "resident"), ("1GB", "resident", "resident"), ("100KB", "streamed", "streamed")],
+    [("auto", "resident", "resident"), ("8GB", "resident", "resident"), ("100KB", "streamed", "streamed")],
 )
 def test_a_bound_for_the_memory_decides_and_the_log_says_why(checkpoint_of, caplog, memory, text, transformer):
     with caplog.at_level(logging.INFO, "frameloom"), frameloom.load(checkpoint_of(), memory=memory):
         pass
     (line,) = (text for text in caplog.messages if text.startswith("text encoder "))
     assert line.startswith(f"text encoder {text}, transformer {transformer}: ")
-    assert re.search(r"no bound was given|weights take [\d.]+ GB at a time", line)
+    assert re.search(r"no bound was given|81 frames of 832x480, 50 steps take [\d.]+ GB of", line)
 
 
 def test_weights_that_are_missing_are_told_when_the_model_is_loaded_wherever_they_will_be(tmp_path):

@@ -1,21 +1,15 @@
 """The arithmetic of plans: what is held where, which arrangement is taken, and what would take less."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from frameloom.memory.plan import (
-    Arranged,
-    Layout,
-    Plan,
-    StagePlan,
-    Weights,
-    first_that_fits,
-    held_in,
-    host_bytes,
-    layouts,
-    next_cheaper,
-    smaller_sizes,
-)
+from frameloom.config import residences
+from frameloom.memory.lane import PINNED_BYTES
+from frameloom.memory.layout import Layout, Weights, held_in, layouts, pinned_bytes
+from frameloom.memory.plan import Arranged, Plan, StagePlan, first_that_fits, next_cheaper, smaller_sizes
+from frameloom.memory.residency import Footprint
 from frameloom.memory.vae import VaePlanner
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_fast import VaeChoices
@@ -23,53 +17,73 @@ from frameloom.models.vae_state import Passage
 from frameloom.types import Residence, SizeRules
 
 RESIDENT, MOVED, STREAMED = Residence
-TEXT = Weights(name="text_encoder", size_bytes=1000, block_bytes=40, blocks_bytes=800, stages=("text",))
-HIGH = Weights(name="transformer", size_bytes=5000, block_bytes=100, blocks_bytes=4000, stages=("denoise",))
-LOW = Weights(name="transformer_2", size_bytes=5000, block_bytes=100, blocks_bytes=4000, stages=("denoise",))
-VAE = Weights(name="vae", size_bytes=300, block_bytes=0, blocks_bytes=0, stages=("image", "decode"))
+TEXT = Weights(
+    name="text_encoder", footprint=Footprint(stays=20, units=(40,) * 20, slots=2, tables=180), stages=("text",)
+)
+EXPERT = Footprint(stays=1000, units=(100,) * 40, slots=2)
+HIGH = Weights(name="transformer", footprint=EXPERT, stages=("denoise",))
+LOW = Weights(name="transformer_2", footprint=EXPERT, stages=("denoise",))
+VAE = Weights(name="vae", footprint=Footprint(stays=300), stages=("image", "decode"))
 ALL = (TEXT, HIGH, LOW, VAE)
 RULES = SizeRules(width_multiple=16, height_multiple=16, temporal=4, reason="VAE 8 x patch 2")
 
 
-def arranged(device: int, host: int = 0, *, mapped: int = 0, layout: Layout | None = None) -> Arranged:
+def arranged(device: int, host: int = 0) -> Arranged:
     stage = StagePlan(stage="denoise", device_bytes=device, host_bytes=host, seconds=1.0)
-    layout = layout or Layout(text=RESIDENT, transformer=RESIDENT)
-    return Arranged(layout=layout, batched=False, passage="whole", stages=(stage,), mapped_bytes=mapped)
+    return Arranged(layout=Layout(), batched=False, passage="whole", stages=(stage,))
 
 
 def test_resident_weights_are_there_in_every_stage() -> None:
-    layout = Layout(text=RESIDENT, transformer=RESIDENT)
-    assert {held_in(stage, ALL, layout) for stage in ("text", "denoise", "decode", "encode")} == {11_300}
+    assert {held_in(stage, ALL, Layout()) for stage in ("text", "denoise", "decode", "encode")} == {11_300}
 
 
-def test_a_streamed_text_encoder_leaves_what_is_outside_its_blocks() -> None:
-    layout = Layout(text=STREAMED, transformer=RESIDENT)
-    assert held_in("text", ALL, layout) == 10_300 + 200 + 2 * 40
-    assert held_in("denoise", ALL, layout) == 10_300 + 200
+def test_a_streamed_text_encoder_leaves_what_is_outside_its_blocks_and_its_table() -> None:
+    layout = Layout(text=STREAMED)
+    assert held_in("text", ALL, layout) == 10_300 + 20 + 2 * 40
+    assert held_in("denoise", ALL, layout) == 10_300 + 20
 
 
 def test_experts_that_are_moved_in_share_a_place() -> None:
     layout = Layout(text=STREAMED, transformer=MOVED)
-    assert held_in("denoise", ALL, layout) == 200 + 300 + 5000 + 1000  # one whole, of the other what is not in blocks
+    assert held_in("denoise", ALL, layout) == 20 + 300 + 5000 + 1000  # one whole, of the other what is not in blocks
+    assert held_in("decode", ALL, layout) == 20 + 300 + 2 * 1000
 
 
-def test_streamed_transformers_have_two_blocks_at_a_time() -> None:
+def test_streamed_experts_share_two_blocks() -> None:
     layout = Layout(text=STREAMED, transformer=STREAMED)
-    assert held_in("denoise", ALL, layout) == 200 + 300 + 2 * 1000 + 2 * 100
-    assert held_in("decode", ALL, layout) == 200 + 300 + 2 * 1000
+    assert held_in("denoise", ALL, layout) == 20 + 300 + 2 * 1000 + 2 * 100
+    assert held_in("decode", ALL, layout) == 20 + 300 + 2 * 1000
 
 
-def test_the_host_pins_the_buffers_of_the_largest_streamed_blocks() -> None:
-    assert host_bytes(ALL, Layout(text=RESIDENT, transformer=RESIDENT)) == 0
-    assert host_bytes(ALL, Layout(text=STREAMED, transformer=RESIDENT)) == 80
-    assert host_bytes(ALL, Layout(text=STREAMED, transformer=STREAMED)) == 200
+def test_a_network_with_blocks_beside_has_three_at_a_time() -> None:
+    vace = replace(HIGH, footprint=replace(EXPERT, slots=3))
+    layout = Layout(transformer=STREAMED)
+    assert held_in("denoise", [vace], layout) == 1000 + 3 * 100
+
+
+def test_the_host_pins_two_pieces_for_each_way() -> None:
+    one = Layout(text=STREAMED)
+    assert pinned_bytes(Layout()) == 0
+    assert pinned_bytes(replace(one, transformer=MOVED)) == 2 * pinned_bytes(one) == 2 * PINNED_BYTES
 
 
 def test_every_layout_holds_less_than_the_one_before_while_denoising() -> None:
-    held = [held_in("denoise", ALL, layout) for layout in layouts(2)]
+    held = [held_in("denoise", ALL, layout) for layout in layouts(2, {})]
     assert held == sorted(held, reverse=True)
     assert len(set(held)) == 4
-    assert len(list(layouts(1))) == 3  # nothing to exchange with
+    assert len(list(layouts(1, {}))) == 3  # nothing to exchange with
+
+
+def test_what_is_asked_for_stays_and_the_rest_gives_way() -> None:
+    assert list(layouts(2, {"text": MOVED})) == [
+        Layout(text=MOVED, transformer=where) for where in (RESIDENT, MOVED, STREAMED)
+    ]
+    assert list(layouts(1, {"text": MOVED, "transformer": STREAMED})) == [Layout(text=MOVED, transformer=STREAMED)]
+
+
+def test_a_layout_can_be_asked_for_as_it_says() -> None:
+    for layout in layouts(2, {}):
+        assert Layout(**residences(layout.asked)) == layout
 
 
 def test_the_first_that_fits_is_taken_and_the_rest_is_not_looked_at() -> None:
@@ -84,11 +98,6 @@ def test_the_first_that_fits_is_taken_and_the_rest_is_not_looked_at() -> None:
 def test_of_none_that_fits_the_least_is_told() -> None:
     chosen, fits = first_that_fits([arranged(100), arranged(60), arranged(80)], 50, 0)
     assert (chosen.device_bytes, fits) == (60, False)
-
-
-def test_mapped_weights_do_not_keep_a_request_from_running() -> None:
-    assert first_that_fits([arranged(100, mapped=60)], 50, 0)[1]
-    assert not first_that_fits([arranged(100, mapped=40)], 50, 0)[1]
 
 
 def test_the_host_counts_as_well() -> None:

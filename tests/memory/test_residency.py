@@ -8,10 +8,7 @@ import torch
 from frameloom.config import residences
 from frameloom.errors import RequestError
 from frameloom.memory.residency import (
-    Components,
     Footprint,
-    arrange,
-    as_asked,
     chain_of_dit,
     chain_of_text_encoder,
     resident_bytes,
@@ -101,41 +98,6 @@ def test_of_a_table_no_more_than_rows_are_there_unless_it_is_resident():
     assert footprint.tables == encoder.shared.weight.nbytes
     table = resident_bytes(footprint, RESIDENT) - resident_bytes(footprint, MOVED)
     assert table == footprint.tables
-
-
-def components(*, experts=1):
-    text = Footprint(stays=1, units=(10,) * 8, slots=2, tables=19)  # 100, 81 or 21
-    expert = Footprint(stays=10, units=(20,) * 7, slots=2)  # 150 or 50
-    return Components(text=text, experts=[expert] * experts, others_bytes=30)
-
-
-@pytest.mark.parametrize(
-    ("experts", "room", "wanted", "peak"),
-    [
-        (1, 280, (RESIDENT, RESIDENT), 280),
-        (1, 279, (STREAMED, RESIDENT), 201),
-        (1, 200, (STREAMED, STREAMED), 81),
-        (2, 430, (RESIDENT, RESIDENT), 430),
-        (2, 429, (STREAMED, RESIDENT), 351),
-        (2, 350, (STREAMED, MOVED), 191),
-        (2, 190, (STREAMED, STREAMED), 91),
-        (2, 5, (STREAMED, STREAMED), 91),
-    ],
-)
-def test_the_fastest_arrangement_that_fits_is_taken(experts, room, wanted, peak):
-    parts = components(experts=experts)
-    found = arrange(parts, {}, round(room / 0.7))
-    assert (found.text, found.transformer) == wanted
-    assert parts.peak_bytes(*wanted) == peak
-    assert ("no smaller arrangement" in found.reason) == (room < peak)
-
-
-def test_what_is_asked_for_is_done_and_the_rest_chosen():
-    found = arrange(components(), {"text": MOVED}, 10)
-    assert (found.text, found.transformer) == (MOVED, STREAMED)
-    found = as_asked({"transformer": STREAMED})
-    assert (found.text, found.transformer, found.reason) == (RESIDENT, STREAMED, "asked for")
-    assert as_asked({}).reason == "no bound was given for the memory"
 
 
 def test_texts_name_components_and_residences():
