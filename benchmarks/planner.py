@@ -1,35 +1,40 @@
 """What plans say against what runs take: `python benchmarks/planner.py [PART OF A NAME]`; writes benchmarks/results/.
 
-A grid of network, size, frames and arrangement, random weights, each case in a process of its own on one thread of a
-CPU. Memory: the peak of the process above what it has after its imports. Seconds: of the CPU, which others on the
-machine disturb less than those of a clock. As in use, a first run of every network teaches the rate of the others;
-teachers are of another size and are not in the table. A case whose time is off by more than a fifth is run again, twice
-at most, and its fastest run counts; the record keeps all.
+A grid of network, size, frames and arrangement, random weights; each run in a process of its own on a thread of a CPU,
+three runs a case, of which the medians count; the record keeps all. Memory: the peak of the process above what it has
+after its imports. Seconds: of the CPU, which others on the machine disturb less than those of a clock. As in use, runs
+of every network teach the rates of the others: a small and a larger one, of sizes that are not in the grid.
 """
 
 import ctypes
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_weights import write_transformer
 from records import RESULTS, keep
 
 from frameloom.bench.paired import machine
 from frameloom.engine.blueprint import draw
-from frameloom.engine.dit import make_fast_dit
+from frameloom.engine.dit import load_plain_dit, make_fast_dit
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.machine import LIBRARIES_BYTES, machine_of
-from frameloom.engine.rates import Book, Rates, attention_flops, glance, text_flops
+from frameloom.engine.rates import Book, attention_flops, glance, text_flops
+from frameloom.engine.residence import Residents
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
+from frameloom.memory.layout import Layout, held_in
+from frameloom.memory.stream import Stream
 from frameloom.models.encoders import build_text_encoder
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec, VaeSpec
@@ -44,15 +49,17 @@ from frameloom.platform.allocator import keep_freed_memory
 from frameloom.platform.device import DTYPES
 from frameloom.platform.host import resident_bytes
 from frameloom.platform.tuning import Tuner
-from frameloom.types import ParallelPlan
+from frameloom.types import ParallelPlan, Residence
 from frameloom.weights.assemble import assemble
 from frameloom.weights.published import without_files
+from frameloom.weights.source import open_parts
 
 STEPS = 2  # timed, after the first
 PROMPTS = (30, 200)  # tokens of both prompts
-OFF = 0.2
 RECORD = "planner-cpu"
 RUNS = 3
+FILE = "wan2.1_t2v.safetensors"
+LAYOUTS = {False: Layout(), True: Layout(transformer=Residence.STREAMED)}
 _DIT = {"attention_head_dim": 128, "text_dim": 256}
 DITS: Mapping[str, Mapping[str, Any]] = {
     "512 wide": {**_DIT, "num_attention_heads": 4, "ffn_dim": 2048, "num_layers": 6},
@@ -75,8 +82,12 @@ _STATISTICS = {"latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16}
 Case = dict[str, Any]
 
 
-def _denoise(dit: str, dtype: str, size: tuple[int, int, int], *, batched: bool = False) -> Case:
-    return {"stage": "denoise", "network": dit, "dtype": dtype, "size": size, "batched": batched}
+def _denoise(
+    dit: str, dtype: str, size: tuple[int, int, int], *, batched: bool = False, streamed: bool = False
+) -> Case:
+    return {
+        "stage": "denoise", "network": dit, "dtype": dtype, "size": size, "batched": batched, "streamed": streamed,
+    }  # fmt: skip
 
 
 def _vae(
@@ -85,35 +96,50 @@ def _vae(
     return {"stage": stage, "network": vae, "dtype": dtype, "size": size, "steps": steps, "rows": rows}
 
 
+def _text(prompts: int) -> Case:
+    return {"stage": "text", "network": "UMT5", "dtype": "float32", "prompts": prompts, "config": TEXT}
+
+
+# Sizes are HEIGHT, WIDTH, FRAMES.
 TEACHERS = [
-    *(_denoise(dit, dtype, (128, 192, 13)) for dit in DITS for dtype in ("float32", "bfloat16")),
-    *(_vae("decode", vae, (96, 128, 9), 2, None) for vae in VAES),
-    *(_vae("encode", f"{version}, a third as wide", (96, 128, 9), 2, None) for version in ("2.1", "2.2")),
-    {"stage": "text", "network": "UMT5", "dtype": "float32", "prompts": 1, "config": TEXT},
-]
-GRID = [
-    # Sizes are HEIGHT, WIDTH, FRAMES.
     *(
         _denoise(dit, dtype, size)
         for dit in DITS
         for dtype in ("float32", "bfloat16")
-        for size in ((128, 128, 17), (192, 256, 17))
+        for size in ((128, 128, 9), (224, 288, 17))
     ),
-    _denoise("512 wide", "float32", (256, 320, 25)),
-    _denoise("1024 wide", "bfloat16", (256, 384, 17)),
-    *(_denoise(dit, "float32", (128, 192, 17), batched=True) for dit in DITS),
-    _denoise("1024 wide", "bfloat16", (192, 256, 17), batched=True),
+    *(_vae("decode", vae, (96, 128, 9), 2, None) for vae in VAES),
+    *(_vae("decode", vae, (160, 192, 17), 2, None) for vae in VAES if vae != "2.1"),
+    *(
+        _vae("encode", f"{version}, a third as wide", size, 2, None)
+        for version in ("2.1", "2.2")
+        for size in ((96, 128, 9), (160, 192, 17))
+    ),
+    _text(1),
+]
+GRID = [
+    *(
+        _denoise(dit, dtype, size)
+        for dit in DITS
+        for dtype in ("float32", "bfloat16")
+        for size in ((128, 192, 13), (192, 240, 17))
+    ),
+    _denoise("512 wide", "float32", (240, 320, 21)),
+    _denoise("1024 wide", "bfloat16", (240, 352, 17)),
+    *(_denoise(dit, "float32", (144, 192, 17), batched=True) for dit in DITS),
+    _denoise("1024 wide", "bfloat16", (176, 256, 17), batched=True),
+    *(_denoise(dit, "bfloat16", (160, 208, 17), streamed=True) for dit in DITS),
     *(
         _vae("decode", "2.1, a third as wide", size, steps, rows)
-        for size in ((128, 192, 17), (192, 256, 17))
+        for size in ((128, 160, 13), (176, 240, 17))
         for steps, rows in ((1, None), (2, None), (2, 32))
     ),
-    *(_vae("decode", "2.1", (64, 128, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 16))),
-    _vae("decode", "2.1", (128, 128, 9), 2, 32),
+    *(_vae("decode", "2.1", (80, 112, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 16))),
+    _vae("decode", "2.1", (112, 128, 9), 2, 32),
     *(_vae("decode", "2.2, a third as wide", (128, 192, 17), steps, rows) for steps, rows in ((2, None), (1, 32))),
-    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((128, 192, 17), (192, 256, 17))),
+    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((128, 160, 13), (176, 240, 17))),
     _vae("encode", "2.2, a third as wide", (128, 192, 17), 2, None),
-    {"stage": "text", "network": "UMT5", "dtype": "float32", "prompts": 2, "config": TEXT},
+    _text(2),
 ]
 
 
@@ -146,40 +172,32 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(case: Case) -> str:
     size = "x".join(map(str, case.get("size", (case.get("prompts"),))))
-    way = "batched" if case.get("batched") else ""
+    way = "batched" if case.get("batched") else "streamed" if case.get("streamed") else ""
     if "steps" in case:
         way = f"{case['steps']} at a time, " + (f"bands of {case['rows']}" if case["rows"] else "whole pictures")
     return ", ".join(filter(None, (case["stage"], case["network"], case["dtype"], size, way)))
 
 
 def _row(case: Case, environment: Mapping[str, str]) -> dict[str, Any]:
-    runs = [_run(case, environment)]
-    while len(runs) < RUNS and abs(runs[-1]["predicted_s"] / min(run["seconds"] for run in runs) - 1) > OFF:
-        runs.append(_run(case, environment))
-    fastest = min(runs, key=lambda run: run["seconds"])
-    peak = max(run["peak_bytes"] for run in runs)
-    row = {
-        "case": _name(case),
-        "memory": {
-            "predicted_bytes": fastest["predicted_bytes"],
-            "measured_bytes": peak,
-            "ratio": fastest["predicted_bytes"] / peak,
-        },
-        "seconds": {
-            "predicted": fastest["predicted_s"],
-            "measured": fastest["seconds"],
-            "ratio": fastest["predicted_s"] / fastest["seconds"],
-        },
-        "runs": runs,
-        "machine": machine(torch.device("cpu")),
-    }
+    runs = [_run(case, environment) for _ in range(RUNS)]
+    row: dict[str, Any] = {"case": _name(case)}
+    for what, predicted, measured in (
+        ("memory", "predicted_bytes", "peak_bytes"),
+        ("seconds", "predicted_s", "seconds"),
+    ):
+        found = statistics.median(run[measured] for run in runs)
+        foreseen = runs[0][predicted]
+        row[what] = {"predicted": foreseen, "measured": found, "ratio": foreseen / found}
     print(f"{row['case']}: memory {row['memory']['ratio']:.2f}, seconds {row['seconds']['ratio']:.2f}", flush=True)
-    return row
+    return {**row, "runs": runs, "machine": machine(torch.device("cpu"))}
 
 
 def _run(case: Case, environment: Mapping[str, str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
+    with tempfile.TemporaryDirectory() as folder:
+        if case.get("streamed"):
+            write_transformer(Path(folder) / FILE, TransformerSpec(**DITS[case["network"]]), repeats=True)
+        command = [sys.executable, __file__, json.dumps({**case, "folder": folder})]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
     if done.returncode:
         sys.exit(f"{_name(case)} failed: {done.stderr.strip()[-800:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -223,12 +241,9 @@ def _latent_shape(case: Case, spec: VaeSpec) -> tuple[int, ...]:
 
 
 def _denoising(case: Case) -> Callable[[], float]:
-    spec, dtype = TransformerSpec(**DITS[case["network"]]), DTYPES[case["dtype"]]
-    dit = WanDiT(spec).eval()
-    for name, parameter in dit.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else dtype)
-    fast = make_fast_dit(dit, policy=policy_of("rounding", ()))
+    fast = make_fast_dit(_streamed(case) if case["streamed"] else _resident(case), policy=policy_of("rounding", ()))
     x = torch.randn(_latent_shape(case, VaeSpec()))
+    spec, dtype = fast.dit.spec, DTYPES[case["dtype"]]
     texts = [torch.zeros(1, 512, spec.text_dim, dtype=dtype) for _ in PROMPTS]
     for text, length in zip(texts, PROMPTS, strict=True):
         text[:, :length] = torch.randn(1, length, spec.text_dim).to(dtype)
@@ -239,6 +254,21 @@ def _denoising(case: Case) -> Callable[[], float]:
         return sum(seconds[1:]) / STEPS
 
     return run
+
+
+def _resident(case: Case) -> WanDiT:
+    dit = WanDiT(TransformerSpec(**DITS[case["network"]])).eval()
+    for name, parameter in dit.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if dit.keep_in_fp32(name) else DTYPES[case["dtype"]])
+    return dit
+
+
+def _streamed(case: Case) -> WanDiT:
+    """With its weights in a file."""
+    spec, device = TransformerSpec(**DITS[case["network"]]), torch.device("cpu")
+    residents = Residents(layout=LAYOUTS[True], device=device, transformer=Stream(device))
+    part = open_parts(Path(case["folder"]) / FILE)["transformer"]
+    return load_plain_dit(part, spec, DTYPES[case["dtype"]], device, residents=residents)
 
 
 def _passing(case: Case) -> Callable[[], float]:
@@ -265,21 +295,29 @@ def _foreseen(case: Case, seconds: float) -> dict[str, float]:
     """Bytes and seconds by the planner, and what this run teaches it, if it is to."""
     foresight, book = _planner(case)
     plan, stage = foresight.plan, case["stage"]
+    lesson = "image" if stage == "encode" else stage
     channels = plan.vae.decoder_base_dim or plan.vae.base_dim
-    rates = book.corrected(glance(foresight.machine.device, plan.dtype, channels))
-    weights = {part.name: part.size_bytes for part in foresight.weights(encodes=stage == "encode", with_image=False)}
-    count = {"denoise": _of_step, "text": _of_text}.get(stage, _of_passage)
-    part, working, predicted_s, rate = count(case, foresight, rates, seconds)
+    component = {"denoise": "transformer", "text": "text_encoder"}.get(stage, "vae")
+    parts = foresight.weights(encodes=stage == "encode", with_image=False)
+    weights = held_in(
+        "decode" if stage == "encode" else stage,
+        [part for part in parts if part.name == component],
+        LAYOUTS[bool(case.get("streamed"))],
+    )
+    counted = {"denoise": _of_step, "text": _of_text}.get(stage, _of_passage)(case, foresight)
+    rates = book.corrected(glance(foresight.machine.device, plan.dtype, channels), {lesson: counted.flops})
+    rate = {"denoise": rates.products, "text": rates.text, "decode": rates.decode, "encode": rates.encode}[stage]
+    taken = counted.flops + counted.attention_flops * (rates.products / rates.attention - 1)  # as if all were products
     if case.get("learns"):
-        key, _ = book.lessons(rates)["image" if stage == "encode" else stage]
-        book.tuner.note(key, rate)
+        key, _ = book.lessons(rates, {lesson: counted.flops})[lesson]
+        book.tuner.note(key, taken / seconds)
         book.tuner.save()
     return {
-        "predicted_bytes": weights[part] + working + LIBRARIES_BYTES,
-        "predicted_s": predicted_s,
-        "flops_per_s": rate,
-        "weight_bytes": weights[part],
-        "working_bytes": working,
+        "predicted_bytes": weights + counted.working_bytes + LIBRARIES_BYTES,
+        "predicted_s": taken / rate,
+        "flops_per_s": taken / seconds,
+        "weight_bytes": weights,
+        "working_bytes": counted.working_bytes,
     }
 
 
@@ -306,34 +344,42 @@ def _planner(case: Case) -> tuple[Foresight, Book]:
     return Foresight(plan=plan, machine=here, policy=policy_of("rounding", ())), book
 
 
-Counted = tuple[str, int, float, float]  # the component, its working bytes, predicted seconds, the rate of this run
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """What a case takes besides its weights, and what it computes."""
+
+    working_bytes: int
+    flops: float
+    attention_flops: float = 0.0
 
 
-def _of_step(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
-    shape = _latent_shape(case, VaeSpec())
-    working = foresight.step_bytes(shape, branches=2, batched=case["batched"])
+def _of_step(case: Case, foresight: Foresight) -> Counted:
+    shape, layout = _latent_shape(case, VaeSpec()), LAYOUTS[case["streamed"]]
     work = StepWork(
         spec=foresight.plan.experts[0], latent_THW=shape[2:], batched=case["batched"],
         text_tokens=foresight.text_tokens, itemsize=foresight.plan.dtype.itemsize,
     )  # fmt: skip
-    flops, attention = step_costs(work, ParallelPlan())[0].flops, attention_flops(work)
-    rate = (flops - attention + attention * rates.products / rates.attention) / seconds
-    return "transformer", working, rates.step_s(flops, attention), rate
+    return Counted(
+        working_bytes=foresight.step_bytes(shape, branches=2, batched=case["batched"], residence=layout.transformer),
+        flops=step_costs(work, ParallelPlan())[0].flops,
+        attention_flops=attention_flops(work),
+    )
 
 
-def _of_text(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
+def _of_text(case: Case, foresight: Foresight) -> Counted:
     flops = text_flops(case["config"], case["prompts"], 512)
-    return "text_encoder", foresight.text_bytes(case["prompts"]), flops / rates.text, flops / seconds
+    return Counted(working_bytes=foresight.text_bytes(case["prompts"]), flops=flops)
 
 
-def _of_passage(case: Case, foresight: Foresight, rates: Rates, seconds: float) -> Counted:
+def _of_passage(case: Case, foresight: Foresight) -> Counted:
     spec, encodes = foresight.plan.vae, case["stage"] == "encode"
     passage = replace(foresight.vae_planner.choices.passage, steps=case["steps"], rows=case["rows"])
     height, width, frames = case["size"]
     cells = _latent_shape(case, spec)
-    working = foresight.vae_bytes((1, 3, frames, height, width) if encodes else cells, passage, encode=encodes)
-    flops = pass_costs(VaeWork(spec=spec, latent_THW=cells[2:], steps=case["steps"], encodes=encodes), 1)[0].flops
-    return "vae", working, flops / (rates.encode if encodes else rates.decode), flops / seconds
+    return Counted(
+        working_bytes=foresight.vae_bytes((1, 3, frames, height, width) if encodes else cells, passage, encode=encodes),
+        flops=pass_costs(VaeWork(spec=spec, latent_THW=cells[2:], encodes=encodes), 1)[0].flops,
+    )
 
 
 if __name__ == "__main__":

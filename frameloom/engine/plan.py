@@ -99,13 +99,17 @@ class Planner:
         )  # fmt: skip
 
     @functools.cached_property
-    def rates(self) -> Rates:
-        """How fast the machine is."""
+    def _at_first(self) -> Rates:
+        """How fast the machine is, for all that is known before it was used."""
         dtype, vae_dtype = self.blueprint.dtype, self.blueprint.vae_dtype
         if self.machine.spec is not None:
             return sheet_rates(self.machine.spec, dtype, vae_dtype)
         vae = self.blueprint.vae
-        return self.book.corrected(glance(self.machine.device, dtype, vae.decoder_base_dim or vae.base_dim))
+        return glance(self.machine.device, dtype, vae.decoder_base_dim or vae.base_dim)
+
+    def _rates(self, work: Mapping[str, float]) -> Rates:
+        """How fast it is for so many operations of each stage."""
+        return self._at_first if self.machine.spec is not None else self.book.corrected(self._at_first, work)
 
     def plan(self, request: SizedRequest) -> Plan:
         """The first arrangement that fits, what else there is, and what would fit where nothing does."""
@@ -128,13 +132,13 @@ class Planner:
             cheaper=cheaper,
             fits=fits,
             remedy="" if fits else self._remedy(request, arranged),
-            rates=self.rates.source,
+            rates=work.rates.source,
             here=here,
-            lessons=self.book.lessons(self.rates) if here else {},
+            lessons=self.book.lessons(work.rates, work.flops) if here else {},
         )
 
     def _workload(self, request: SizedRequest, parallel: ParallelPlan) -> Workload:
-        return Workload(self.foresight, self.rates, request=request, parallel=parallel, asked=self._asked)
+        return Workload(self.foresight, self._rates, request=request, parallel=parallel, asked=self._asked)
 
     def _parallel_plan(self, request: SizedRequest) -> tuple[ParallelPlan, str]:
         spec, gpus = self.blueprint.experts[0], self.gpus

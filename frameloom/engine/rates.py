@@ -1,10 +1,12 @@
 """How fast devices compute the networks: by data sheets, by a quick look at this machine, and by what was run here.
 
-A run teaches the next plan: the rate of every stage is kept beside the measured choices, for its network and dtype.
+A run teaches the next plan: the rate of every stage is kept beside the measured choices, for its network, its dtype and
+how much there was to compute, as small work is slower for what it is.
 """
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +22,12 @@ from frameloom.platform.tuning import Tuner
 
 # What is reached of a data sheet's rate: docs/parallel.md has the assumptions; nothing of it was measured.
 _OF_PRODUCTS, _OF_ATTENTION, _OF_CONVOLUTIONS = 0.36, 0.36, 0.3
-# On a CPU, of the rate of a square product: measured on two cores of one, see benchmarks/planner.py.
-_ATTENTION_HERE: Mapping[torch.dtype, float] = {torch.float32: 0.85, torch.bfloat16: 0.4}
+# On a CPU, of the rate of a square product: measured on one, see benchmarks/planner.py.
+_ATTENTION_HERE = 0.85
 _WINOGRAD_GAIN, _WINOGRAD_CHANNELS = 2.6, 50  # convolutions of b channels: gain x b / (b + channels)
 _TEXT_SHARE = 0.8
 _SIDE = 1024
+_SIZES = range(16, 64)  # runs of so many operations are told apart, as powers of two
 _COPIED = 1 << 26
 
 
@@ -78,7 +81,7 @@ def glance(device: torch.device, dtype: torch.dtype, vae_channels: int) -> Rates
     copied = 2 * _COPIED / min(timed(lambda: target.copy_(source), device) for _ in range(3))
     return Rates(
         products=product,
-        attention=product * _ATTENTION_HERE.get(dtype, 0.5),
+        attention=product * _ATTENTION_HERE,
         text=product * _TEXT_SHARE,
         decode=convolutions,
         encode=convolutions,
@@ -96,7 +99,10 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Book:
-    """Rates that runs left behind, for networks that compute in certain dtypes with as many threads."""
+    """Rates that runs left behind, for networks that compute in certain dtypes with as many threads.
+
+    `work`, everywhere: FLOPs of a stage, of denoising those of one step.
+    """
 
     tuner: Tuner
     dit: TransformerSpec
@@ -105,9 +111,9 @@ class Book:
     vae_dtype: torch.dtype
     text: Mapping[str, Any]
 
-    def corrected(self, rates: Rates) -> Rates:
-        """The same, with what runs have taught."""
-        found = {stage: self.tuner.number(self._key(stage)) for stage in ("text", "denoise", "decode", "image")}
+    def corrected(self, rates: Rates, work: Mapping[str, float]) -> Rates:
+        """The same, with what runs of the stages in `work` have taught."""
+        found = {stage: self._taught(stage, flops) for stage, flops in work.items()}
         known: dict[str, float] = {stage: rate for stage, rate in found.items() if rate is not None}
         if "denoise" in known:
             products = known.pop("denoise")
@@ -119,10 +125,25 @@ class Book:
         what = "all of it" if len(found) == sum(rate is not None for rate in found.values()) else "in part"
         return replace(rates, **known, source=f"earlier runs on this machine ({what})")
 
-    def lessons(self, rates: Rates) -> dict[str, tuple[str, float]]:
-        """Of each stage of a run the key to keep its rate under, and the rate that was expected."""
+    def lessons(self, rates: Rates, work: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+        """Of each stage in `work` the key to keep its rate under, and the rate that was expected."""
         expected = {"text": rates.text, "denoise": rates.products, "decode": rates.decode, "image": rates.encode}
-        return {stage: (self._key(stage), rate) for stage, rate in expected.items()}
+        return {stage: (self._sized(stage, round(math.log2(flops))), expected[stage]) for stage, flops in work.items()}
+
+    def _taught(self, stage: str, flops: float) -> float | None:
+        """The rate of runs of about that size: between two, what lies between them; else that of the nearest."""
+        rates = {size: self.tuner.number(self._sized(stage, size)) for size in _SIZES}
+        known: dict[int, float] = {size: rate for size, rate in rates.items() if rate is not None}
+        if not known:
+            return None
+        place = math.log2(flops)
+        below = max((size for size in known if size <= place), default=min(known))
+        above = min((size for size in known if size >= place), default=max(known))
+        share = (place - below) / (above - below) if above > below else 0.0
+        return float(known[below] ** (1 - share) * known[above] ** share)
+
+    def _sized(self, stage: str, size: int) -> str:
+        return f"{self._key(stage)}, 2^{size} FLOP"
 
     def _key(self, stage: str) -> str:
         dit = self.dit

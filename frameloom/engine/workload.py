@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,18 +69,18 @@ class SizedRequest:
 
 
 class Workload:
-    """What a request is for the networks, and the ways to arrange it."""
+    """What a request is for the networks, and the ways to arrange it. `rates`: how fast so much of each stage is."""
 
     def __init__(
         self,
         foresight: Foresight,
-        rates: Rates,
+        rates: Callable[[Mapping[str, float]], Rates],
         *,
         request: SizedRequest,
         parallel: ParallelPlan,
         asked: Mapping[str, Residence],
     ) -> None:
-        self.foresight, self.rates, self.request, self.parallel = foresight, rates, request, parallel
+        self.foresight, self.request, self.parallel = foresight, request, parallel
         self.plan = plan = foresight.plan
         vae, cells = plan.vae, (request.height // plan.vae.spatial_scale, request.width // plan.vae.spatial_scale)
         self.latent_THW = (1 + (request.num_frames - 1) // vae.temporal_scale, *cells)
@@ -90,6 +90,7 @@ class Workload:
         self.batched, self.why_guidance = self._guidance()
         divided = parallel.tp * parallel.fsdp > 1  # such weights stay
         self._layouts = [Layout()] if divided else list(layouts(len(plan.experts), asked))
+        self.rates = rates(self.flops)
 
     def _guidance(self) -> tuple[tuple[bool, ...], str]:
         """Whether both branches may make one batch, the faster way first."""
@@ -189,8 +190,7 @@ class Workload:
     def _seconds(self, stage: Stage, layout: Layout, passage: Passage) -> float:
         rates = self.rates
         if stage == "text":
-            flops = self.text_flops
-            return flops / rates.text + self._moving_s("text_encoder", layout)
+            return self.flops["text"] / rates.text + self._moving_s("text_encoder", layout)
         if stage == "denoise":
             return self.request.steps * self._step_s(layout)
         if stage == "encode":
@@ -199,11 +199,18 @@ class Workload:
         rate = rates.encode if stage == "image" else rates.decode
         return predicted_s(self._vae_costs(passage, encodes=stage == "image"), rate, self._network)
 
-    @property
-    def text_flops(self) -> float:
-        """Of reading all prompts."""
+    @functools.cached_property
+    def flops(self) -> Mapping[str, float]:
+        """Of each stage that computes, on one rank that does all of it; of one step."""
         config = self.plan.checkpoint.components["text_encoder"].config
-        return text_flops(config, self.request.batch * self.branches, TEXT_LENGTH)
+        found = {
+            "text": text_flops(config, self.request.batch * self.branches, TEXT_LENGTH),
+            "denoise": step_costs(self.step_work, ParallelPlan())[0].flops,
+            "decode": pass_costs(self._vae_work(1, encodes=False), 1)[0].flops,
+        }
+        if self.request.encodes:
+            found["image"] = pass_costs(self._vae_work(1, encodes=True), 1)[0].flops
+        return found
 
     @property
     def step_work(self) -> StepWork:
@@ -220,9 +227,8 @@ class Workload:
         return step_costs(self.step_work, replace(self.parallel, fsdp=1))
 
     def _step_s(self, layout: Layout) -> float:
-        work, rates = self.step_work, self.rates
-        (whole,) = step_costs(work, ParallelPlan())
-        effective = whole.flops / rates.step_s(whole.flops, attention_flops(work))
+        rates, flops = self.rates, self.flops["denoise"]
+        effective = flops / rates.step_s(flops, attention_flops(self.step_work))
         computing_s = predicted_s(self.step_costs, effective, self._network)
         if self.parallel.fsdp > 1:
             gathered = self.plan.held_bytes(self.foresight.quantized) / len(self.plan.experts)
@@ -239,11 +245,15 @@ class Workload:
         return 0.0 if where is Residence.RESIDENT else sum(part.footprint.units) / self.rates.link
 
     def _vae_costs(self, passage: Passage, *, encodes: bool) -> list[RankCost]:
-        work = VaeWork(
-            spec=self.plan.vae, latent_THW=self.latent_THW, batch=self.request.batch, encodes=encodes,
-            steps=passage.steps, itemsize=self.plan.vae_dtype.itemsize,
+        return pass_costs(
+            self._vae_work(passage.steps, encodes=encodes), self.parallel.num_ranks, parts=self.parallel.vae
+        )
+
+    def _vae_work(self, steps: int, *, encodes: bool) -> VaeWork:
+        return VaeWork(
+            spec=self.plan.vae, latent_THW=self.latent_THW, batch=self.request.batch, encodes=encodes, steps=steps,
+            itemsize=self.plan.vae_dtype.itemsize,
         )  # fmt: skip
-        return pass_costs(work, self.parallel.num_ranks, parts=self.parallel.vae)
 
     @property
     def _network(self) -> Network:
