@@ -1,7 +1,6 @@
 """`frameloom generate`."""
 
 import functools
-import os
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +17,17 @@ from frameloom.cli.options import (
     ExactnessOption,
     GpusOption,
     JsonOption,
+    MemoryOption,
     ModelOption,
     ParallelOption,
     QuietOption,
+    ResidenceOption,
     RewriteOption,
     VaeMemoryOption,
     VariantOption,
+    WindowFramesOption,
+    WindowOverlapOption,
+    WindowsOption,
     with_parts,
 )
 from frameloom.cli.ranks import is_first, share
@@ -82,12 +86,9 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
-    windows: Annotated[
-        bool | None,
-        typer.Option(help="Denoise more frames than the model was trained on in windows (lossy), blended."),
-    ] = None,
-    window_frames: Annotated[int | None, typer.Option(help="Frames of a window; by default what it knows.")] = None,
-    window_overlap: Annotated[int | None, typer.Option(help="Frames that neighbours share at least.")] = None,
+    windows: WindowsOption = None,
+    window_frames: WindowFramesOption = None,
+    window_overlap: WindowOverlapOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
     guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
@@ -103,12 +104,8 @@ def generate(
     compilation: CompileOption = "auto",
     attention: AttentionOption = "auto",
     vae_memory: VaeMemoryOption = "auto",
-    memory: Annotated[
-        str, typer.Option(help="What all may take: auto, or bytes such as 24GB; weights then come as they are needed.")
-    ] = "auto",
-    residence: Annotated[
-        str, typer.Option(help="Where weights are: auto, or such as text=moved,transformer=streamed (or resident).")
-    ] = "auto",
+    memory: MemoryOption = "auto",
+    residence: ResidenceOption = "auto",
     prompt_cache: Annotated[
         bool, typer.Option(help="Keep what the text encoder made of prompts in the cache folder.")
     ] = True,
@@ -165,6 +162,10 @@ def generate(
         if model is None and not parts and (hint := advice(prompt)):
             console.print(hint, style="yellow")
         foreseen = _foreseen(model, parts, options, EngineConfig(**config), device=device, variant=variant)
+        if foreseen is not None and launched() is None:  # several ranks find out together
+            config["residence"] = foreseen.arranged.layout.asked
+            if not foreseen.arranged.layout.is_resident:
+                console.print(f"{foreseen.arranged.layout}: {foreseen.choices[0].reason}", style="yellow")
         begun = time.perf_counter()
         with byte_bars(console) as on_bytes:
             engine = frameloom.load(
@@ -199,14 +200,14 @@ def _foreseen(
     device: str,
     variant: str,
 ) -> "Plan | None":
-    """The plan of a request, by the first rank; None where only what must be fetched or read first would tell.
+    """The plan of a request, by the first rank; None where the size is that of a video which has not been read yet.
 
     Raises RequestError for what does not fit, before any weight is read.
     """
     place = launched()
     of_videos = options["video"] is not None or options["control_video"] is not None
-    sources = [*parts.values(), *([] if model is None else [model])]
-    if not is_first() or of_videos or not all(os.path.exists(os.path.expanduser(source)) for source in sources):
+    of_unknown_size = of_videos and None in (options["width"], options["height"], options["num_frames"])
+    if not is_first() or of_unknown_size:
         return None
     gpus = 1 if place is None else place.world_size
     request = {name: value for name, value in options.items() if value is not None and name != "seed"}
@@ -218,7 +219,6 @@ def _foreseen(
         config=config,
         variant=variant,
         here_only=True,
-        memory=config.memory,
         **request,
     )
     if plan.refusal:

@@ -46,6 +46,27 @@ VaeMemoryOption = Annotated[
 ]
 
 
+MemoryOption = Annotated[
+    str, typer.Option(help="What all may take: auto, or bytes such as 24GB; weights then come as they are needed.")
+]
+
+
+ResidenceOption = Annotated[
+    str, typer.Option(help="Where weights are: auto, or such as text=moved,transformer=streamed (or resident).")
+]
+
+
+WindowsOption = Annotated[
+    bool | None, typer.Option(help="Denoise more frames than the model was trained on in windows (lossy), blended.")
+]
+
+
+WindowFramesOption = Annotated[int | None, typer.Option(help="Frames of a window; by default what it knows.")]
+
+
+WindowOverlapOption = Annotated[int | None, typer.Option(help="Frames that neighbours share at least.")]
+
+
 GpusOption = Annotated[
     int | None, typer.Option(help="Share the work over so many devices of this machine (with --device cpu: processes).")
 ]

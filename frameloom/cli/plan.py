@@ -12,9 +12,13 @@ from frameloom.cli.options import (
     ExactnessOption,
     JsonOption,
     ParallelOption,
+    ResidenceOption,
     RewriteOption,
     VaeMemoryOption,
     VariantOption,
+    WindowFramesOption,
+    WindowOverlapOption,
+    WindowsOption,
     with_parts,
 )
 from frameloom.errors import RequestError
@@ -38,6 +42,9 @@ def plan(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    windows: WindowsOption = None,
+    window_frames: WindowFramesOption = None,
+    window_overlap: WindowOverlapOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
     device: Annotated[
@@ -45,6 +52,7 @@ def plan(
     ] = "auto",
     gpus: Annotated[int, typer.Option(help="So many of them.")] = 1,
     memory: Annotated[str, typer.Option(help="What may be used of the device: auto, or bytes such as 24GB.")] = "auto",
+    residence: ResidenceOption = "auto",
     host_memory: Annotated[
         str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB.")
     ] = "auto",
@@ -64,12 +72,12 @@ def plan(
         raise RequestError(f"{gpus} devices compute nothing; use 1 or more")
     config = EngineConfig(
         dtype=dtype, quantized=quantized, preset=preset, exactness=exactness, rewrites=tuple(rewrite or ()),
-        vae_memory=vae_memory, parallel=parallel,
+        vae_memory=vae_memory, parallel=parallel, residence=residence,
     )  # fmt: skip
     found = frameloom.plan(
         model or of_model, parts=parts or None, device=device, gpus=gpus, memory=memory, host_memory=host_memory,
         config=config, variant=variant, width=width, height=height, num_frames=frames, steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance, windows=windows, window_frames=window_frames, window_overlap=window_overlap,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.record()))

@@ -154,7 +154,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
     experts, live = _load_experts(plan, chosen, ranks, adapters, attention=origin.config.attention, residents=residents)
     vae = load_fast_vae(
         plan.checkpoint.components["vae"], plan.vae, plan.vae_dtype, device,
-        policy=chosen.policy, budget_bytes=chosen.vae_bytes, ranks=ranks,
+        policy=chosen.policy, budget_bytes=residents.vae_bytes, ranks=ranks,
     )  # fmt: skip
     pipeline = WanPipeline(
         text_encoder=text_encoder,

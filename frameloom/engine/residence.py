@@ -17,7 +17,7 @@ from frameloom.engine.plan import Planner
 from frameloom.engine.ranks import Ranks
 from frameloom.engine.workload import SizedRequest
 from frameloom.errors import RequestError
-from frameloom.memory.layout import Layout
+from frameloom.memory.layout import Layout, held_in
 from frameloom.memory.plan import amount
 from frameloom.memory.residency import Chain, chain_of_dit, chain_of_text_encoder
 from frameloom.memory.stream import Stream, Unit, streamed
@@ -38,10 +38,14 @@ log = logging.getLogger(LOGGER_NAME)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Residents:
-    """Where everything is. `text`, `transformer`: the streams of what is not resident; experts share one."""
+    """Where everything is. `text`, `transformer`: the streams of what is not resident; experts share one.
+
+    `vae_bytes`: what the VAE may take besides its weights; None: a share of what is free.
+    """
 
     layout: Layout
     device: torch.device
+    vae_bytes: int | None = None
     text: Stream | None = None
     transformer: Stream | None = None
 
@@ -95,29 +99,35 @@ def settle(plan: Blueprint, config: EngineConfig, ranks: Ranks) -> Residents:
     should come and go.
     """
     asked, bound = _with_divided(residences(config.residence), ranks), _bound(memory_bytes(config.memory), ranks)
-    if len(asked) == 2 or bound is None:
-        layout, reason = Layout(**asked), "asked for" if asked else "no bound was given for the memory"
-    else:
-        found, reason = ranks.agreed(lambda: _planned(plan, replace(config, residence=_text(asked)), bound, ranks))
-        layout = Layout(**residences(found))
+    layout, reason = Layout(**asked), "asked for" if asked else "no bound was given for the memory"
+    vae_bytes = memory_bytes(config.vae_memory)
+    if bound is not None:
+        wanted = replace(config, residence=_text(asked), parallel=str(ranks.plan))
+        told, reason, room = ranks.agreed(lambda: _planned(plan, wanted, bound, ranks))
+        layout = Layout(**residences(told))
+        if vae_bytes is None and config.memory != "auto":  # what is free is asked anew by every video
+            vae_bytes = room
     text, transformer = layout.text, layout.transformer
     log.info("text encoder %s, transformer %s: %s", text, transformer, reason)
     if config.quantized == "expand" and not layout.is_resident:
         log.info("quantized weights that are not resident stay as they are stored")
     streams = [None if where is Residence.RESIDENT else Stream(ranks.device) for where in (text, transformer)]
-    return Residents(layout=layout, device=ranks.device, text=streams[0], transformer=streams[1])
+    return Residents(layout=layout, device=ranks.device, vae_bytes=vae_bytes, text=streams[0], transformer=streams[1])
 
 
-def _planned(plan: Blueprint, config: EngineConfig, bound: int, ranks: Ranks) -> tuple[str, str]:
-    """The layout in which a video of the size that the checkpoint is documented for fits, or the smallest; and why."""
+def _planned(plan: Blueprint, config: EngineConfig, bound: int, ranks: Ranks) -> tuple[str, str, int]:
+    """The first layout in which a video fits as the checkpoint is documented for, or the smallest; why; the VAE's room.
+
+    The room is what is left in the bound beside the weights while frames are decoded.
+    """
     machine = machine_of(str(ranks.device), memory=bound, only_here=True)
-    planner = Planner(plan, machine, replace(config, parallel=str(ranks.plan)), gpus=ranks.world.size, here_only=True)
+    planner = Planner(plan, machine, config, gpus=ranks.world.size, here_only=True)
     found = planner.plan(SizedRequest.of(GenerateRequest(prompt="a video"), plan))
+    layout = found.arranged.layout
+    held = held_in("decode", planner.foresight.weights(encodes=False, with_image=False), layout)
     takes = f"{found.request} take {amount(found.arranged.device_bytes)} of {amount(bound)}"
-    return (
-        found.arranged.layout.asked,
-        takes if found.fits else f"{takes}, which is more, and there is no smaller layout",
-    )
+    why = takes if found.fits else f"{takes}, which is more, and no layout takes less"
+    return layout.asked, why, max(1, bound - machine.base_bytes - held)
 
 
 def _text(asked: Mapping[str, Residence]) -> str:

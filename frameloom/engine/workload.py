@@ -2,9 +2,12 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from frameloom.config import resolve
 from frameloom.engine.blueprint import Blueprint
@@ -19,15 +22,20 @@ from frameloom.parallel.cost import Link, Network, RankCost, predicted_s
 from frameloom.parallel.pass_cost import VaeWork, pass_costs
 from frameloom.parallel.step_cost import StepWork, step_costs
 from frameloom.pipeline.images import image_of
+from frameloom.sampling.windows import windows_over
 from frameloom.types import GenerateRequest, ParallelPlan, Residence, ResolvedRequest, SizeRules, Stage
 
 _LATENCY_S = 20e-6  # of an exchange
+_OF_SAMPLING = 4  # latents, noise or their beginning, and the sampler's memory of steps
 _ENCODED_PIXELS_PER_S = 30e6  # of a video file, on one core
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizedRequest:
-    """What a plan must know of a request. `batch`: prompts; `encodes`: pictures pass the VAE's encoder."""
+    """What a plan must know of a request. `batch`: prompts; `encodes`: pictures pass the VAE's encoder.
+
+    `window_frames`: of those that are denoised at a time, which share `window_overlap`; None: all of them.
+    """
 
     width: int
     height: int
@@ -36,6 +44,8 @@ class SizedRequest:
     guided: bool
     batch: int = 1
     encodes: bool = False
+    window_frames: int | None = None
+    window_overlap: int = 0
     rules: SizeRules
 
     @classmethod
@@ -61,11 +71,14 @@ class SizedRequest:
             guided=request.guidance_scale > 1,  # the first scale decides for both experts
             batch=len(request.prompts),
             encodes=encodes or request.image is not None or request.video is not None,
+            window_frames=request.window_frames,
+            window_overlap=request.window_overlap,
             rules=rules,
         )
 
     def __str__(self) -> str:
-        return f"{self.num_frames} frames of {self.width}x{self.height}, {self.steps} steps"
+        windows = "" if self.window_frames is None else f" in windows of {self.window_frames}"
+        return f"{self.num_frames} frames{windows} of {self.width}x{self.height}, {self.steps} steps"
 
 
 class Workload:
@@ -84,6 +97,8 @@ class Workload:
         self.plan = plan = foresight.plan
         vae, cells = plan.vae, (request.height // plan.vae.spatial_scale, request.width // plan.vae.spatial_scale)
         self.latent_THW = (1 + (request.num_frames - 1) // vae.temporal_scale, *cells)
+        self.views, seen = self._windows()
+        self.seen_THW = (seen, *cells)
         self.branches = 2 if request.guided else 1
         with_image = bool(plan.takes.needed)
         self.weights = foresight.weights(encodes=request.encodes, with_image=with_image)
@@ -102,9 +117,23 @@ class Workload:
             return (batched.guidance_batched,), why
         return ((True, False), "a batch where memory allows") if allowed else ((False,), "a batch is not allowed")
 
+    def _windows(self) -> tuple[int, int]:
+        """How many windows a step has, and how many latent frames each: the video's first, and its own."""
+        request, temporal = self.request, self.plan.vae.temporal_scale
+        frames = self.latent_THW[0]
+        length = frames if request.window_frames is None else 1 + (request.window_frames - 1) // temporal
+        windows = windows_over(frames - 1, length - 1, request.window_overlap // temporal)
+        return len(windows), min(frames, length)
+
     @property
     def _latents(self) -> tuple[int, ...]:
-        return (self.request.batch, self.plan.experts[0].in_channels, *self.latent_THW)
+        """What the network sees at a time."""
+        return (self.request.batch, self.plan.experts[0].in_channels, *self.seen_THW)
+
+    @property
+    def _latent_bytes(self) -> int:
+        """Of the whole video's."""
+        return self.request.batch * self.plan.vae.z_dim * math.prod(self.latent_THW) * torch.float32.itemsize
 
     def candidates(self) -> Iterator[Arranged]:
         """Ways to arrange the request, the fastest first; each is counted when it is asked for.
@@ -163,7 +192,7 @@ class Workload:
         whole = self.foresight.step_bytes(
             self._latents, branches=branches, batched=batched, residence=layout.transformer
         )
-        return whole // (self.parallel.ring * self.parallel.ulysses)
+        return whole // (self.parallel.ring * self.parallel.ulysses) + _OF_SAMPLING * self._latent_bytes
 
     @property
     def _decoded(self) -> tuple[int, ...]:
@@ -171,7 +200,7 @@ class Workload:
         return (self.request.batch, self.plan.vae.z_dim, frames, -(-height // self.parallel.vae), width)
 
     def _decode_bytes(self, passage: Passage) -> int:
-        return self.foresight.vae_bytes(self._decoded, passage)
+        return self.foresight.vae_bytes(self._decoded, passage) + self._latent_bytes
 
     def _encode_bytes(self, layout: Layout) -> int:
         """Of the fastest passage of pictures that fits beside the weights, else of the narrowest."""
@@ -192,7 +221,7 @@ class Workload:
         if stage == "text":
             return self.flops["text"] / rates.text + self._moving_s("text_encoder", layout)
         if stage == "denoise":
-            return self.request.steps * self._step_s(layout)
+            return self.request.steps * self.views * self._step_s(layout)
         if stage == "encode":
             last = passage.steps * self.plan.vae.temporal_scale
             return min(last, self.request.num_frames) * self.request.width * self.request.height / _ENCODED_PIXELS_PER_S
@@ -201,7 +230,7 @@ class Workload:
 
     @functools.cached_property
     def flops(self) -> Mapping[str, float]:
-        """Of each stage that computes, on one rank that does all of it; of one step."""
+        """Of each stage that computes, on one rank that does all of it; of one step, in one window."""
         config = self.plan.checkpoint.components["text_encoder"].config
         found = {
             "text": text_flops(config, self.request.batch * self.branches, TEXT_LENGTH),
@@ -214,10 +243,10 @@ class Workload:
 
     @property
     def step_work(self) -> StepWork:
-        """One step."""
+        """One step, in one window."""
         plan = self.plan
         return StepWork(
-            spec=plan.experts[0], latent_THW=self.latent_THW, batch=self.request.batch, branches=self.branches,
+            spec=plan.experts[0], latent_THW=self.seen_THW, batch=self.request.batch, branches=self.branches,
             batched=self.batched[0], text_tokens=self.foresight.text_tokens, itemsize=plan.dtype.itemsize,
         )  # fmt: skip
 
