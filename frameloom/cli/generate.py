@@ -165,7 +165,7 @@ def generate(
         if foreseen is not None and launched() is None:  # several ranks find out together
             config["residence"] = foreseen.arranged.layout.asked
             if not foreseen.arranged.layout.is_resident:
-                console.print(f"{foreseen.arranged.layout}: {foreseen.choices[0].reason}", style="yellow")
+                console.print(f"{foreseen.arranged.layout}: {foreseen.choices[0].reason}", soft_wrap=True)
         begun = time.perf_counter()
         with byte_bars(console) as on_bytes:
             engine = frameloom.load(

@@ -1,6 +1,7 @@
 """`frameloom plan` and what `generate` foresees: from descriptions alone, for machines that are here or not."""
 
 import json
+import re
 from time import sleep
 
 import pytest
@@ -10,9 +11,12 @@ from PIL import Image
 import frameloom
 from frameloom.engine import plan as planning
 from frameloom.engine.machine import machine_of
+from frameloom.engine.rates import Book, sheet_rates
 from frameloom.errors import RequestError
+from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.platform.specs import SPECS, spec_of
 from frameloom.platform.tuning import Foreseen, Tuner
+from frameloom.types import EngineConfig
 from frameloom.weights.published import NAMES, published
 
 SMALL = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "2"]
@@ -174,3 +178,47 @@ def test_generate_tells_what_was_foreseen_and_learns_from_the_run(run, tmp_path)
     assert "earlier runs" in after["foreseen"]["rates"]
     assert after["foreseen"]["seconds"]["decode"] == pytest.approx(before["seconds"]["decode"])
     assert after["foreseen"]["peak_memory_bytes"] > 10**8
+
+
+def test_windows_are_planned_as_they_are_denoised():
+    whole, cut = (frameloom.plan(num_frames=321, windows=windows) for windows in (None, True))
+    long, short = ({stage.stage: stage for stage in plan.stages} for plan in (whole, cut))
+    assert short["denoise"].device_bytes < long["denoise"].device_bytes
+    assert short["decode"].seconds == long["decode"].seconds
+    twice = frameloom.plan(num_frames=641, windows=True).stages[1]
+    assert twice.seconds == pytest.approx(2 * short["denoise"].seconds, rel=0.1)
+    assert cut.request.startswith("321 frames in windows of 17 of 64x64")
+
+
+def test_what_is_asked_to_be_streamed_is_planned_so(run):
+    code, out, _ = run("plan", *SMALL, "--residence", "transformer=streamed")
+    assert code == 0
+    assert "weights: text encoder resident, transformer streamed" in out
+
+
+def test_generate_gives_way_where_resident_weights_do_not_fit(run, tmp_path):
+    words = ("generate", "a red circle", *SMALL, "-o", tmp_path / "a.mp4")
+    run(*words)  # so that the process has all that it ever takes
+    request = {"width": 64, "height": 32, "num_frames": 5, "steps": 2}
+    ways = ("auto", "text=streamed,transformer=streamed")
+    plans = [frameloom.plan(config=EngineConfig(residence=way), **request) for way in ways]
+    roomy, narrow = (plan.arranged.device_bytes for plan in plans)
+    assert roomy - narrow > 20e6
+    code, out, _ = run(*words, "--memory", str((roomy + narrow) // 2))
+    assert code == 0
+    assert re.search(r"text encoder streamed, transformer \w+: the first arrangement that fits", out)
+
+
+def test_runs_teach_how_fast_work_of_their_size_is(tmp_path):
+    book = Book(
+        tuner=Tuner(torch.device("cpu"), tmp_path), dit=TransformerSpec(), dtype=torch.float32, vae=VaeSpec(),
+        vae_dtype=torch.float32, text={},
+    )  # fmt: skip
+    guessed = sheet_rates(spec_of("T4"), torch.float32, torch.float32)
+    assert book.corrected(guessed, {"decode": 2.0**30}) is guessed
+    for power, rate in ((30, 1e9), (34, 16e9)):
+        (key, _), *_ = book.lessons(guessed, {"decode": 2.0**power}).values()
+        book.tuner.note(key, rate)
+    rates = [book.corrected(guessed, {"decode": 2.0**power}).decode for power in (20, 30, 32, 34, 50)]
+    assert rates == pytest.approx([1e9, 1e9, 4e9, 16e9, 16e9])
+    assert book.corrected(guessed, {"decode": 2.0**30}).products == guessed.products
