@@ -14,6 +14,7 @@ from frameloom.engine.blueprint import Blueprint, draw, preferred_dtype
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.machine import Machine, machine_of
 from frameloom.engine.modules import quantized_of
+from frameloom.engine.ranks import UNDIVIDED
 from frameloom.engine.rates import Book, Rates, glance, sheet_rates
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.workload import SizedRequest, Workload
@@ -26,8 +27,6 @@ from frameloom.types import EngineConfig, GenerateRequest, ParallelPlan
 from frameloom.weights.checkpoint import Checkpoint
 from frameloom.weights.published import published
 from frameloom.weights.source import Source, open_checkpoint
-
-_FITS = 0.7  # of a device's memory that weights may take before they are divided, as in engine/ranks.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +147,7 @@ class Planner:
         if asked is not None:
             return possible_plan(asked, spec), "asked for"
         each = self.machine.total_bytes / (gpus if self.machine.is_host else 1)
-        fit = self.blueprint.held_bytes(self._quantized) <= _FITS * each
+        fit = self.blueprint.held_bytes(self._quantized) <= UNDIVIDED * each
         return auto_plan(gpus, spec, guided=request.guided, per_machine=gpus, weights_fit=fit)
 
     def _choices(self, work: Workload, arranged: Arranged, why_parallel: str, *, fits: bool) -> Iterator[Choice]:

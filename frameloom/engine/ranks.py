@@ -41,7 +41,8 @@ from frameloom.settings import LOGGER_NAME, Launched
 from frameloom.types import ParallelPlan
 
 log = logging.getLogger(LOGGER_NAME)
-_FITS = 0.7  # of a device's memory that weights may take before they are divided
+UNDIVIDED = 0.7
+"""Of a device's memory weights may take so much before they are divided."""
 Take = Callable[[str, Tensor], Tensor]
 
 
@@ -184,7 +185,7 @@ def gather_ranks(
             spec,
             guided=guided,
             per_machine=place.local_world_size,
-            weights_fit=weight_bytes <= _FITS * total / (place.local_world_size if device.type == "cpu" else 1),
+            weights_fit=weight_bytes <= UNDIVIDED * total / (place.local_world_size if device.type == "cpu" else 1),
         )
     plan = possible_plan(plan, spec)
     versions = {"frameloom": version("frameloom"), "torch": torch.__version__}
