@@ -232,7 +232,7 @@ class Engine:
                 shown = Preview(Path(order.preview), self._open.vae.spec) if order.preview and together.writes else None
                 return {LATENTS: together.equal(self._open.latents(request, clock, report, journal, preview=shown))}
 
-            latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
+            latents = journal.on_disk(LATENTS, computed)[LATENTS]
 
             def decoded(done: int) -> Iterator[Frames]:
                 skipped = together.of_first(done)

@@ -131,10 +131,11 @@ def denoise(
     choices: LoopChoices = PLAINLY,
     keeper: Keeper = FORGETS,
 ) -> Tensor:
-    """Walk the sampler's schedule from the noise that `begin` makes to latents, or from where `keeper` has seen it last.
+    """Walk the sampler's schedule from noise to latents, or from where `keeper` has seen it last.
 
-    `per_token`: the network takes one timestep per token (TI2V-5B). Nothing in a step waits for the device. While the
-    network computes there are the latents and the sampler's history, and nothing else of their size is held here.
+    `begin`: makes the noise, which nobody else holds. `per_token`: the network takes one timestep per token (TI2V-5B).
+    Nothing in a step waits for the device. While the network computes there are the latents and the sampler's history,
+    and nothing else of their size is held here.
     """
     device, condition = prompts.text_BSE.device, prompts.condition
     latents_BCTHW, state = _start(begin, sampler, keeper, device)
@@ -227,8 +228,7 @@ def decode(
 
 def _spoilt(latents_BCTHW: Tensor) -> int:
     """How many values are no finite numbers. Latents that lie on a disk are not brought into memory at once for it."""
-    parts = latents_BCTHW.split(_TOGETHER, dim=2)
-    return int(torch.stack([(~torch.isfinite(part)).sum() for part in parts]).sum())
+    return int(torch.stack([(~torch.isfinite(frame)).sum() for frame in latents_BCTHW.unbind(2)]).sum())
 
 
 def _latent_to_begin_with(spec: VaeSpec, done: int) -> int:
