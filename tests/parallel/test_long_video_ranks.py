@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,15 @@ def test_divided_weights_that_should_come_and_go_are_refused_on_every_rank(plan,
     for said in run_ranks(2, refused, str(checkpoint_of()), cache(), plan, residence):
         assert said.startswith(f"residence {residence} is not possible with weights that are divided over ranks (")
         assert said.endswith("leave it out, or divide by cfg, ulysses or ring")
+
+
+def test_the_command_ends_with_that_sentence_said_once(checkpoint_of, tmp_path) -> None:
+    words = ["generate", PROMPT, "--model", str(checkpoint_of()), "--device", "cpu", "-o", str(tmp_path / "a.mp4")]
+    words += ["--gpus", "2", "--parallel", "tp=2", "--residence", "transformer=streamed"]
+    done = subprocess.run([sys.executable, "-m", "frameloom", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("residence transformer=streamed is not possible with weights that are divided") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- previews ---
