@@ -33,7 +33,7 @@ from frameloom.cli.options import (
 from frameloom.cli.ranks import is_first, share
 from frameloom.config import check_request, memory_bytes, residences
 from frameloom.errors import RequestError
-from frameloom.pipeline.target import check_output
+from frameloom.pipeline.target import check_output, check_sheet
 from frameloom.settings import launched
 from frameloom.shapes.advice import advice
 from frameloom.types import EngineConfig, GenerateRequest
@@ -147,6 +147,8 @@ def generate(
     }
     check_request(GenerateRequest(prompt=prompt, **options))
     target = check_output(output, fps=fps, quality=quality) if first else None
+    if target and preview is not None:
+        check_sheet(preview, target)
     memory_bytes(vae_memory)
     memory_bytes(memory)
     residences(residence)

@@ -186,11 +186,12 @@ class Engine:
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._together.agreed(self.resolve(prompt, **options))
         loras = absolute_loras(self._set_loras)
-        shown = None if preview is None else str(check_preview(preview, self._open.vae.spec))
-        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, preview=shown)
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras)
         if self._together.writes:
             target = check_output(path, fps=request.fps, quality=quality)
-            order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
+            shown = None if preview is None else str(check_preview(preview, self._open.vae.spec, target=target))
+            output = str(target.path) + "/" * (target.kind == "folder")
+            order = dataclasses.replace(order, output=output, preview=shown)
         begin_job = functools.partial(self._begin, order, request) if job and self._together.writes else _no_job
         return self._make(order, request, progress or _silent, begin_job)
 
@@ -232,7 +233,7 @@ class Engine:
                 shown = Preview(Path(order.preview), self._open.vae.spec) if order.preview and together.writes else None
                 return {LATENTS: together.equal(self._open.latents(request, clock, report, journal, preview=shown))}
 
-            latents = journal.once(LATENTS, computed)[LATENTS].to(self._open.device)
+            latents = journal.on_disk(LATENTS, computed)[LATENTS]
 
             def decoded(done: int) -> Iterator[Frames]:
                 skipped = together.of_first(done)

@@ -61,6 +61,15 @@ class Journal:
         self.write(name, made)
         return made
 
+    def on_disk(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """As `once`, as it lies in the entry's file: memory that the system may take back. Nobody writes to it.
+
+        Where there is no file, because nothing can be written, it stays in memory.
+        """
+        there = self.once(name, make)
+        mapped = self.mapped(name)
+        return there if mapped is None else mapped
+
     def choice(self, name: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """The same of what was chosen: anything that JSON can say."""
         found = self.read(name)
@@ -170,9 +179,24 @@ class Journal:
             return None
         return tensors, facts
 
+    def mapped(self, name: str) -> Tensors | None:
+        """The numbers of an entry that was just read or written, where they lie; None if they cannot be had."""
+        if self._broken:
+            return None
+        try:
+            with safe_open(self._path(name), framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
+        except (OSError, SafetensorError) as error:
+            log.warning("journal: %s cannot be mapped and stays in memory (%s)", self._path(name), error)
+            return None
+
 
 class NoJournal(Forgets):
     """Keeps nothing, and has nothing."""
+
+    def on_disk(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` gives."""
+        return make()
 
     def frames(self) -> Iterator[Frames]:
         """None."""

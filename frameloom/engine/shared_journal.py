@@ -33,6 +33,10 @@ class SharedJournal(Journal):
         if self._journal is not None:
             self._journal.write(name, tensors, facts, waits=waits)
 
+    def mapped(self, name: str) -> Tensors | None:
+        """On the first rank; the others have what they computed, or were told."""
+        return None if self._journal is None else self._journal.mapped(name)
+
     def walk(self, latents_BCTHW: Tensor, state: SamplerState) -> None:
         """On the first rank."""
         if self._journal is not None:

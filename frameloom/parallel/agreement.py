@@ -12,6 +12,8 @@ from frameloom.errors import InternalError, RequestError
 from frameloom.models.dit_fast import LoopChoices
 from frameloom.parallel.team import Team
 
+_SUMMED_BYTES = 1 << 20
+
 
 class EncodesPrompts(Protocol):
     """A text encoder."""
@@ -116,8 +118,12 @@ def check_equal_latents(team: Team, latents: Tensor) -> None:
 
 def _other_numbers(team: Team, x: Tensor) -> int | None:
     """The first rank whose tensor is another one than rank 0's, told by two sums; None if there is none."""
-    words = x.contiguous().view(-1).view(torch.uint8).to(torch.int64)
-    places = torch.arange(1, words.numel() + 1, device=words.device) % 65521
-    mine = torch.stack((words.sum(), (words * places).sum(), words.new_tensor(x.numel()))).to(team.device)
+    sums = torch.tensor([0, 0, x.numel()], device=x.device)
+    whole = x.contiguous().view(-1).view(torch.uint8)
+    for start in range(0, len(whole), _SUMMED_BYTES):
+        words = whole[start : start + _SUMMED_BYTES].to(torch.int64)  # eight times as large
+        places = torch.arange(start + 1, start + 1 + len(words), device=words.device) % 65521
+        sums[:2] += torch.stack((words.sum(), (words * places).sum()))
+    mine = sums.to(team.device)
     told = team.collect(mine, [(3,)] * team.size)
     return next((team.ranks[index] for index, other in enumerate(told) if not torch.equal(other, told[0])), None)

@@ -14,11 +14,12 @@ from typing import Any, Final
 import numpy as np
 from torch import Tensor
 
-from frameloom.errors import OutputError, RequestError
+from frameloom.errors import RequestError
 from frameloom.models.spec import VaeSpec
 from frameloom.pipeline.keep import Keeper, Tensors
 from frameloom.pipeline.latent_colours import LatentColours, colours_of
 from frameloom.pipeline.media import Video, contact_sheet
+from frameloom.pipeline.target import OutputTarget, check_sheet
 from frameloom.sampling.flow import FlowSchedule, SamplerState
 from frameloom.settings import LOGGER_NAME
 
@@ -33,15 +34,10 @@ _COLUMNS: Final = 6
 _ESTIMATE: Final = "x0_0"  # in the history of UniPC: its newest estimate
 
 
-def check_preview(path: str | os.PathLike[str], vae: VaeSpec) -> Path:
-    """The absolute path of a preview. Raises OutputError where none can be written, RequestError for a strange VAE."""
+def check_preview(path: str | os.PathLike[str], vae: VaeSpec, *, target: OutputTarget) -> Path:
+    """As `target.check_sheet`; and raises RequestError for a VAE whose colours are not known."""
     _colours(vae)
-    file = Path(path).absolute()
-    if file.suffix.lower() != ".png" or file.is_dir() or not file.parent.is_dir():
-        raise OutputError(
-            f"the preview '{file}' cannot be written; give a file ending in .png in a folder that is there"
-        )
-    return file
+    return check_sheet(path, target)
 
 
 class Preview:

@@ -22,7 +22,7 @@ from frameloom.ops.precision import own_precision
 from frameloom.pipeline.conditions import Condition
 from frameloom.pipeline.keep import FORGETS, Keeper
 from frameloom.platform.device import is_memory_error
-from frameloom.sampling.flow import Sampler
+from frameloom.sampling.flow import Sampler, SamplerState
 from frameloom.sampling.guidance import ExpertSwitch, guide
 from frameloom.settings import LOGGER_NAME
 
@@ -121,7 +121,7 @@ class Prompts:
 @torch.inference_mode()
 def denoise(
     experts: Sequence[WanDiT],
-    latents_BCTHW: Tensor,
+    begin: Callable[[], Tensor],
     prompts: Prompts,
     *,
     sampler: Sampler,
@@ -133,12 +133,12 @@ def denoise(
 ) -> Tensor:
     """Walk the sampler's schedule from noise to latents, or from where `keeper` has seen it last.
 
-    `per_token`: the network takes one timestep per token (TI2V-5B). Nothing in a step waits for the device.
+    `begin`: makes the noise, which nobody else holds. `per_token`: the network takes one timestep per token (TI2V-5B).
+    Nothing in a step waits for the device. While the network computes there are the latents and the sampler's history,
+    and nothing else of their size is held here.
     """
-    state = sampler.start()
-    if (walked := keeper.walked()) is not None:
-        latents_BCTHW, state = walked[0].to(latents_BCTHW), walked[1].to(latents_BCTHW.device)
-    device, condition = latents_BCTHW.device, prompts.condition
+    device, condition = prompts.text_BSE.device, prompts.condition
+    latents_BCTHW, state = _start(begin, sampler, keeper, device)
     predict = prompts.make_predictor(prompts.branches, choices, condition.image_BNE)
     patch = experts[0].spec.patch_size
     times = sampler.schedule.timesteps.to(device)  # all at once: a copy of one number would wait for the device
@@ -150,13 +150,39 @@ def denoise(
             timestep: Tensor | FrameTimes = condition.token_times(times[index], latents_BCTHW.shape, patch=patch)
         else:
             timestep = condition.frame_times(times[index], latents_BCTHW.shape, patch=patch[0])
-        with own_precision(device):
-            velocities = predict(experts[which], condition.shown(latents_BCTHW), timestep)
-        velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
-        latents_BCTHW, state = sampler.step(velocity, latents_BCTHW, state)
+        latents_BCTHW, state = sampler.step(
+            _velocity(predict, experts[which], latents_BCTHW, timestep, condition=condition, scale=scale),
+            latents_BCTHW,
+            state,
+        )
         keeper.walk(latents_BCTHW, state)
         on_step(index + 1)
     return condition.kept(latents_BCTHW)
+
+
+def _start(
+    begin: Callable[[], Tensor], sampler: Sampler, keeper: Keeper, device: torch.device
+) -> tuple[Tensor, SamplerState]:
+    """The latents and the state that the first step to be computed takes."""
+    if (walked := keeper.walked()) is None:
+        return begin(), sampler.start()
+    latents_BCTHW, state = walked
+    return latents_BCTHW.to(device), state.to(device)
+
+
+def _velocity(
+    predict: Predict,
+    expert: WanDiT,
+    latents_BCTHW: Tensor,
+    timestep: Tensor | FrameTimes,
+    *,
+    condition: Condition,
+    scale: float,
+) -> Tensor:
+    """The velocity of a step; those of the branches are gone when the sampler begins."""
+    with own_precision(latents_BCTHW.device):
+        velocities = predict(expert, condition.shown(latents_BCTHW), timestep)
+    return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], scale)
 
 
 @torch.inference_mode()
@@ -170,7 +196,7 @@ def decode(
     of them, are told in a warning: the frames before them are good, the others black. An InternalError if there is no
     good frame. Of a picture that passes in parts, frames are yielded where they are collected, and nothing elsewhere.
     """
-    if spoilt := int((~torch.isfinite(latents_BCTHW)).sum()):
+    if spoilt := _spoilt(latents_BCTHW):
         log.warning("%d of %d values of the latents are no finite numbers", spoilt, latents_BCTHW.numel())
     weight = next(vae.parameters())
     done, is_good = skipped, True
@@ -198,6 +224,11 @@ def decode(
         on_frames(done)
         if frames is not None:
             yield frames
+
+
+def _spoilt(latents_BCTHW: Tensor) -> int:
+    """How many values are no finite numbers. Latents that lie on a disk are not brought into memory at once for it."""
+    return int(torch.stack([(~torch.isfinite(frame)).sum() for frame in latents_BCTHW.unbind(2)]).sum())
 
 
 def _latent_to_begin_with(spec: VaeSpec, done: int) -> int:

@@ -90,6 +90,24 @@ def check_output(path: str | os.PathLike[str], *, fps: float | None = None, qual
     return target
 
 
+def check_sheet(path: str | os.PathLike[str], target: OutputTarget) -> Path:
+    """Check in the same way that a preview of the video at `target` can be drawn; returns its absolute path."""
+    given = os.fsdecode(path)
+    try:
+        file = Path(os.path.realpath(os.path.expanduser(given)))
+        if file.suffix.lower() != ".png" or file.is_dir() or not file.parent.is_dir():
+            why = "; give a file ending in .png in a folder that is there"
+        elif target.kind in ("folder", "pattern") and target.folder == file.parent and _collides(file.name, target):
+            why = " among the frames of the video; give a file in another folder"
+        elif not _is_writable(file.parent):
+            why = f" because {file.parent} is not writable; choose another folder"
+        else:
+            return file
+    except (OSError, ValueError):  # a name too long for the disk, or with a null in it
+        why = "; choose another path"
+    raise OutputError(f"the preview {given!r} cannot be written{why}")
+
+
 def check_quality(quality: Any) -> None:
     """Raise OutputError unless `quality` is a whole number from 0 to 100."""
     is_whole = isinstance(quality, Integral) and not isinstance(quality, bool)

@@ -1,5 +1,6 @@
 """The pipeline of Wan: the order of work from text, from pictures or from a video, with one expert or two."""
 
+import functools
 import itertools
 import logging
 import time
@@ -212,9 +213,10 @@ class WanPipeline:
             num_train_timesteps=sampler.schedule.num_train_timesteps,
         )
         text, negative = self._texts(request, clock, report, keeper, guided=switch.guided)
-        condition, control, start = self._pictures(request, sampler.schedule, clock, report, keeper)
+        condition, control, begin = self._pictures(request, sampler.schedule, clock, report, keeper)
         windows = self._windows(request, control)
-        shape = (len(request.prompts), self.experts[0].spec.in_channels, windows.longest, *start.shape[3:])
+        area = self._latent_size(request)[1:]
+        shape = (len(request.prompts), self.experts[0].spec.in_channels, windows.longest, *area)
         loop = LoopChoices(**keeper.choice("loop", lambda: self._loop(shape, guided=negative is not None)))
         if preview is not None:
             keeper = preview.beside(keeper, sampler.schedule, lambda x: control.cut(condition.kept(x)))
@@ -223,7 +225,7 @@ class WanPipeline:
         with clock.stage("denoise"), self.during("denoise"):
             out = stages.denoise(
                 self.experts,
-                start,
+                begin,
                 prompts,
                 sampler=sampler,
                 switch=switch,
@@ -269,12 +271,13 @@ class WanPipeline:
         clock: StageClock,
         report: ProgressCallback,
         keeper: Keeper,
-    ) -> tuple[Condition, VaceConditions, Tensor]:
-        """What is given, encoded before the denoiser begins; and the latents that it begins with."""
+    ) -> tuple[Condition, VaceConditions, Callable[[], Tensor]]:
+        """What is given, encoded before the denoiser begins; and what makes the latents that it begins with."""
         shape = (len(request.prompts), self.vae.spec.z_dim, *self._latent_size(request))
         spec = self.experts[0].spec
         if request.image is None and request.video is None and not isinstance(spec, VaceSpec):
-            return stages.FROM_TEXT, UNCONTROLLED, stages.initial_noise(shape, request.seed, self.device)
+            noise = functools.partial(stages.initial_noise, shape, request.seed, self.device)
+            return stages.FROM_TEXT, UNCONTROLLED, noise
         with clock.stage("image"), own_precision(self.device):
             report(Progress(stage="image", step=0, total=1))
             encoded = keeper.once("pictures", lambda: self._given(request))
@@ -288,11 +291,14 @@ class WanPipeline:
                     control=Control(given["control"], strengths_for(spec, request.control_strength)),
                     num_references=len(request.references),
                 )
-            start = stages.initial_noise(control.lengthened(shape), request.seed, self.device)
-            if request.video is not None:
-                start = noised(given["video"], start, schedule)
+            noise = functools.partial(stages.initial_noise, control.lengthened(shape), request.seed, self.device)
+            video = given.get("video")
+
+            def begin() -> Tensor:
+                return noise() if video is None else noised(video, noise(), schedule)
+
             report(Progress(stage="image", step=1, total=1))
-        return condition, control, start
+        return condition, control, begin
 
     def _given(self, request: ResolvedRequest) -> dict[str, Tensor]:
         """All that is encoded of the pictures."""

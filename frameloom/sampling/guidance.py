@@ -13,7 +13,7 @@ from frameloom.errors import CheckpointError, InternalError
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """uncond + scale * (cond - uncond), rounded in this order, in the dtype and shape of the inputs."""
-    return uncond + scale * (cond - uncond)
+    return (cond - uncond).mul_(scale).add_(uncond)  # in place: these are as large as the video
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

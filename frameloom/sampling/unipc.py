@@ -4,9 +4,8 @@ Reference: diffusers UniPCMultistepScheduler with predict_x0, flow sigmas and a 
 """
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,16 +42,28 @@ class _Update:
     rho_new: Tensor | None = None
 
     def apply(self, x: Tensor, estimates: Sequence[Tensor], *, new: Tensor | None = None) -> Tensor:
-        """`estimates`: clean estimates, newest first; `new`: the one at the target level (corrector only)."""
+        """`estimates`: clean estimates of one dtype, newest first; `new`: that at the target level (corrector only).
+
+        In place where nobody else holds a tensor, each is as large as the video; and coefficients stand on the left:
+        there the CPU rounds them to bf16.
+        """
         m0 = estimates[0]
-        moved = self.scale_x * x - self.scale_m * m0
-        older = zip(self.rhos, self.ratios, estimates[1:], strict=False)  # history may exceed the order
-        terms = [rho * ((m - m0) / ratio) for rho, ratio, m in older]
-        if new is not None and self.rho_new is not None:
-            terms.append(self.rho_new * (new - m0))
-        if terms:
-            moved = moved - self.scale_d * reduce(torch.add, terms)
+        moved = (self.scale_x * x).to(m0.dtype).sub_(self.scale_m * m0)
+        correction = None
+        for term in self._terms(estimates, new):
+            correction = term if correction is None else correction.add_(term)
+        if correction is not None:
+            moved.sub_(self.scale_d * correction)
         return moved.to(x.dtype)
+
+    def _terms(self, estimates: Sequence[Tensor], new: Tensor | None) -> Iterator[Tensor]:
+        """What each estimate beside m0 adds, before it is scaled."""
+        m0 = estimates[0]
+        older = zip(self.rhos, self.ratios, estimates[1:], strict=False)  # history may exceed the order
+        for rho, ratio, m in older:
+            yield rho * (m - m0).div_(ratio)
+        if new is not None and self.rho_new is not None:
+            yield self.rho_new * (new - m0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,6 +120,7 @@ class UniPC:
         step = self._steps[state.step]
         # sigma on the left: there the CPU rounds it to the dtype of a bf16 velocity, as in the reference
         x0 = latents - step.sigma * velocity
+        del velocity  # the caller may have let go of it
         past = self._estimates(state)
         if step.corrector is not None:
             latents = step.corrector.apply(state.history["sample"], past, new=x0)

@@ -38,7 +38,7 @@ def latents(experts, *, make=Predictor, choices=WAYS["shared"], per_token=False,
     prompts = Prompts(text_BSE=text, negative_BSE=negative if guided else None, make_predictor=make)
     return denoise(
         experts,
-        torch.randn(2, 4, 2, 6, 10, generator=torch.Generator().manual_seed(6)),
+        lambda: torch.randn(2, 4, 2, 6, 10, generator=torch.Generator().manual_seed(6)),
         prompts,
         sampler=make_sampler({**FLOW, "flow_shift": 3.0}, 3),
         switch=ExpertSwitch(

@@ -235,7 +235,7 @@ def our_video(pipeline, inputs, size, experts, vae, *, loop=FAST, guidance=4.0, 
     shape = conditions.lengthened((1, VAE_21["z_dim"], 1 + (frames - 1) // 4, height // 8, width // 8))
     latents = stages.denoise(
         experts,
-        stages.initial_noise(shape, 3, CPU),
+        lambda: stages.initial_noise(shape, 3, CPU),
         stages.Prompts(
             text_BSE=TEXT,
             negative_BSE=NEGATIVE if guidance > 1 else None,
