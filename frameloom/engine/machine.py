@@ -8,7 +8,7 @@ from frameloom.platform.device import choose_device, device_name, free_memory_by
 from frameloom.platform.host import CPU, resident_bytes
 from frameloom.platform.specs import DeviceSpec, spec_of
 
-LIBRARIES_BYTES = 20_000_000  # code and buffers of the libraries that compute, once they have been called: measured
+LIBRARIES_BYTES = 12_000_000  # code and buffers of the libraries that compute, once they have been called: measured
 _AROUND_BYTES = 100_000_000  # tokenizer, video writer and what they import, likewise
 _CONTEXT_BYTES = 600_000_000  # what drivers and libraries of accelerators take of their memory: not measured
 _HOST_BYTES = 1_500_000_000  # of a process that computes elsewhere: torch with its libraries for accelerators

@@ -189,10 +189,11 @@ class Workload:
 
     def _step_bytes(self, layout: Layout, *, batched: bool) -> int:
         branches = 1 if self.parallel.cfg == 2 else self.branches
+        kept = _OF_SAMPLING + (branches if self.views > 1 else 0)  # velocities of windows are blended
         whole = self.foresight.step_bytes(
             self._latents, branches=branches, batched=batched, residence=layout.transformer
         )
-        return whole // (self.parallel.ring * self.parallel.ulysses) + _OF_SAMPLING * self._latent_bytes
+        return whole // (self.parallel.ring * self.parallel.ulysses) + kept * self._latent_bytes
 
     @property
     def _decoded(self) -> tuple[int, ...]:
