@@ -94,14 +94,6 @@ def read_when_used(dit: WanDiT) -> None:
             block.ffn.kernel = functools.partial(_computed_now, dit.ops.mlp, block.ffn)
 
 
-def bytes_at_rest(module: nn.Module) -> int:
-    """Bytes of the weights that this rank holds between computations."""
-    from torch.distributed.tensor import DTensor
-
-    weights = set(module.parameters())
-    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in weights)
-
-
 class _AtRest(Division):
     """What adapters must know of weights that are away: every rank computes with all of them once they are gathered."""
 
