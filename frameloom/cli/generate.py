@@ -36,9 +36,10 @@ from frameloom.cli.options import (
     with_parts,
 )
 from frameloom.cli.ranks import is_first, share
-from frameloom.config import check_request, memory_bytes, residences
+from frameloom.config import memory_bytes, residences
 from frameloom.errors import RequestError
 from frameloom.pipeline.target import check_output, check_sheet
+from frameloom.request import check_request
 from frameloom.settings import launched
 from frameloom.shapes.advice import advice
 from frameloom.types import EngineConfig, GenerateRequest
