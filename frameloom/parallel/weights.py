@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.dit_block import FeedForward
 from frameloom.models.dit_rewrites import QKV_FUSED
 from frameloom.models.division import Division, Undo
 from frameloom.models.umt5 import Umt5Encoder
-from frameloom.models.wan_dit import FeedForward, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED
 from frameloom.ops.mlp import mlp
 from frameloom.ops.registry import Policy
