@@ -17,6 +17,7 @@ import transformers.utils.logging
 from checkpoints import Kind, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+import frameloom
 from frameloom import cli
 
 diffusers.utils.logging.disable_progress_bar()
@@ -58,6 +59,22 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def engine_of(checkpoint_of):
+    """An engine on the CPU, in float32, for a checkpoint of a kind; one for all tests of a file."""
+    opened = {}
+
+    def load(kind, exactness="rounding"):
+        key = kind, exactness
+        if key not in opened:
+            opened[key] = frameloom.load(checkpoint_of(kind), device="cpu", dtype="float32", exactness=exactness)
+        return opened[key]
+
+    yield load
+    for engine in opened.values():
+        engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ LAYERS = (
     ("attention",),
     ("ops",),
     ("platform",),
-    ("config", "lock", "settings"),
+    ("config", "lock", "request", "settings"),
     ("types", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -43,7 +43,7 @@ OWNERS = {
     "rich": ("cli/", "shapes/evaluate.py"),
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
-TORCH_FREE = ("serve", "types", "config", "errors", "lock", "settings", "cli", "__init__", "__main__")
+TORCH_FREE = ("serve", "types", "config", "errors", "lock", "request", "settings", "cli", "__init__", "__main__")
 # Files of other rooms that a torch-free process reads: where to write, what the built-in model knows, how ranks start.
 TORCH_FREE_FILES = (
     "pipeline/target.py",

@@ -10,9 +10,9 @@ import frameloom
 from frameloom.engine.compiled import COMPILED
 from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import CheckpointError
+from frameloom.models.dit_block import Block
 from frameloom.models.vace import VaceBlock
 from frameloom.models.vae_rewrites import BUFFERS
-from frameloom.models.wan_dit import Block
 from frameloom.ops import vae_rewrites as ops
 from frameloom.ops.quantized import QuantizedWeight
 from frameloom.ops.registry import Policy

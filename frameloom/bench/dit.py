@@ -16,9 +16,10 @@ from frameloom.bench.paired import Side, check_size, check_words, in_turns, mach
 from frameloom.engine.dit import FastDit, make_fast_dit
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
+from frameloom.models.dit_block import Attention
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
-from frameloom.models.wan_dit import Attention, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.registry import relative_error
 from frameloom.pipeline.stages import Predictor
 from frameloom.platform.allocator import keep_freed_memory

@@ -13,10 +13,12 @@ from frameloom.cli.options import (
     CompileOption,
     DeviceOption,
     ExactnessOption,
+    GuidanceOption,
     JsonOption,
     ModelOption,
     ParallelOption,
     RewriteOption,
+    StepsOption,
     VaeMemoryOption,
 )
 from frameloom.cli.ranks import is_first
@@ -27,16 +29,24 @@ bench = typer.Typer(help="Paired timings against the reference implementation.",
 _SHARES = ("linear", "attention", "other")
 _SIDES = ("ours", "diffusers")
 
+_VaeOption = Annotated[str, typer.Option(help="2.1, 2.2 or tiny: the config; weights are random.")]
+_DitOption = Annotated[str, typer.Option(help="1.3B, 14B, 5B or tiny: the config; weights are random.")]
+_LayersOption = Annotated[int | None, typer.Option(help="Only so many layers; all by default.")]
+_SizeOption = Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")]
+_DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+_GuidedOption = Annotated[bool, typer.Option(help="With and without the prompt, as guidance needs it.")]
+_RoundsOption = Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")]
+
 
 @bench.command("vae")
 def bench_vae(
-    vae: Annotated[str, typer.Option(help="2.1, 2.2 or tiny: the config; weights are random.")] = "2.1",
+    vae: _VaeOption = "2.1",
     direction: Annotated[str, typer.Option(help="decode or encode.")] = "decode",
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x320x17",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    size: _SizeOption = "240x320x17",
+    dtype: _DtypeOption = "float32",
     baseline: Annotated[str, typer.Option(help="shipped, or channels_last weights and input.")] = "shipped",
     allocator: Annotated[str, typer.Option(help="default or tuned, for both sides.")] = "tuned",
-    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    rounds: _RoundsOption = 3,
     device: DeviceOption = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
@@ -62,13 +72,13 @@ def bench_vae(
 
 @bench.command("dit")
 def bench_dit(
-    dit: Annotated[str, typer.Option(help="1.3B, 14B, 5B or tiny: the config; weights are random.")] = "1.3B",
-    layers: Annotated[int | None, typer.Option(help="Only so many layers; all by default.")] = None,
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x416x17",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    guided: Annotated[bool, typer.Option(help="With and without the prompt, as guidance needs it.")] = True,
+    dit: _DitOption = "1.3B",
+    layers: _LayersOption = None,
+    size: _SizeOption = "240x416x17",
+    dtype: _DtypeOption = "float32",
+    guided: _GuidedOption = True,
     baseline: Annotated[str, typer.Option(help="shipped, or compiled by torch.compile.")] = "shipped",
-    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    rounds: _RoundsOption = 3,
     device: DeviceOption = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
@@ -99,10 +109,10 @@ def bench_generate(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels; the checkpoint's by default.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    dtype: _DtypeOption = "float32",
+    rounds: _RoundsOption = 3,
     device: DeviceOption = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
@@ -128,12 +138,12 @@ def bench_generate(
 def bench_parallel(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks to compare; 1 is the measure of the others.")] = "1,2",
     stages: Annotated[str, typer.Option(help="denoise (one step), decode (one video), or both.")] = "denoise,decode",
-    dit: Annotated[str, typer.Option(help="1.3B, 14B, 5B or tiny: the config; weights are random.")] = "1.3B",
-    layers: Annotated[int | None, typer.Option(help="Only so many layers; all by default.")] = None,
-    vae: Annotated[str, typer.Option(help="2.1, 2.2 or tiny: the config; weights are random.")] = "2.1",
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTHxFRAMES in pixels.")] = "240x416x17",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    guided: Annotated[bool, typer.Option(help="With and without the prompt, as guidance needs it.")] = True,
+    dit: _DitOption = "1.3B",
+    layers: _LayersOption = None,
+    vae: _VaeOption = "2.1",
+    size: _SizeOption = "240x416x17",
+    dtype: _DtypeOption = "float32",
+    guided: _GuidedOption = True,
     parallel: ParallelOption = "auto",
     threads: Annotated[
         int | None, typer.Option(help="Of each rank on a CPU; by default the most have one core.")

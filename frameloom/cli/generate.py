@@ -14,8 +14,12 @@ from frameloom.cli.options import (
     AttentionOption,
     CompileOption,
     DeviceOption,
+    DtypeOption,
     ExactnessOption,
+    FramesOption,
     GpusOption,
+    GuidanceOption,
+    HeightOption,
     JsonOption,
     MemoryOption,
     ModelOption,
@@ -23,6 +27,7 @@ from frameloom.cli.options import (
     QuietOption,
     ResidenceOption,
     RewriteOption,
+    StepsOption,
     VaeMemoryOption,
     VariantOption,
     WindowFramesOption,
@@ -31,9 +36,10 @@ from frameloom.cli.options import (
     with_parts,
 )
 from frameloom.cli.ranks import is_first, share
-from frameloom.config import check_request, memory_bytes, residences
+from frameloom.config import memory_bytes, residences
 from frameloom.errors import RequestError
 from frameloom.pipeline.target import check_output, check_sheet
+from frameloom.request import check_request
 from frameloom.settings import launched
 from frameloom.shapes.advice import advice
 from frameloom.types import EngineConfig, GenerateRequest
@@ -84,13 +90,13 @@ def generate(
         typer.Option(help="How much all that counts: once, or once for each VACE layer; 1 by default."),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels; of pictures their shape decides.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    height: HeightOption = None,
+    frames: FramesOption = None,
     windows: WindowsOption = None,
     window_frames: WindowFramesOption = None,
     window_overlap: WindowOverlapOption = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
@@ -98,7 +104,7 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames per second of the file.")] = None,
     quality: Annotated[int | None, typer.Option(help="0 (smallest) to 100 (best) for mp4 and webm.")] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     exactness: ExactnessOption = "rounding",
     rewrite: RewriteOption = None,
     compilation: CompileOption = "auto",

@@ -21,6 +21,11 @@ DeviceOption = Annotated[
 ]
 
 
+HeightOption = Annotated[int | None, typer.Option(help="Height in pixels.")]
+FramesOption = Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 ExactnessOption = Annotated[
     str, typer.Option(help="What a rewrite may change: bitwise (nothing), rounding, or lossy (the picture).")
 ]

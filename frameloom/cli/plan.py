@@ -9,11 +9,16 @@ from rich.table import Table
 import frameloom
 from frameloom.cli.console import page, told_bytes, told_seconds
 from frameloom.cli.options import (
+    DtypeOption,
     ExactnessOption,
+    FramesOption,
+    GuidanceOption,
+    HeightOption,
     JsonOption,
     ParallelOption,
     ResidenceOption,
     RewriteOption,
+    StepsOption,
     VaeMemoryOption,
     VariantOption,
     WindowFramesOption,
@@ -40,13 +45,13 @@ def plan(
     of_model: Annotated[str | None, typer.Option("--model", help="The same as the argument.")] = None,
     variant: VariantOption = "",
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames, 4k+1.")] = None,
+    height: HeightOption = None,
+    frames: FramesOption = None,
     windows: WindowsOption = None,
     window_frames: WindowFramesOption = None,
     window_overlap: WindowOverlapOption = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.")] = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     device: Annotated[
         str, typer.Option(help="auto, a device that is here (cuda:1), or one that is not: H100, 4090, T4, M3 Max, ...")
     ] = "auto",
@@ -56,7 +61,7 @@ def plan(
     host_memory: Annotated[
         str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     quantized: Annotated[str, typer.Option(help="Quantized weights: keep or expand.")] = "keep",
     preset: Annotated[str | None, typer.Option(help="lightning: 4 steps without guidance.")] = None,
     exactness: ExactnessOption = "rounding",

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frameloom.config import check_request, resolve
 from frameloom.errors import RequestError
 from frameloom.models.defaults import Defaults
 from frameloom.models.vae_state import Frames
 from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.wan import WanPipeline
+from frameloom.request import check_request, resolve
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import GenerateOptions, GenerateRequest, Pictures, ResolvedRequest, VideoInput
 

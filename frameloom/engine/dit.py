@@ -17,12 +17,13 @@ from frameloom.engine.residence import Residents
 from frameloom.memory.dit import StepPlanner
 from frameloom.memory.stream import block_by_block
 from frameloom.models.adapters import Adapters
+from frameloom.models.dit_block import CrossAttention, SelfAttention
 from frameloom.models.dit_fast import DitChoices, choose, install
 from frameloom.models.dit_rewrites import TOGETHER
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
-from frameloom.models.wan_dit import CrossAttention, SelfAttention, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.quantized import largest_plain_bytes
 from frameloom.ops.registry import Decision, Policy
 from frameloom.platform.device import platform_of

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from frameloom.engine.journal import Entry, Journal
@@ -48,16 +47,9 @@ class SharedJournal(Journal):
 
     def _told(self, find: Callable[[Journal], Entry | None]) -> Entry | None:
         found = None if self._journal is None else find(self._journal)
-        shapes = None if found is None else [[name, str(x.dtype), list(x.shape)] for name, x in found[0].items()]
-        facts = self._team.agree(None if found is None else [shapes, found[1]])
-        if facts is None:
+        told = self._team.agree(None if found is None else [list(found[0]), found[1]])
+        if told is None:
             return None
-        tensors = {}
-        for name, dtype, shape in facts[0]:
-            x = (
-                torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-                if found is None
-                else found[0][name]
-            )
-            tensors[name] = self._team.broadcast(x.to(self._team.device))
-        return tensors, facts[1]
+        names, facts = told
+        mine = dict.fromkeys(names) if found is None else found[0]
+        return {name: self._team.tensor_of_first(mine[name]) for name in names}, facts

@@ -56,9 +56,6 @@ class Together:
         mine = list(parts)
         if self.team is None:
             return np.concatenate(mine, axis=1)
-        frames = torch.from_numpy(np.concatenate(mine, axis=1)).to(self.team.device) if mine else None
-        shape = self.team.agree(None if frames is None else list(frames.shape))
-        if frames is None:
-            frames = torch.empty(shape, dtype=torch.uint8, device=self.team.device)
-        whole: Frames = self.team.broadcast(frames).cpu().numpy()
+        frames = torch.from_numpy(np.concatenate(mine, axis=1)) if mine else None
+        whole: Frames = self.team.tensor_of_first(frames).cpu().numpy()
         return whole

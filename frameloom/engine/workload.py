@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from frameloom.config import resolve
 from frameloom.engine.blueprint import Blueprint
 from frameloom.engine.foresight import Foresight
 from frameloom.engine.rates import Rates, attention_flops, text_flops
@@ -22,6 +21,7 @@ from frameloom.parallel.cost import Link, Network, RankCost, predicted_s
 from frameloom.parallel.pass_cost import VaeWork, pass_costs
 from frameloom.parallel.step_cost import StepWork, step_costs
 from frameloom.pipeline.images import image_of
+from frameloom.request import resolve
 from frameloom.sampling.windows import windows_over
 from frameloom.types import GenerateRequest, ParallelPlan, Residence, ResolvedRequest, SizeRules, Stage
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from frameloom.memory.lane import Lane, lane_to
-from frameloom.models.wan_dit import Block, Prompt, Step
+from frameloom.models.dit_block import Block
+from frameloom.models.wan_dit import Prompt, Step
 from frameloom.ops.quantized import QuantizedWeight
 
 _ALIGNMENT: Final = 64  # of tensors in a buffer, as torch's own

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from frameloom.errors import InternalError
 from frameloom.models.adapters import Adapter, Adapters, Change, Factors, Product, delta, gain, merged
+from frameloom.models.dit_block import FeedForward, SelfAttention
 from frameloom.models.division import Division, Undo
-from frameloom.models.wan_dit import FeedForward, SelfAttention, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.linear import PackedLinear, PackedMlp, PlainLinear
 from frameloom.ops.mlp import in_pieces, rows_at_once
 from frameloom.ops.norm import at_least_fp32

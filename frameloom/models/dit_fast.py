@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frameloom.attention.backend import shapes_alone
+from frameloom.models.dit_block import Attention, Block, FeedForward
 from frameloom.models.dit_rewrites import (
     COLLAPSED_PADDING,
     DISTINCT_TIMESTEPS,
@@ -23,7 +24,7 @@ from frameloom.models.dit_rewrites import (
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
-from frameloom.models.wan_dit import Attention, Block, FeedForward, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.dit_ops import Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED, MLP_ROWS
 from frameloom.ops.linear import PackedLinear, PackedMlp, refuses_packed

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import CheckpointError, InternalError, RequestError
+from frameloom.models.dit_block import Block, KeysValues, Looked
 from frameloom.models.spec import TransformerSpec, VaceSpec
-from frameloom.models.wan_dit import (
-    Block,
-    Control,
-    FrameTimes,
-    KeysValues,
-    Looked,
-    Prompt,
-    Step,
-    WanDiT,
-)
+from frameloom.models.wan_dit import Control, FrameTimes, Prompt, Step, WanDiT
 from frameloom.ops.quantized import Linear
 
 Hints = Iterator[tuple[int, Tensor]]

@@ -21,7 +21,7 @@ from frameloom.ops.grids import even_signs, grid
 
 # Numbers made at a time: on a CPU they stay near the caches, elsewhere each operation takes a launch.
 _ON_CPU, _ELSEWHERE = 1 << 18, 1 << 24
-_NUMBERS: Mapping[str, torch.dtype] = MappingProxyType(
+NUMBERS: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -32,6 +32,7 @@ _NUMBERS: Mapping[str, torch.dtype] = MappingProxyType(
         "I8": torch.int8,
     }
 )
+"""Torch's dtype of numbers that may be weights, under safetensors' name for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def dequantise(
     """
     check_readable(dtype_name)
     if dtype_name not in BLOCK_TYPES:
-        return _scaled(raw_U8.view(_NUMBERS[dtype_name]).view(shape), scale, dtype, rotated)
+        return _scaled(raw_U8.view(NUMBERS[dtype_name]).view(shape), scale, dtype, rotated)
     if scale is not None:
         return _scaled(dequantise(raw_U8, dtype_name, shape=shape, dtype=torch.float32), scale, dtype)
     kind = BLOCK_TYPES[dtype_name]
@@ -74,8 +75,8 @@ def dequantise(
 
 def check_readable(dtype_name: str) -> None:
     """Raise CheckpointError for what cannot be made numbers."""
-    if dtype_name not in BLOCK_TYPES and dtype_name not in _NUMBERS:
-        known = ", ".join((*_NUMBERS, *BLOCK_TYPES))
+    if dtype_name not in BLOCK_TYPES and dtype_name not in NUMBERS:
+        known = ", ".join((*NUMBERS, *BLOCK_TYPES))
         raise CheckpointError(f"weights stored as {dtype_name} cannot be read; take a file in one of {known}")
 
 

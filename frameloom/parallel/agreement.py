@@ -33,7 +33,8 @@ class EncodedOnce:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as features (B, S, E), the same bits on every rank."""
-        return _told(self.team, None if self.encoder is None else self.encoder.encode_prompts(prompts), self.device)
+        mine = None if self.encoder is None else self.encoder.encode_prompts(prompts)
+        return self.team.tensor_of_first(mine).to(self.device)
 
 
 class EncodesImages(Protocol):
@@ -54,15 +55,8 @@ class ImagesEncodedOnce:
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Images as features (B, N, E), the same bits on every rank."""
-        return _told(self.team, None if self.encoder is None else self.encoder.encode_images(images), self.device)
-
-
-def _told(team: Team, x: Tensor | None, device: torch.device) -> Tensor:
-    """The first rank's tensor, of any shape and dtype, on every rank; None elsewhere."""
-    shape, dtype = team.agree(None if x is None else [list(x.shape), str(x.dtype)])
-    if x is None:
-        x = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
-    return team.broadcast(x.contiguous())
+        mine = None if self.encoder is None else self.encoder.encode_images(images)
+        return self.team.tensor_of_first(mine).to(self.device)
 
 
 class PlansSteps(Protocol):

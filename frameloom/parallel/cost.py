@@ -46,21 +46,15 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankCost:
-    """What one rank does in a step or in a pass, and roughly what it holds."""
+    """What one rank does in a step or in a pass."""
 
     flops: float
     exchanges: tuple[Exchange, ...]
-    weight_bytes: int = 0
-    activation_bytes: int = 0
 
     @property
     def sent_bytes(self) -> int:
         """In all exchanges."""
         return sum(exchange.sent_bytes for exchange in self.exchanges)
-
-    def sent_as(self, kind: str) -> int:
-        """Bytes of one kind."""
-        return sum(exchange.sent_bytes for exchange in self.exchanges if exchange.kind == kind)
 
 
 def predicted_s(costs: Sequence[RankCost], flops_per_s: float, network: Network) -> float:

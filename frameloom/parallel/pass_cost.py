@@ -20,7 +20,6 @@ from frameloom.parallel.vae_margin import margin_cells
 
 _AGREED_BYTES = 9  # a length and a digit, which rank 0 tells every other before moments are gathered
 _SURELY = 1.5  # a margin is chosen where it is that much faster: the times are predictions
-_LIVE_ACTIVATIONS = 4  # of the VAE's largest: input, window, output, what is added to it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +65,6 @@ class _Layer(NamedTuple):
     def flops(self, cells: int) -> int:
         """For so many latent cells."""
         return 2 * self.taps * self.inputs * self.outputs * self.frames * cells * self.out_scale**2
-
-    @property
-    def history(self) -> int:
-        """Frames that it remembers."""
-        return 2 if self.taps in (3, 27) else 0
 
 
 _SAME = Reach.same(3)
@@ -188,8 +182,6 @@ def _cost_of_part(work: VaeWork, picture: _Picture, layers: Sequence[_Layer], ra
     return RankCost(
         flops=work.batch * (sum(layer.flops(count) for layer in layers) + _attention_flops(work, count)),
         exchanges=(*halos, _keys(work, picture, rank, count), *_results(work, picture, rank, num_ranks)),
-        weight_bytes=work.itemsize * sum(layer.taps * layer.inputs * layer.outputs for layer in layers),
-        activation_bytes=work.itemsize * work.batch * _held(work, layers, count),
     )
 
 
@@ -240,16 +232,6 @@ def _results(work: VaeWork, picture: _Picture, rank: int, num_ranks: int) -> lis
     return [Exchange(kind="frames", sends={0: sent} if rank and sent else {}, rounds=work.chunks)]
 
 
-def _held(work: VaeWork, layers: Sequence[_Layer], cells: int) -> int:
-    """Numbers: the past that every layer keeps, and a few of the largest activations."""
-    past = sum(layer.history * layer.inputs * layer.scale**2 for layer in layers)
-    largest = max(
-        max(layer.inputs * layer.scale**2, layer.outputs * layer.out_scale**2) * -(-layer.frames // work.chunks)
-        for layer in layers
-    )
-    return cells * (past + _LIVE_ACTIVATIONS * largest)
-
-
 def margin_costs(work: VaeWork, num_ranks: int) -> list[RankCost]:
     """Of each rank, where all compute what lies around their cells, and the middle of the network as a whole."""
     picture, (_, height, width) = _Picture.of(work, num_ranks), work.latent_THW
@@ -260,8 +242,7 @@ def margin_costs(work: VaeWork, num_ranks: int) -> list[RankCost]:
         cells = _cells_around(work, picture, rank)
         flops = work.batch * (whole * bool(cells) + sum(layer.flops(cells) for layer in stages))
         results = _middle_and_moments(work, picture, rank) if work.encodes else _results(work, picture, rank, num_ranks)
-        held = work.itemsize * work.batch * max(_held(work, stages, cells), _held(work, middle, height * width))
-        costs.append(RankCost(flops=flops, exchanges=tuple(results), activation_bytes=held))
+        costs.append(RankCost(flops=flops, exchanges=tuple(results)))
     return costs
 
 

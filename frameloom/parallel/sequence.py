@@ -18,7 +18,8 @@ from torch import Tensor
 from frameloom.attention.backend import Attend
 from frameloom.attention.blockwise import attend_block, merge
 from frameloom.errors import InternalError, RequestError
-from frameloom.models.wan_dit import ComputeCells, FrameTimes, Prompt, SelfAttention, Tokens, WanDiT
+from frameloom.models.dit_block import SelfAttention
+from frameloom.models.wan_dit import ComputeCells, FrameTimes, Prompt, Tokens, WanDiT
 from frameloom.ops.patch import Grid
 from frameloom.ops.rope import RotaryTable
 from frameloom.parallel.team import Team

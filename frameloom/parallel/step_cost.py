@@ -17,8 +17,6 @@ from frameloom.parallel.sequence import WORTH_HIDING_BYTES, divide_frames
 from frameloom.types import ParallelPlan
 
 _WIDE = 4  # bytes of a sum's numbers: float32
-_LIVE_TOKENS = 6  # copies of the token stream that a block has at once, besides its hidden channels
-_LIVE_BESIDE = 2  # copies that wait beside it where there is a control: the control's, and what it was made of
 
 
 class _Calls(NamedTuple):
@@ -115,14 +113,9 @@ class _RankOfStep:
 
     def cost(self) -> RankCost:
         kinds = [self._ulysses(), self._ring(), self._tensor(), self._cells(), self._guidance()]
-        spec, samples = self.spec, self.reads.samples
-        kept = _LIVE_TOKENS + _LIVE_BESIDE * (self.work.streams - 1)
-        live = samples * self.computed * (kept * spec.dim + spec.ffn_dim // self.plan.tp)
         return RankCost(
             flops=self._flops(),
             exchanges=tuple(itertools.chain.from_iterable(kinds)),
-            weight_bytes=num_parameters(spec, tp=self.plan.tp) * self.work.itemsize,
-            activation_bytes=live * self.work.itemsize,
         )
 
     def _attention_flops(self, samples: int) -> float:
@@ -212,22 +205,3 @@ class _RankOfStep:
         yield Exchange(
             kind="guidance", sends={self._rank(cfg=1 - self.place.cfg): cells * self.work.itemsize}, rounds=1
         )
-
-
-def num_parameters(spec: TransformerSpec, *, tp: int = 1) -> int:
-    """Of a transformer without an image branch, or what each of `tp` ranks holds of it."""
-    dim, ffn = spec.dim, spec.ffn_dim
-    divided = 8 * dim**2 + 2 * dim * ffn + ffn + 10 * dim  # of a block: matrices, their biases, the norms of q and k
-    whole = 3 * dim + 6 * dim + 2 * dim * spec.cross_attn_norm  # biases after a sum, modulation, norm
-    cells = spec.patch_volume * (spec.in_channels + spec.out_channels)
-    embedded = (spec.text_dim + spec.freq_dim + 2 * dim + 6 * dim) * dim + 10 * dim
-    once = cells * dim + dim + spec.patch_volume * spec.out_channels + 2 * dim + embedded
-    return spec.num_blocks * (divided // tp + whole) + once + _beside(spec)
-
-
-def _beside(spec: TransformerSpec) -> int:
-    """What VACE has besides blocks."""
-    if not isinstance(spec, VaceSpec):
-        return 0
-    square = spec.dim**2 + spec.dim
-    return spec.patch_volume * spec.vace_in_channels * spec.dim + spec.dim + square * (1 + len(spec.vace_layers))

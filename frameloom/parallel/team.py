@@ -90,12 +90,10 @@ class Team:
         there = {**self.exchange({}, receives).wait(), 0: mine}
         return [there[p] if p in there else mine.new_empty(tuple(shapes[p])) for p in range(self.size)]
 
-    def scatter_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """All-to-all: part i goes to position i; returns what each position sent here, of the given shapes."""
-        return self.begin_scatter_all(parts, shapes)()
-
     def begin_scatter_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Callable[[], list[Tensor]]:
-        """`scatter_all` that returns at once; call what it returns to wait."""
+        """All-to-all: part i goes to position i. Returns at once; call what it returns to wait for what each position
+        sent here, of the given shapes.
+        """
         parts = [part.contiguous() for part in parts]
         like = parts[self.index]
         received = [like if p == self.index else like.new_empty(tuple(shape)) for p, shape in enumerate(shapes)]
@@ -129,6 +127,13 @@ class Team:
             self.sent_bytes += x.nbytes * (self.size - 1) * (self.index == 0)
         return x
 
+    def tensor_of_first(self, x: Tensor | None) -> Tensor:
+        """Position 0's tensor, of any shape and dtype, on every rank where it is exchanged; x is None elsewhere."""
+        shape, dtype = self.agree(None if x is None else [list(x.shape), str(x.dtype)])
+        if x is None:
+            x = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        return self.broadcast(x.to(self.device).contiguous())
+
     def agree(self, value: Any) -> Any:
         """Position 0's value on every rank; it is anything that JSON can hold."""
         if self.size == 1:
@@ -156,10 +161,6 @@ class Team:
         if not x.is_contiguous():
             raise InternalError(f"a tensor of strides {x.stride()} cannot be exchanged")
         return dist.P2POp(operation, x.view(-1).view(torch.uint8), self.ranks[position], group=self.group)
-
-
-ALONE = Team((0,), 0, None)
-"""A single process."""
 
 
 class World:

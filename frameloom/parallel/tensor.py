@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.dit_block import Block, RMSNorm
 from frameloom.models.division import Division
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.vace import make_dit
-from frameloom.models.wan_dit import Block, RMSNorm, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.norm import at_least_fp32, rms_norm
 from frameloom.ops.rope import RotaryTable
 from frameloom.parallel.team import Team

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.dit_block import FeedForward
 from frameloom.models.dit_rewrites import QKV_FUSED
 from frameloom.models.division import Division, Undo
 from frameloom.models.umt5 import Umt5Encoder
-from frameloom.models.wan_dit import FeedForward, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.ops.dit_rewrites import LINEAR_PACKED, MLP_PACKED
 from frameloom.ops.mlp import mlp
 from frameloom.ops.registry import Policy
@@ -92,14 +93,6 @@ def read_when_used(dit: WanDiT) -> None:
     for block in dit.block_list:
         if dit.ops.mlp is not mlp:
             block.ffn.kernel = functools.partial(_computed_now, dit.ops.mlp, block.ffn)
-
-
-def bytes_at_rest(module: nn.Module) -> int:
-    """Bytes of the weights that this rank holds between computations."""
-    from torch.distributed.tensor import DTensor
-
-    weights = set(module.parameters())
-    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in weights)
 
 
 class _AtRest(Division):

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frameloom.models.dit_block import Attention, CrossAttention
 from frameloom.models.encoders import TEXT_LENGTH, build_text_encoder
 from frameloom.models.spec import TransformerSpec
 from frameloom.models.tokenizer import Tokenizer, build_tokenizer
 from frameloom.models.vae_state import CausalState
-from frameloom.models.wan_dit import Attention, CrossAttention, WanDiT
+from frameloom.models.wan_dit import WanDiT
 from frameloom.models.wan_vae import WanVAE
 from frameloom.shapes.tokens import pieces
 from frameloom.shapes.train_vae import Z_DIM

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from frameloom.errors import CheckpointError
-from frameloom.ops.dequant import BLOCK_TYPES, check_readable, dequantise
+from frameloom.ops.dequant import BLOCK_TYPES, NUMBERS, check_readable, dequantise
 from frameloom.ops.quantized import QuantizedWeight
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.header import TensorEntry
@@ -30,17 +30,11 @@ MAPPED_BYTES = 1 << 16  # tensors from this size on are mapped, smaller ones rea
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    **NUMBERS,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
-    "I8": torch.int8,
     "U64": torch.uint64,
     "U32": torch.uint32,
     "U16": torch.uint16,

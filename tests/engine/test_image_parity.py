@@ -44,21 +44,6 @@ def reference(folder, *, steps=4, seed=3, output_type="latent", **options):
     return pipeline(**OPTIONS | asked | options).frames
 
 
-@pytest.fixture(scope="module")
-def engine_of(checkpoint_of):
-    opened = {}
-
-    def load(kind, exactness="rounding"):
-        key = kind, exactness
-        if key not in opened:
-            opened[key] = frameloom.load(checkpoint_of(kind), device="cpu", dtype="float32", exactness=exactness)
-        return opened[key]
-
-    yield load
-    for engine in opened.values():
-        engine.close()
-
-
 def sizes_of(kind: str) -> list[dict[str, int]]:
     sizes = SIZES if kind != "first and last image" else SIZES[:2]  # one frame cannot be first and last
     if kind == "per-token timesteps":

@@ -5,8 +5,6 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-import frameloom
-
 KINDS = ("one expert", "two experts", "per-token timesteps")
 SIZE = {"width": 64, "height": 32, "num_frames": 5}
 
@@ -23,21 +21,6 @@ def reference(folder, prompt, *, output_type="np", seed=3, **options):
 
 def relative_error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-@pytest.fixture(scope="module")
-def engine_of(checkpoint_of):
-    opened = {}
-
-    def load(kind, exactness="rounding"):
-        key = kind, exactness
-        if key not in opened:
-            opened[key] = frameloom.load(checkpoint_of(kind), device="cpu", dtype="float32", exactness=exactness)
-        return opened[key]
-
-    yield load
-    for engine in opened.values():
-        engine.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,10 +11,10 @@ from frameloom.memory import dit as plan
 from frameloom.memory.dit import StepPlanner
 from frameloom.memory.meter import peak_bytes
 from frameloom.models.adapters_beside import attach
+from frameloom.models.dit_block import Attention
 from frameloom.models.dit_fast import DitChoices, LoopChoices, install
 from frameloom.models.spec import TransformerSpec, VaceSpec
 from frameloom.models.vace import make_dit, under_empty_control
-from frameloom.models.wan_dit import Attention
 from frameloom.ops.dit_ops import Ops
 from frameloom.ops.linear import refuses_packed
 from frameloom.ops.mlp import mlp_rows

@@ -8,8 +8,9 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.models.dit_block import Attention, SelfAttention
 from frameloom.models.spec import TransformerSpec
-from frameloom.models.wan_dit import ROPE_TABLES_KEPT, Attention, SelfAttention, WanDiT
+from frameloom.models.wan_dit import ROPE_TABLES_KEPT, WanDiT
 
 TEXT_TOKENS = 512  # the reference tells image from text by this very number
 CLIP_TOKENS = 11

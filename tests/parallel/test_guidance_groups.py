@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 from ranks import run_ranks
-from test_sequence import digest, random_dit
+from test_sequence import ALONE, digest, random_dit
 
 from frameloom.errors import InternalError
 from frameloom.models.dit_fast import LoopChoices
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
 from frameloom.parallel.guidance import one_branch_each
 from frameloom.parallel.sequence import SequenceParallel
-from frameloom.parallel.team import ALONE, Team
+from frameloom.parallel.team import Team
 from frameloom.pipeline.stages import Predictor, Prompts, denoise
 from frameloom.sampling.guidance import ExpertSwitch
 from frameloom.sampling.unipc import make_sampler

@@ -17,8 +17,9 @@ from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.native import native
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, relative_error
 from frameloom.parallel.sequence import SequenceParallel, attend_around, attend_by_heads, check_heads, divide_frames
-from frameloom.parallel.team import ALONE, Team
+from frameloom.parallel.team import Team
 
+ALONE = Team((0,), 0, None)
 PRODUCTS = [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)]  # ring, ulysses
 HEADS, HEAD_DIM, LAYERS = 5, 16, 2
 GRID = (3, 5, 7)  # 35 tokens of a frame, which divide by none of the ranks, as the 5 heads

@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 from test_tensor import CASES, SIZE, Case, digest, in_pieces_choices, narrowed, predictions, random_dit, small_spec
+from torch.distributed.tensor import DTensor
 
 from frameloom.errors import RequestError
 from frameloom.models.dit_fast import choose, install
@@ -20,7 +21,6 @@ from frameloom.ops.registry import Policy, make_policy
 from frameloom.parallel.sequence import SequenceParallel
 from frameloom.parallel.weights import (
     REFUSED,
-    bytes_at_rest,
     check_sharded_plan,
     own_shard,
     read_when_used,
@@ -34,6 +34,12 @@ from frameloom.weights.load import load_module
 
 CPU = torch.device("cpu")
 UNEVEN = Case(small_spec(num_attention_heads=3, attention_head_dim=10, ffn_dim=5), batch=2)  # a rank of 4 has nothing
+
+
+def bytes_at_rest(module):
+    """Bytes of the weights that this rank holds between computations."""
+    weights = set(module.parameters())
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in weights)
 
 
 def sharded(dit, team, choices):

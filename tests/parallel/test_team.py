@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 
-from frameloom.parallel.team import ALONE
+from frameloom.parallel.team import Team
 
 
 def numbers(*shape: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_the_first_gets_what_each_has_and_the_others_send_it_once() -> None:
 
 def scatters(world):
     parts = [torch.full((world.rank + 1, p), 10.0 * world.rank + p) for p in range(world.size)]
-    got = world.everyone.scatter_all(parts, [(r + 1, world.rank) for r in range(world.size)])
+    got = world.everyone.begin_scatter_all(parts, [(r + 1, world.rank) for r in range(world.size)])()
     return all(bool((part == 10.0 * r + world.rank).all()) for r, part in enumerate(got)), [list(p.shape) for p in got]
 
 
@@ -54,7 +54,7 @@ def scatters_twice_at_once(world):
     sends = [[torch.full((world.rank + 1, p), 10.0 * r + p) for p in range(world.size)] for r in (world.rank, 7)]
     waits = [world.everyone.begin_scatter_all(parts, shapes) for parts in sends]
     first, second = (wait() for wait in waits)
-    here = world.everyone.scatter_all(sends[0], shapes)
+    here = world.everyone.begin_scatter_all(sends[0], shapes)()
     return [torch.equal(a, b) for a, b in zip(first, here, strict=True)], {
         float(x) for y in second for x in y.flatten()
     }
@@ -100,7 +100,8 @@ def test_what_does_not_lie_in_plain_memory_is_refused() -> None:
 
 def test_one_process_is_a_team_that_sends_nothing() -> None:
     x = torch.randn(3)
-    assert torch.equal(ALONE.collect(x, [(3,)])[0], x)
-    assert ALONE.agree("a") == "a"
-    assert torch.equal(ALONE.add_up(x), x)
-    assert ALONE.sent_bytes == 0
+    alone = Team((0,), 0, None)
+    assert torch.equal(alone.collect(x, [(3,)])[0], x)
+    assert alone.agree("a") == "a"
+    assert torch.equal(alone.add_up(x), x)
+    assert alone.sent_bytes == 0

@@ -11,10 +11,11 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 
 from frameloom.errors import InternalError, RequestError
+from frameloom.models.dit_block import RMSNorm
 from frameloom.models.dit_fast import DitChoices, install
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import TransformerSpec
-from frameloom.models.wan_dit import FrameTimes, RMSNorm, WanDiT
+from frameloom.models.wan_dit import FrameTimes, WanDiT
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.registry import BF16_SLACK, relative_error
 from frameloom.parallel.sequence import SequenceParallel

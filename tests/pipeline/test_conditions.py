@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import frameloom
-from frameloom.config import resolve
 from frameloom.errors import CheckpointError, RequestError
 from frameloom.models.defaults import Defaults
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.models.wan_dit import FrameTimes
 from frameloom.pipeline.conditions import Condition, beside, noised, pictures_taken
+from frameloom.request import resolve
 from frameloom.sampling.unipc import make_sampler
 from frameloom.types import GenerateRequest, Pictures, SizeRules
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frameloom.attention.core import sdpa
-from frameloom.models.wan_dit import CrossAttention
+from frameloom.models.dit_block import CrossAttention
 from frameloom.shapes import PATH
 from frameloom.shapes.export import WEIGHTS, export, read_back
 from frameloom.shapes.train_dit import TEXT_TOKENS, LatentClips, SmallAttention, TextAndVideo, caption
