@@ -305,7 +305,9 @@ def _foreseen(case: Case, seconds: float) -> dict[str, float]:
         LAYOUTS[bool(case.get("streamed"))],
     )
     counted = {"denoise": _of_step, "text": _of_text}.get(stage, _of_passage)(case, foresight)
-    rates = book.corrected(glance(foresight.machine.device, plan.dtype, channels), {lesson: counted.flops})
+    rates = book.corrected(
+        glance(foresight.machine.device, plan.dtype, channels, tuner=book.tuner), {lesson: counted.flops}
+    )
     rate = {"denoise": rates.products, "text": rates.text, "decode": rates.decode, "encode": rates.encode}[stage]
     taken = counted.flops + counted.attention_flops * (rates.products / rates.attention - 1)  # as if all were products
     if case.get("learns"):

@@ -104,7 +104,7 @@ class Planner:
         if self.machine.spec is not None:
             return sheet_rates(self.machine.spec, dtype, vae_dtype)
         vae = self.blueprint.vae
-        return glance(self.machine.device, dtype, vae.decoder_base_dim or vae.base_dim)
+        return glance(self.machine.device, dtype, vae.decoder_base_dim or vae.base_dim, tuner=self.book.tuner)
 
     def _rates(self, work: Mapping[str, float]) -> Rates:
         """How fast it is for so many operations of each stage."""

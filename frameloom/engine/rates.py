@@ -7,7 +7,7 @@ how much there was to compute, as small work is slower for what it is.
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,14 +71,14 @@ def sheet_rates(spec: DeviceSpec, dtype: torch.dtype, vae_dtype: torch.dtype) ->
     )
 
 
-@functools.cache
-def glance(device: torch.device, dtype: torch.dtype, vae_channels: int) -> Rates:
-    """Of this machine, by products of squares that take a few milliseconds; the VAE's by its width."""
-    product, single = (_product_rate(device, each) for each in (dtype, torch.float32))
+def glance(device: torch.device, dtype: torch.dtype, vae_channels: int, *, tuner: Tuner) -> Rates:
+    """Of this machine, by products of squares and a copy, which `tuner` remembers; the VAE's by its width."""
+    product, single = (
+        _noted(tuner, f"products of {each}", functools.partial(_product_rate, device, each))
+        for each in (dtype, torch.float32)
+    )
+    copied = _noted(tuner, "copies", functools.partial(_copy_rate, device))
     convolutions = single * _WINOGRAD_GAIN * vae_channels / (vae_channels + _WINOGRAD_CHANNELS)
-    source = torch.empty(_COPIED, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    copied = 2 * _COPIED / min(timed(lambda: target.copy_(source), device) for _ in range(3))
     return Rates(
         products=product,
         attention=product * _ATTENTION_HERE,
@@ -90,6 +90,23 @@ def glance(device: torch.device, dtype: torch.dtype, vae_channels: int) -> Rates
         peer=copied / 2,
         source="a glance at this machine; the first run here makes it exact",
     )
+
+
+def _noted(tuner: Tuner, what: str, measure: Callable[[], float]) -> float:
+    """What was measured once on this machine, with as many threads."""
+    key = f"glance at {what}, {torch.get_num_threads()} threads"
+    if (known := tuner.number(key)) is None:
+        known = measure()
+        tuner.note(key, known)
+        tuner.save()
+    return known
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written."""
+    source = torch.empty(_COPIED, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return float(2 * _COPIED / min(timed(lambda: target.copy_(source), device) for _ in range(3)))
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
