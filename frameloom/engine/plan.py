@@ -18,7 +18,8 @@ from frameloom.engine.ranks import UNDIVIDED
 from frameloom.engine.rates import Book, Rates, glance, sheet_rates
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.workload import SizedRequest, Workload
-from frameloom.memory.plan import Arranged, Choice, Plan, amount, first_that_fits, next_cheaper, smaller_sizes
+from frameloom.memory.meter import amount
+from frameloom.memory.plan import Arranged, Choice, Plan, first_that_fits, next_cheaper, smaller_sizes
 from frameloom.models.defaults import preset_of
 from frameloom.parallel.mesh import auto_plan, possible_plan
 from frameloom.platform.device import DTYPES

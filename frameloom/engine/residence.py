@@ -18,7 +18,7 @@ from frameloom.engine.ranks import Ranks
 from frameloom.engine.workload import SizedRequest
 from frameloom.errors import RequestError
 from frameloom.memory.layout import Layout, held_in
-from frameloom.memory.plan import amount
+from frameloom.memory.meter import amount
 from frameloom.memory.residency import Chain, chain_of_dit, chain_of_text_encoder
 from frameloom.memory.stream import Stream, Unit, streamed
 from frameloom.models.encoders import text_encoder_keeps_fp32

@@ -48,3 +48,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with meter:
         run()
     return meter.peak
+
+
+def amount(count: float) -> str:
+    """Bytes for people."""
+    if count < 1e5:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from frameloom.memory.layout import Layout
+from frameloom.memory.meter import amount
 from frameloom.types import SizeRules, Stage
 
 _WORTH = 0.95  # of the peak: what takes hardly less is not told
@@ -149,8 +150,3 @@ def smaller_sizes(size: tuple[int, int, int], rules: SizeRules) -> Iterator[tupl
 
 def _multiple(side: float, step: int) -> int:
     return max(step, int(side) // step * step)
-
-
-def amount(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import RequestError
-from frameloom.memory.meter import peak_bytes
+from frameloom.memory.meter import amount, peak_bytes
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_fast import VaeChoices, without_weights
@@ -121,16 +121,16 @@ class VaePlanner:
             return self.needed(picture_BCHW, steps, passage, encode=encode)
 
         for chosen in self._candidates(steps, height * scale, width * scale):
-            amount = bytes_of(chosen)
-            if amount <= budget:
+            takes = bytes_of(chosen)
+            if takes <= budget:
                 break
-        if amount > budget:
+        if takes > budget:
             raise RequestError(
-                f"{what} needs at least {_amount(amount)} besides its weights, and {whose} is {_amount(budget)}; "
-                f"allow {amount} bytes or more, or ask for a smaller picture"
+                f"{what} needs at least {amount(takes)} besides its weights, and {whose} is {amount(budget)}; "
+                f"allow {takes} bytes or more, or ask for a smaller picture"
             )
-        known = "at most" if amount == at_most(chosen) else "about"
-        log.info("%s: %s; %s %s, %s is %s", what, chosen, known, _amount(amount), whose, _amount(budget))
+        known = "at most" if takes == at_most(chosen) else "about"
+        log.info("%s: %s; %s %s, %s is %s", what, chosen, known, amount(takes), whose, amount(budget))
         keeps = self.device.type == "cpu" or self.choices.always_chunks
         fewer = chosen if keeps else replace(chosen, steps=1)
         return itertools.chain([chosen], self._in_narrower_bands(fewer, chosen.rows or height * scale))
@@ -199,9 +199,3 @@ def _narrower(passage: Passage, rows: int, *, may_shorten: bool) -> Iterator[Pas
         yield replace(passage, rows=rows)
     if passage.steps > 1 and may_shorten:
         yield replace(passage, steps=1, rows=rows)
-
-
-def _amount(count: int) -> str:
-    if count < 1e5:
-        return f"{count} bytes"
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
