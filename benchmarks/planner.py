@@ -122,23 +122,23 @@ GRID = [
         _denoise(dit, dtype, size)
         for dit in DITS
         for dtype in ("float32", "bfloat16")
-        for size in ((128, 192, 13), (192, 240, 17))
+        for size in ((144, 176, 13), (176, 272, 17))
     ),
-    _denoise("512 wide", "float32", (240, 320, 21)),
-    _denoise("1024 wide", "bfloat16", (240, 352, 17)),
-    *(_denoise(dit, "float32", (144, 192, 17), batched=True) for dit in DITS),
-    _denoise("1024 wide", "bfloat16", (176, 256, 17), batched=True),
-    *(_denoise(dit, "bfloat16", (160, 208, 17), streamed=True) for dit in DITS),
+    _denoise("512 wide", "float32", (256, 288, 21)),
+    _denoise("1024 wide", "bfloat16", (224, 368, 17)),
+    *(_denoise(dit, "float32", (160, 160, 17), batched=True) for dit in DITS),
+    _denoise("1024 wide", "bfloat16", (192, 224, 17), batched=True),
+    *(_denoise(dit, "bfloat16", (144, 240, 17), streamed=True) for dit in DITS),
     *(
         _vae("decode", "2.1, a third as wide", size, steps, rows)
-        for size in ((128, 160, 13), (176, 240, 17))
+        for size in ((112, 176, 13), (192, 208, 17))
         for steps, rows in ((1, None), (2, None), (2, 32))
     ),
-    *(_vae("decode", "2.1", (80, 112, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 16))),
-    _vae("decode", "2.1", (112, 128, 9), 2, 32),
-    *(_vae("decode", "2.2, a third as wide", (128, 192, 17), steps, rows) for steps, rows in ((2, None), (1, 32))),
-    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((128, 160, 13), (176, 240, 17))),
-    _vae("encode", "2.2, a third as wide", (128, 192, 17), 2, None),
+    *(_vae("decode", "2.1", (72, 128, 9), steps, rows) for steps, rows in ((1, None), (2, None), (2, 16))),
+    _vae("decode", "2.1", (104, 144, 9), 2, 32),
+    *(_vae("decode", "2.2, a third as wide", (144, 176, 17), steps, rows) for steps, rows in ((2, None), (1, 32))),
+    *(_vae("encode", "2.1, a third as wide", size, 2, None) for size in ((112, 176, 13), (192, 208, 17))),
+    _vae("encode", "2.2, a third as wide", (144, 176, 17), 2, None),
     _text(2),
 ]
 
