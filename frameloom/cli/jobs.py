@@ -31,10 +31,10 @@ def resume(
     console.print(f"going on with {begun.name}: {begun.request.prompts[0]}", soft_wrap=True)
     ranks = begun.origin.ranks if begun.origin.ranks > 1 else None
     with last_words(functools.partial(fate, target, target.written(), begun.began)):
-        names = [] if job is not None else [begun.name]  # all ranks the same
+        names = [] if job is not None else [str(begun.folder)]  # all ranks the same
         share(ranks, begun.origin.config.parallel, target=target, since=begun.began, further=names)
         with progress_of(console) as report:
-            made = frameloom.resume(begun.name, anyway=anyway, progress=report)
+            made = frameloom.resume(str(begun.folder), anyway=anyway, progress=report)
     if is_first():
         print_made(made, console, as_json=as_json)
 

@@ -29,6 +29,8 @@ from frameloom.cli.options import (
 from frameloom.errors import RequestError
 from frameloom.types import EngineConfig
 
+MOST_GPUS = 256
+
 if TYPE_CHECKING:
     from frameloom.memory.plan import Plan
 
@@ -59,7 +61,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="What may be used of the device: auto, or bytes such as 24GB.")] = "auto",
     residence: ResidenceOption = "auto",
     host_memory: Annotated[
-        str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB.")
+        str, typer.Option(help="What may be used of its host: auto, or bytes such as 32GB; a CPU has --memory alone.")
     ] = "auto",
     dtype: DtypeOption = "auto",
     quantized: Annotated[str, typer.Option(help="Quantized weights: keep or expand.")] = "keep",
@@ -73,8 +75,8 @@ def plan(
     """Say what a request would take, and how it is arranged to fit, before anything of it is computed."""
     if model is not None and of_model is not None:
         raise RequestError(f"two models were given, {model!r} and {of_model!r}; give one")
-    if gpus < 1:
-        raise RequestError(f"{gpus} devices compute nothing; use 1 or more")
+    if not 1 <= gpus <= MOST_GPUS:
+        raise RequestError(f"{gpus} devices cannot be planned; use 1 to {MOST_GPUS}")
     config = EngineConfig(
         dtype=dtype, quantized=quantized, preset=preset, exactness=exactness, rewrites=tuple(rewrite or ()),
         vae_memory=vae_memory, parallel=parallel, residence=residence,

@@ -13,7 +13,7 @@ from frameloom.engine.blueprint import Blueprint, draw
 from frameloom.engine.dit import FastDit, load_plain_dit, make_fast_dit, step_planner
 from frameloom.engine.engine import Engine
 from frameloom.engine.job import Origin, absolute, absolute_loras
-from frameloom.engine.loras import adapters_of_experts, beside, exchange, loras_of, read_alike
+from frameloom.engine.loras import adapters_of_experts, beside, contents_of, exchange, loras_of, read_alike
 from frameloom.engine.modules import fill, quantized_of
 from frameloom.engine.prompts import cached_prompts
 from frameloom.engine.ranks import Ranks, Take, gather_ranks, own_device
@@ -182,7 +182,7 @@ def _assembled(plan: Blueprint, chosen: _Choices, ranks: Ranks, origin: Origin) 
         team=team,
         adapters=live,
         loras=chosen.loras,
-        origin=origin,
+        origin=replace(origin, facts={**origin.facts, "LoRAs": contents_of(adapters)}),
     )
 
 

@@ -1,9 +1,8 @@
 """The engine: requests in, videos or latents out. Built by `build.build_engine`; use it in a with statement."""
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from frameloom.engine.asked import Prompts, check_latents, complete, frames_of, request_of, told_of
 from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute_loras, check_unchanged
-from frameloom.engine.loras import adapters_of_experts, exchange, loras_of, read_alike
-from frameloom.engine.to_file import begin_if_possible, journal_of, working_on, write
+from frameloom.engine.loras import adapters_of_experts, contents_of, exchange, loras_of, read_alike
+from frameloom.engine.to_file import begin_if_possible, journal_of, kept, working_on, write
 from frameloom.engine.together import Together
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.adapters import Adapters
 from frameloom.models.defaults import Defaults
-from frameloom.models.vae_state import Frames
+from frameloom.models.vae_state import Frames, Passage
 from frameloom.ops.registry import Decision
 from frameloom.parallel.team import Team
 from frameloom.pipeline.media import Video, check_output
@@ -30,10 +29,6 @@ from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
 from frameloom.types import GenerateOptions, Lora, Progress, ProgressCallback, ResolvedRequest
-
-
-def _no_job() -> None:
-    """Of those who keep nothing."""
 
 
 def _silent(_: Progress) -> None:
@@ -63,6 +58,7 @@ class Engine:
         self._together, self._origin = Together(team), origin
         self._loras = tuple(loras)
         self._set_loras: tuple[Lora, ...] = ()
+        self._set_contents = ""
         self._base = self._attached = adapters or [()] * len(pipeline.experts)
         self._is_answering = False
         self.name = name
@@ -95,7 +91,7 @@ class Engine:
         found = read_alike(self._together.team, lambda: adapters_of_experts([dit.spec for dit in experts], chosen))
         wanted = [[*base, *sets] for base, sets in zip(self._base, found, strict=True)]
         exchange(experts, before=self._attached, after=wanted)
-        self._attached, self._set_loras = wanted, chosen
+        self._attached, self._set_loras, self._set_contents = wanted, chosen, contents_of(found)
 
     def resolve(self, prompt: str | Prompts, **options: Unpack[GenerateOptions]) -> ResolvedRequest:
         """Check a request and fill in what it leaves open, without computing anything. Raises RequestError."""
@@ -192,8 +188,10 @@ class Engine:
             shown = None if preview is None else str(check_preview(preview, self._open.vae.spec, target=target))
             output = str(target.path) + "/" * (target.kind == "folder")
             order = dataclasses.replace(order, output=output, preview=shown)
-        begin_job = functools.partial(self._begin, order, request) if job and self._together.writes else _no_job
-        return self._make(order, request, progress or _silent, begin_job)
+        passages = self._open.plan(request)
+        begun = self._begin(order, request) if job and self._together.writes else None
+        with kept(begun):
+            return self._make(order, request, progress or _silent, passages, begun)
 
     def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
         """Go on with a job that this engine, or one like it, has begun; returns as `generate_to` does.
@@ -201,17 +199,21 @@ class Engine:
         Raises RequestError if it would be another video, or another process works on it. `anyway`: though the bits may
         be others, as versions, device or kernels are.
         """
-        check_unchanged(job, self.facts, anyway=anyway)
         if job.order.loras != self._set_loras:
             self.set_loras(job.order.loras)
-        request = self._together.agreed(job.request)
-        return self._make(job.order, request, progress or _silent, lambda: job if self._together.writes else None)
+        check_unchanged(job, self.facts, anyway=anyway)
+        with kept(job):
+            request = self._together.agreed(job.request)
+            passages = self._open.plan(request)
+            mine = job if self._together.writes else None
+            return self._make(job.order, request, progress or _silent, passages, mine)
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the bits of a video depend on, besides the request: versions, model, device, kernels."""
+        """What the bits of a video depend on, besides the request: versions, model, LoRAs, device, kernels."""
         used = ", ".join(sorted(decision.name for decision in self.decisions if decision.used))
-        return {**({} if self._origin is None else self._origin.facts), "rewrites": used}
+        own = {"rewrites": used, "LoRAs that were set": self._set_contents}
+        return {**({} if self._origin is None else self._origin.facts), **own}
 
     def _begin(self, order: Order, request: ResolvedRequest) -> Job | None:
         """A new job; None of engines that could not be built again, and where none can be kept."""
@@ -220,12 +222,15 @@ class Engine:
         return begin_if_possible(dataclasses.replace(self._origin, facts=self.facts), order, request)
 
     def _make(
-        self, order: Order, request: ResolvedRequest, report: ProgressCallback, job_of: Callable[[], Job | None]
+        self,
+        order: Order,
+        request: ResolvedRequest,
+        report: ProgressCallback,
+        passages: Iterator[Passage],
+        job: Job | None,
     ) -> dict[str, Any]:
         """The video of a request in its file, and what is told of it; all but the first rank help."""
-        passages, together = self._open.plan(request), self._together
-        job = job_of()
-        clock = StageClock(device=self._open.device)
+        together, clock = self._together, StageClock(device=self._open.device)
         with working_on(job), self._answering(request):
             journal = journal_of(job, together)
 

@@ -1,12 +1,13 @@
 """A job: what was asked, with which model and options, and the journal of what was computed for it."""
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +15,20 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from frameloom.engine.jobs import DESCRIPTION, FINISHED, FORMAT, LOCK, digest_of, folder_of, make_room, read_description
+from frameloom.engine.jobs import (
+    DESCRIPTION,
+    FINISHED,
+    FORMAT,
+    LOCK,
+    busy,
+    digest_of,
+    folder_of,
+    make_room,
+    read_description,
+)
 from frameloom.engine.journal import Journal, write_whole
 from frameloom.errors import OutputError, RequestError
-from frameloom.lock import Lock, holder_of
+from frameloom.lock import Lock
 from frameloom.settings import LOGGER_NAME, jobs_folder
 from frameloom.types import EngineConfig, Lora, Pictures, ResolvedRequest
 
@@ -76,8 +87,14 @@ class Job:
         return (self.folder / FINISHED).exists()
 
     def held(self) -> Lock:
-        """The lock, which is to be closed. Raises RequestError if another process has it."""
-        return self.lock or _lock(self.folder)
+        """The lock, which is to be closed. Raises RequestError if another process has it, OutputError."""
+        try:
+            return self.lock or _lock(self.folder)
+        except OSError as error:
+            raise OutputError(
+                f"the job {self.folder} cannot be written ({error.strerror}); make it writable, or resume a copy of it "
+                "by its path"
+            ) from error
 
     def finish(self, made: Mapping[str, Any]) -> None:
         """The video is in its place: let go of what was kept on the way."""
@@ -92,27 +109,38 @@ def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
     """Make the folder of a new job. Raises OutputError."""
     root = jobs_folder()
     began = time.time()
-    folder = root / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{int(began * 1e6 % 1e6):06d}"
     asked, pictures = _written(request)
     told = {"origin": _plain(asdict(origin)), "order": asdict(order), "request": asked, "began": began}
     digest = digest_of(told)
-    journal = Journal(folder, digest)
     try:
         root.mkdir(parents=True, exist_ok=True)
         make_room(root)
-        folder.mkdir()
+        folder = _new_folder(root, began)
+        journal = Journal(folder, digest)
         with ExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
             lock = undo.enter_context(closing(_lock(folder)))  # before anybody can see the job
             journal.put(INPUTS, pictures)
             description = {"format": FORMAT, "sha256": digest, **told}
             write_whole(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
             undo.pop_all()
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(
-            f"no job can be kept in {root} ({error.strerror}); set FRAMELOOM_JOBS to a folder with space"
+            f"no job can be kept in {root} ({error.strerror}); set FRAMELOOM_JOBS to a folder that has room and can be "
+            "written"
         ) from error
     return Job(folder=folder, origin=origin, order=order, request=request, journal=journal, began=began, lock=lock)
+
+
+def _new_folder(root: Path, began: float) -> Path:
+    """One that nobody else has, named by the time."""
+    second = time.strftime("%Y%m%d-%H%M%S", time.localtime(began))
+    for number in itertools.count(int(began * 1e6 % 1e6)):
+        folder = root / f"{second}-{number:06d}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def find(name: str | None) -> Job:
@@ -139,20 +167,19 @@ def _lock(folder: Path) -> Lock:
     try:
         return Lock(path)
     except BlockingIOError:
-        number = holder_of(path)
-        holder = "another process" if number is None else f"process {number}"
-        raise RequestError(f"job {folder.name} is being worked on by {holder}; wait for it, or end it first") from None
+        raise RequestError(busy(folder)) from None
 
 
 def check_unchanged(job: Job, facts: Mapping[str, str], *, anyway: bool) -> None:
-    """Raise RequestError where a job began with other facts than these; `anyway` with the same model will do."""
+    """Raise RequestError where a job began with other facts than these; `anyway` with the same weights will do."""
     then = job.origin.facts
-    names = sorted(name for name in {*then, *facts} if then.get(name) != facts.get(name))
-    changed = [f"{name} was {then.get(name, 'unknown')}, is {facts.get(name, 'unknown')}" for name in names]
-    model = [change for change in changed if change.startswith("model ")]
-    if model or (changed and not anyway):
-        way_out = "give the model that it began with" if model else "go back to that, or take other bits with --anyway"
-        raise RequestError(f"job {job.name} began with something else: {'; '.join(model or changed)}; {way_out}")
+    names = sorted(name for name in {*then, *facts} if then.get(name, "") != facts.get(name, ""))
+    changed = [f"{name} was {then.get(name) or 'none'}, is {facts.get(name) or 'none'}" for name in names]
+    weights = [change for change in changed if change.startswith(("model ", "LoRAs "))]
+    if weights or (changed and not anyway):
+        files, bits = "give it the files that it began with", "go back to that, or take other bits with --anyway"
+        way_out = files if weights else bits
+        raise RequestError(f"job {job.name} began with something else: {'; '.join(weights or changed)}; {way_out}")
 
 
 def _written(request: ResolvedRequest) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -6,18 +6,26 @@ are an entry of its journal; `finished.json` says where the video is; `lock` is 
 
 import hashlib
 import json
+import logging
+import re
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from frameloom.errors import RequestError
-from frameloom.lock import is_held
-from frameloom.settings import jobs_folder
+from frameloom.errors import OutputError, RequestError
+from frameloom.lock import holder_of, is_held
+from frameloom.settings import LOGGER_NAME, jobs_folder
+
+log = logging.getLogger(LOGGER_NAME)
 
 MAX_FINISHED: Final = 100  # jobs that are listed after they are done, and
 MAX_FINISHED_BYTES: Final = 10_000_000_000  # what all of them may take
 FORMAT: Final = "frameloom job 1"
+_LEFT_OVER_S: Final = 3600.0
+_NAME: Final = re.compile(r"\d{8}-\d{6}-\d{6,}")
 DESCRIPTION: Final = "job.json"
 FINISHED: Final = "finished.json"
 LOCK: Final = "lock"
@@ -40,20 +48,29 @@ def forget(name: str) -> None:
     if not found:
         raise RequestError(f"there is no job {name!r} in {jobs_folder()}; `frameloom jobs` lists all")
     if is_locked(found[0]):
-        raise RequestError(f"job {name} is being worked on; end that first")
-    shutil.rmtree(found[0])
+        raise RequestError(busy(found[0]))
+    try:
+        shutil.rmtree(found[0])
+    except OSError as error:
+        raise OutputError(f"the job {found[0]} cannot be removed ({error.strerror}); make it writable") from error
 
 
 def folder_of(name: str | None) -> Path:
     """The folder of a job by its name, or the beginning of it, or its path; None: the newest that is not finished.
 
-    Raises RequestError.
+    Raises RequestError. Of the newest, one whose description is damaged is passed over, with a line in the log.
     """
     root = jobs_folder()
     if name is None:
         for folder in reversed(folders(root)):
-            if not (folder / FINISHED).exists() and not is_locked(folder):
-                return folder
+            if (folder / FINISHED).exists() or is_locked(folder):
+                continue
+            try:
+                read_description(folder)
+            except RequestError as error:
+                log.warning("%s; `frameloom jobs --forget %s` removes it", error, folder.name)
+                continue
+            return folder
         raise RequestError(f"no job in {root} is unfinished; `frameloom jobs` lists all")
     if (Path(name) / DESCRIPTION).is_file():
         return Path(name).absolute()
@@ -69,6 +86,13 @@ def is_locked(folder: Path) -> bool:
     return is_held(folder / LOCK)
 
 
+def busy(folder: Path) -> str:
+    """The sentence for those who want a job that a process works on."""
+    number = holder_of(folder / LOCK)
+    holder = "another process" if number is None else f"process {number}"
+    return f"job {folder.name} is being worked on by {holder}; wait for it, or end it first"
+
+
 def folders(root: Path) -> list[Path]:
     """Of jobs that have begun, oldest first."""
     if not root.is_dir():
@@ -78,6 +102,9 @@ def folders(root: Path) -> list[Path]:
 
 def make_room(root: Path) -> None:
     """Remove finished jobs, the oldest first, while there are too many or they take too much."""
+    for folder in root.iterdir():
+        if _is_left_over(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     finished = [folder for folder in folders(root) if (folder / FINISHED).exists() and not is_locked(folder)]
     sizes = [_bytes_of(folder) for folder in finished]
     while len(finished) > MAX_FINISHED or sum(sizes) > MAX_FINISHED_BYTES:
@@ -85,8 +112,23 @@ def make_room(root: Path) -> None:
         sizes.pop(0)
 
 
+def _is_left_over(folder: Path) -> bool:
+    """Whether a run ended there before it had a job, and not just now."""
+    if _NAME.fullmatch(folder.name) is None or (folder / DESCRIPTION).exists() or is_locked(folder):
+        return False
+    with suppress(OSError):
+        return time.time() - folder.stat().st_mtime > _LEFT_OVER_S
+    return False
+
+
 def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Of all files that are there now; a running job writes and removes some."""
+    found = 0
+    with suppress(FileNotFoundError):
+        for path in list(folder.iterdir()):
+            with suppress(FileNotFoundError):
+                found += path.stat().st_size
+    return found
 
 
 def _told(folder: Path) -> dict[str, Any]:

@@ -137,6 +137,11 @@ class Journal:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an entry could not be written; then none was since."""
+        return self._broken
+
     def write(self, name: str, tensors: Tensors, facts: Mapping[str, str] | None = None, *, waits: bool = True) -> None:
         """Put an entry in its place, whole; `waits` until it is on the disk. After an error nothing is written."""
         if self._broken:

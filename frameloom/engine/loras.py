@@ -68,8 +68,14 @@ def read_alike(team: Team | None, read: Callable[[], list[list[Adapters]]]) -> l
         with suppress(RequestError):  # the others get that, this one its own error
             check_same(team, "LoRA file", "")
         raise
-    check_same(team, "LoRA file", fingerprint_of_files(Path(one.name) for sets in found for one in sets))
+    check_same(team, "LoRA file", contents_of(found))
     return found
+
+
+def contents_of(adapters: Sequence[Sequence[Adapters]]) -> str:
+    """Tells LoRAs of the same files with other numbers from these: sixteen hexadecimal digits; "" of none."""
+    files = [Path(one.name) for sets in adapters for one in sets]
+    return fingerprint_of_files(files) if files else ""
 
 
 def merging(sets: Sequence[Adapters], take: Take | None) -> Take | None:

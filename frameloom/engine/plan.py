@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from frameloom.engine.ranks import UNDIVIDED
 from frameloom.engine.rates import Book, Rates, glance, sheet_rates
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.workload import SizedRequest, Workload
+from frameloom.errors import RequestError
 from frameloom.memory.meter import amount
 from frameloom.memory.plan import Arranged, Choice, Plan, first_that_fits, next_cheaper, smaller_sizes
 from frameloom.models.defaults import preset_of
@@ -26,7 +28,7 @@ from frameloom.platform.device import DTYPES
 from frameloom.platform.tuning import Tuner
 from frameloom.types import EngineConfig, GenerateRequest, ParallelPlan
 from frameloom.weights.checkpoint import Checkpoint
-from frameloom.weights.published import published
+from frameloom.weights.published import NAMES, published
 from frameloom.weights.source import Source, open_checkpoint
 
 
@@ -153,6 +155,8 @@ class Planner:
 
     def _choices(self, work: Workload, arranged: Arranged, why_parallel: str, *, fits: bool) -> Iterator[Choice]:
         memory = f"{amount(arranged.device_bytes)} of {amount(self.machine.memory_bytes)}"
+        if arranged.host_bytes > self.machine.host_memory_bytes:
+            memory = f"{amount(arranged.host_bytes)} of the host's {amount(self.machine.host_memory_bytes)}"
         dtype, vae_dtype = (
             str(each).removeprefix("torch.") for each in (self.blueprint.dtype, self.blueprint.vae_dtype)
         )
@@ -160,7 +164,8 @@ class Planner:
         yield Choice(what="weights", chosen=str(arranged.layout), reason=why)
         yield Choice(what="dtype", chosen=f"{dtype}, VAE {vae_dtype}", reason=self.blueprint.why_dtype)
         yield Choice(what="guidance", chosen="batched" if arranged.batched else "in turn", reason=work.why_guidance)
-        yield Choice(what="VAE", chosen=arranged.passage, reason="the fastest way that fits beside the weights")
+        way = "the fastest way that fits beside the weights" if fits else "the one that takes the least"
+        yield Choice(what="VAE", chosen=arranged.passage, reason=way)
         yield Choice(what="parallel", chosen=str(work.parallel), reason=why_parallel)
 
     def _remedy(self, request: SizedRequest, arranged: Arranged) -> str:
@@ -168,8 +173,9 @@ class Planner:
         lacks_host = arranged.host_bytes > self.machine.host_memory_bytes
         if not lacks_host and (nearest := self._nearest(request)) is not None:
             return f"the nearest that fits is {nearest.num_frames} frames of {nearest.width}x{nearest.height}"
-        where = "host memory" if lacks_host else "memory"
-        return f"no size of video fits: take a smaller model, quantized weights, or more {where}"
+        if lacks_host:
+            return "no size of video takes less of the host: allow more host memory"
+        return "no size of video fits: take a smaller model, quantized weights, or more memory"
 
     def _nearest(self, request: SizedRequest) -> SizedRequest | None:
         """The smallest change of the size that fits; None where the smallest video does not."""
@@ -186,8 +192,14 @@ class Planner:
 
 def _opened(model: Source | None, parts: Mapping[str, Source] | None, variant: str) -> Checkpoint:
     name = None if model is None else os.fspath(model)
-    if name is not None and not parts and not Path(name).expanduser().exists() and (known := published(name)):
-        return known
+    if name is not None and not parts and not Path(name).expanduser().exists():
+        if known := published(name):
+            return known
+        if re.fullmatch(r"[\w.-]+", name):
+            raise RequestError(
+                f"there is no file or folder '{name}', and no published model of that name is known; give a path, "
+                f"OWNER/NAME of the hub, or one of {', '.join(NAMES)}"
+            )
     return open_checkpoint(model, parts=parts, variant=variant, fetch_weights=False)
 
 

@@ -122,11 +122,14 @@ def _planned(plan: Blueprint, config: EngineConfig, bound: int, ranks: Ranks) ->
     """
     machine = machine_of(str(ranks.device), memory=bound, only_here=True)
     planner = Planner(plan, machine, config, gpus=ranks.world.size, here_only=True)
-    found = planner.plan(SizedRequest.of(GenerateRequest(prompt="a video"), plan))
-    layout = found.arranged.layout
+    asked = residences(config.residence)
+    layout, why = Layout(**asked), "asked for"
+    if len(asked) < 2:
+        found = planner.plan(SizedRequest.of(GenerateRequest(prompt="a video"), plan))
+        layout = found.arranged.layout
+        why = f"{found.request} take {amount(found.arranged.device_bytes)} of {amount(bound)}"
+        why += "" if found.fits else ", which is more, and no layout takes less"
     held = held_in("decode", planner.foresight.weights(encodes=False, with_image=False), layout)
-    takes = f"{found.request} take {amount(found.arranged.device_bytes)} of {amount(bound)}"
-    why = takes if found.fits else f"{takes}, which is more, and no layout takes less"
     return layout.asked, why, max(1, bound - machine.base_bytes - held)
 
 

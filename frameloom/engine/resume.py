@@ -4,7 +4,7 @@ from typing import Any
 
 from frameloom.engine.build import build_engine
 from frameloom.engine.job import Job, find
-from frameloom.engine.jobs import is_locked
+from frameloom.engine.jobs import busy, is_locked
 from frameloom.errors import RequestError
 from frameloom.settings import launched
 from frameloom.types import ProgressCallback
@@ -16,7 +16,7 @@ def to_resume(name: str | None) -> Job:
     if job.is_finished:
         raise RequestError(f"job {job.name} is finished, and its video is at {job.order.output}; start a new request")
     if launched() is None and is_locked(job.folder):  # of several ranks the first holds it
-        raise RequestError(f"job {job.name} is being worked on by another process; wait for it, or end it first")
+        raise RequestError(busy(job.folder))
     return job
 
 

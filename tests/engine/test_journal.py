@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom.engine import job, jobs, journal
-from frameloom.errors import InternalError, RequestError
+from frameloom.errors import InternalError, OutputError, RequestError
 from frameloom.types import EngineConfig
 
 SIZE = {"width": 64, "height": 32, "num_frames": 9, "steps": 4, "seed": 5}
@@ -317,3 +318,93 @@ def test_a_job_says_what_it_was_asked(checkpoint_of, folder, tmp_path):
         found = job.find(name)
         assert found.order.quality == 50
         assert repr(found.request) == repr(engine.resolve(PROMPT, **SIZE))
+
+
+# --- what others do meanwhile ---
+
+
+def test_a_lora_with_other_numbers_is_told_when_a_job_is_resumed(checkpoint_of, tmp_path):
+    path = tmp_path / "l.safetensors"
+    write_lora(path, 0.1)
+    for number, ways in enumerate(({"loras": [str(path)]}, {})):
+        with frameloom.load(checkpoint_of(), **ways) as engine:
+            engine.set_loras([] if ways else [str(path)])
+            name = begun(engine, tmp_path / f"{number}.mp4", "denoise", 1)
+        write_lora(path, 0.2)
+        for anyway in (False, True):
+            with pytest.raises(RequestError, match=r"LoRAs.* was \w{16}, is \w{16}; give it the files"):
+                frameloom.resume(name, anyway=anyway)
+        write_lora(path, 0.1)
+        frameloom.resume(name)
+
+
+def write_lora(path, value):
+    factors = {"lora_A.weight": torch.full((2, 32), value), "lora_B.weight": torch.full((32, 2), value)}
+    save_file({f"transformer.blocks.0.attn1.to_q.{name}": factor for name, factor in factors.items()}, path)
+
+
+def test_jobs_that_begin_at_the_same_moment_have_folders_of_their_own(checkpoint_of, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("frameloom.engine.job.time.time", lambda: 1_800_000_000.0)
+    with frameloom.load(checkpoint_of()) as engine:
+        names = [begun(engine, tmp_path / f"{n}.mp4", "denoise", 1) for n in range(2)]
+        assert [told["name"] for told in frameloom.jobs()] == names
+        assert len(set(names)) == 2
+
+
+def test_a_damaged_newest_job_is_passed_over(checkpoint_of, folder, tmp_path, caplog):
+    with frameloom.load(checkpoint_of()) as engine:
+        good, damaged = (begun(engine, tmp_path / f"{n}.mp4", "denoise", 1) for n in range(2))
+        (folder / damaged / "job.json").write_text("{}")
+        assert job.find(None).name == good
+    assert f"`frameloom jobs --forget {damaged}` removes it" in caplog.text
+
+
+def test_a_job_outside_the_folder_of_jobs_is_resumed_by_its_path(checkpoint_of, folder, tmp_path, run):
+    with frameloom.load(checkpoint_of()) as engine:
+        name = begun(engine, tmp_path / "a.mp4", "denoise", 1)
+    elsewhere = (folder / name).rename(tmp_path / "elsewhere")
+    code, _, err = run("resume", elsewhere)
+    assert code == 0, err
+    assert (tmp_path / "a.mp4").exists()
+
+
+def test_folders_of_runs_that_ended_before_they_had_a_job_are_removed_later(checkpoint_of, folder, tmp_path):
+    old, new, other = (folder / name for name in ("20260101-000000-000000", "20260101-000000-000001", "mine"))
+    for left in (old, new, other):
+        left.mkdir(parents=True)
+        (left / "lock").touch()
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    with frameloom.load(checkpoint_of()) as engine:
+        begun(engine, tmp_path / "a.mp4", "denoise", 1)
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()
+
+
+def test_a_job_that_cannot_be_written_is_one_sentence(checkpoint_of, folder, tmp_path):
+    with frameloom.load(checkpoint_of()) as engine:
+        name = begun(engine, tmp_path / "a.mp4", "denoise", 1)
+        lock = folder / name / "lock"
+        lock.unlink()
+        lock.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(OutputError, match=r"cannot be written \(.*\); make it writable, or resume a copy of it"):
+            frameloom.resume(name)
+
+
+def test_an_error_does_not_promise_what_could_not_be_written(checkpoint_of, folder, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise InternalError("the decoder has gone")
+        yield
+
+    monkeypatch.setattr("frameloom.pipeline.stages.decode", fails)
+    real = journal.Journal.put
+
+    def put(self, name, *given, **options):
+        if name != job.INPUTS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, name, *given, **options)
+
+    monkeypatch.setattr(journal.Journal, "put", put)
+    with frameloom.load(checkpoint_of()) as engine, pytest.raises(InternalError, match="what could be written is kept"):
+        make(engine, tmp_path / "a.mp4")

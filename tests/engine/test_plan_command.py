@@ -148,6 +148,8 @@ def test_what_fits_nowhere_is_told_with_what_to_do(run):
     [
         (["--device", "warp drive"], "nothing is known of a device"),
         (["--gpus", "0"], "0 devices"),
+        (["--gpus", "100000"], "100000 devices cannot be planned; use 1 to 256"),
+        (["wan2.1-i2v-14b"], "one of Wan2.1-T2V-1.3B"),
         (["--memory", "much"], "a memory of 'much'"),
         (["--width", "60"], "width 60"),
         (["one", "--model", "two"], "two models"),
@@ -222,3 +224,11 @@ def test_runs_teach_how_fast_work_of_their_size_is(tmp_path):
     rates = [book.corrected(guessed, {"decode": 2.0**power}).decode for power in (20, 30, 32, 34, 50)]
     assert rates == pytest.approx([1e9, 1e9, 4e9, 16e9, 16e9])
     assert book.corrected(guessed, {"decode": 2.0**30}).products == guessed.products
+
+
+def test_a_plan_for_which_the_host_is_too_small_says_so():
+    plan = frameloom.plan("wan2.1-t2v-1.3b", device="H100", host_memory="1GB", width=832, height=480)
+    assert not plan.fits
+    weights = next(choice for choice in plan.choices if choice.what == "weights")
+    assert re.search(r"this one takes [\d.]+ GB of the host's 1\.00 GB", weights.reason)
+    assert plan.refusal.endswith("no size of video takes less of the host: allow more host memory")
