@@ -39,7 +39,7 @@ from frameloom.weights.source import open_parts
 
 SPEC = TransformerSpec(num_attention_heads=40, ffn_dim=13824, num_layers=11)  # 14B has 40 layers
 LIMIT_BYTES, BAR = 3 * 10**9, 1.3
-SIZES = {"16 tokens": (1, 8, 8), "60 tokens": (1, 12, 20)}  # latent frames, rows, columns
+SIZES = {"4 tokens": (1, 4, 4), "16 tokens": (1, 8, 8), "60 tokens": (1, 12, 20)}  # latent frames, rows, columns
 ROUNDS, STEPS = 3, 2
 SIDES = ("read", "resident", "streamed")
 CPU = torch.device("cpu")
