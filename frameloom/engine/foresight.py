@@ -36,8 +36,9 @@ from frameloom.weights.tensors import is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
-_OF_STEP_HERE, _OF_NARROW_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 2.0, 1.85, 1.25, 1.1  # narrow: of two bytes a number
-_NARROW_WORKSPACE_BYTES = 14_000_000  # weights of one layer in the order in which oneDNN reads them
+_OF_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 2.0, 1.25, 1.1
+_OF_NARROW_STEP_HERE, _OF_NARROW_STREAMED_HERE = 1.85, 1.5  # of two bytes a number
+_NARROW_WORKSPACE_BYTES = 17_000_000  # weights of one layer in the order in which oneDNN reads them
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
 _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,
@@ -122,7 +123,9 @@ class Foresight:
         )
         counted = self._kept(f"step {latents_BCTHW} {branches} {batched} {tokens} {held}", count)
         kept = planner.prompt_bytes(latents_BCTHW[0], branches=branches, text_tokens=tokens)
-        return round(self._growth * counted) + kept + self._plain_bytes + self._step_workspace
+        narrow = self.machine.is_host and self.plan.dtype.itemsize == 2
+        growth = _OF_NARROW_STREAMED_HERE if narrow and held else self._growth
+        return round(growth * counted) + kept + self._plain_bytes + narrow * _NARROW_WORKSPACE_BYTES
 
     def vae_bytes(self, shape_BCTHW: tuple[int, ...], passage: Passage, *, encode: bool = False) -> int:
         """Of a passage of latents, or of frames, besides the weights."""
@@ -161,10 +164,6 @@ class Foresight:
         if not self.machine.is_host:
             return _ELSEWHERE
         return _OF_STEP_HERE if self.plan.dtype.itemsize > 2 else _OF_NARROW_STEP_HERE
-
-    @property
-    def _step_workspace(self) -> int:
-        return _NARROW_WORKSPACE_BYTES if self.machine.is_host and self.plan.dtype.itemsize == 2 else 0
 
     @functools.cached_property
     def _winograd_workspace(self) -> int:
