@@ -214,7 +214,7 @@ def test_another_version_or_model_is_told(checkpoint_of, tmp_path):
         name = begun(engine, tmp_path / "a.mp4", "denoise", 1)
     with (
         frameloom.load(checkpoint_of("two experts")) as other,
-        pytest.raises(RequestError, match=r"began with something else: model was \w+, is \w+; give the model"),
+        pytest.raises(RequestError, match=r"began with something else: model was \w+, is \w+; give it the files"),
     ):
         other.finish(job.find(name), anyway=True)
     with frameloom.load(checkpoint_of(), exactness="bitwise") as exact:
