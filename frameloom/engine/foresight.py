@@ -36,7 +36,7 @@ from frameloom.weights.tensors import is_quantized
 
 # A process takes more than its tensors: allocators round, and find some places of freed memory not again. Measured on
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
-_OF_STEP_HERE, _OF_VAE_HERE, _ELSEWHERE = 2.0, 1.25, 1.1
+_OF_STEP_HERE, _OF_VAE_HERE, _OF_TEXT_HERE, _ELSEWHERE = 2.0, 1.25, 2.25, 1.1
 _OF_NARROW_STEP_HERE, _OF_NARROW_STREAMED_HERE = 1.85, 1.5  # of two bytes a number
 _NARROW_WORKSPACE_BYTES = 17_000_000  # weights of one layer in the order in which oneDNN reads them
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
@@ -156,11 +156,12 @@ class Foresight:
             with torch.inference_mode():
                 return peak_bytes(lambda: encoder(ids, torch.ones_like(ids)))
 
-        return round(self._growth * self._kept(f"{prompts} {config}", count))
+        growth = _OF_TEXT_HERE if self.machine.is_host else _ELSEWHERE
+        return round(growth * self._kept(f"{prompts} {config}", count))
 
     @property
     def _growth(self) -> float:
-        """What a process takes for a byte of the tensors of a transformer or a text encoder."""
+        """What a process takes for a byte of the tensors of a transformer."""
         if not self.machine.is_host:
             return _ELSEWHERE
         return _OF_STEP_HERE if self.plan.dtype.itemsize > 2 else _OF_NARROW_STEP_HERE
