@@ -15,7 +15,7 @@ from torch import Tensor
 from frameloom.engine.asked import Prompts, check_latents, complete, frames_of, request_of, told_of
 from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute_loras, check_unchanged
 from frameloom.engine.loras import adapters_of_experts, contents_of, exchange, loras_of, read_alike
-from frameloom.engine.to_file import begin_if_possible, journal_of, kept, working_on, write
+from frameloom.engine.to_file import begin_if_possible, journal_of, working_on, write
 from frameloom.engine.together import Together
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.adapters import Adapters
@@ -190,7 +190,7 @@ class Engine:
             order = dataclasses.replace(order, output=output, preview=shown)
         passages = self._open.plan(request)
         begun = self._begin(order, request) if job and self._together.writes else None
-        with kept(begun):
+        with working_on(begun):
             return self._make(order, request, progress or _silent, passages, begun)
 
     def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
@@ -202,11 +202,10 @@ class Engine:
         if job.order.loras != self._set_loras:
             self.set_loras(job.order.loras)
         check_unchanged(job, self.facts, anyway=anyway)
-        with kept(job):
-            request = self._together.agreed(job.request)
-            passages = self._open.plan(request)
-            mine = job if self._together.writes else None
-            return self._make(job.order, request, progress or _silent, passages, mine)
+        request = self._together.agreed(job.request)
+        mine = job if self._together.writes else None
+        with working_on(mine):
+            return self._make(job.order, request, progress or _silent, self._open.plan(request), mine)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -231,7 +230,7 @@ class Engine:
     ) -> dict[str, Any]:
         """The video of a request in its file, and what is told of it; all but the first rank help."""
         together, clock = self._together, StageClock(device=self._open.device)
-        with working_on(job), self._answering(request):
+        with self._answering(request):
             journal = journal_of(job, together)
 
             def computed() -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from frameloom.weights.tensors import is_quantized
 # this package's CPU path (benchmarks/planner.py); of accelerators, whose allocators are torch's own, assumed.
 _OF_STEP_HERE, _OF_VAE_HERE, _OF_TEXT_HERE, _ELSEWHERE = 2.0, 1.25, 2.25, 1.1
 _OF_NARROW_STEP_HERE, _OF_NARROW_STREAMED_HERE = 1.85, 1.5  # of two bytes a number
-_NARROW_WORKSPACE_BYTES = 17_000_000  # weights of one layer in the order in which oneDNN reads them
+_NARROW_WORKSPACE_BYTES = 17_000_000  # besides, whatever the size of such a step
 _USUAL_TOKENS = 256  # of a prompt where its padding is one key; a longer one adds little
 _ON_CPUS: tuple[Rewrite, ...] = (
     LINEAR_PACKED, MLP_PACKED, TILES, vae_rewrites.UNFOLDED, vae_rewrites.WINOGRAD, vae_rewrites.WINOGRAD_PLAIN,

@@ -101,7 +101,7 @@ def settle(plan: Blueprint, config: EngineConfig, ranks: Ranks) -> Residents:
     asked, bound = _with_divided(residences(config.residence), ranks), _bound(memory_bytes(config.memory), ranks)
     layout, reason = Layout(**asked), "asked for" if asked else "no bound was given for the memory"
     vae_bytes = memory_bytes(config.vae_memory)
-    if bound is not None:
+    if bound is not None and (len(asked) < 2 or config.memory != "auto"):
         wanted = replace(config, residence=_text(asked), parallel=str(ranks.plan))
         told, reason, room = ranks.agreed(lambda: _planned(plan, wanted, bound, ranks))
         layout = Layout(**residences(told))

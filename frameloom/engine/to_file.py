@@ -29,26 +29,18 @@ def begin_if_possible(origin: Origin, order: Order, request: ResolvedRequest) ->
 
 @contextmanager
 def working_on(job: Job | None) -> Iterator[None]:
-    """Hold the job meanwhile."""
+    """Hold the job meanwhile; what is kept of it is kept whatever happens, and an error says how to go on."""
     if job is None:
         yield
         return
     with closing(job.held()) as lock:
         if lock.before is not None:
             check_output(job.order.output).remove_partials(lock.before)
-        yield
-
-
-@contextmanager
-def kept(job: Job | None) -> Iterator[None]:
-    """What is kept of a job is kept whatever happens; an error says how to go on."""
-    try:
-        yield
-    except FrameloomError as error:
-        if job is None:
-            raise
-        left = "what could be written is kept" if job.journal.is_broken else "what was computed is kept"
-        raise type(error)(f"{error}; {left}, and `frameloom resume {job.name}` goes on from there") from error
+        try:
+            yield
+        except FrameloomError as error:
+            left = "what could be written is kept" if job.journal.is_broken else "what was computed is kept"
+            raise type(error)(f"{error}; {left}, and `frameloom resume {job.name}` goes on from there") from error
 
 
 def journal_of(job: Job | None, together: Together) -> Journal | NoJournal:

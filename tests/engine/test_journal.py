@@ -235,7 +235,7 @@ def test_a_job_has_one_worker(checkpoint_of, folder, tmp_path):
                 lambda: frameloom.resume(name),
                 lambda: jobs.forget(name),
             ):
-                with pytest.raises(RequestError, match="is being worked on"):
+                with pytest.raises(RequestError, match=r"is being worked on by .*; wait for it, or end it first$"):
                     attempt()
             with pytest.raises(RequestError, match=r"no job .* is unfinished"):
                 frameloom.resume()
