@@ -24,7 +24,7 @@ LAYERS = (
     ("attention",),
     ("ops",),
     ("platform",),
-    ("config", "lock", "request", "settings"),
+    ("config", "lock", "request", "settings", "wire"),
     ("types", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -38,12 +38,19 @@ OWNERS = {
     "diffusers": ("integrations/",),
     "pydantic": ("serve/",),
     "fastapi": ("serve/",),
+    "starlette": ("serve/",),
+    "uvicorn": ("serve/",),
+    "python_multipart": ("serve/",),
+    "prometheus_client": ("serve/",),
+    "sqlite3": ("serve/sqlite.py",),
+    "msgspec": ("wire.py", "serve/"),
+    "pickle": (),
     "av": ("pipeline/",),
     "typer": ("cli/",),
     "rich": ("cli/", "shapes/evaluate.py"),
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
-TORCH_FREE = ("serve", "types", "config", "errors", "lock", "request", "settings", "cli", "__init__", "__main__")
+TORCH_FREE = ("serve", "types", "config", "errors", "lock", "request", "settings", "wire", "cli", "__init__", "__main__")
 # Files of other rooms that a torch-free process reads: where to write, what the built-in model knows, how ranks start.
 TORCH_FREE_FILES = (
     "pipeline/target.py",

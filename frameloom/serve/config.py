@@ -1,0 +1,90 @@
+"""Everything `frameloom serve` was told, checked once at the door."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from frameloom.types import EngineConfig
+
+LOCAL: Final = "local"
+"""Whose jobs they are where no keys are asked for."""
+MAX_ATTEMPTS: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the server takes. Times in seconds, sizes in bytes.
+
+    `queued` jobs in all and `queued_by_key`, `queued_s` of work foreseen, `body_bytes` of a request, `image_pixels` and
+    `video_frames` of what is given, `prompt_chars`; `pixels_frames`: width x height x frames of a video. `steps`.
+    """
+
+    queued: int = 100
+    queued_by_key: int = 50
+    queued_s: float = 4 * 3600.0
+    body_bytes: int = 64 * 2**20
+    image_pixels: int = 40_000_000
+    video_frames: int = 1_000
+    prompt_chars: int = 8_000
+    pixels_frames: int = 1920 * 1088 * 481
+    steps: int = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keeping:
+    """How long and how much is kept: `ttl_s` after a job has ended, `quota_bytes` of all, `reserve_bytes` stay free."""
+
+    ttl_s: float = 7 * 86_400.0
+    quota_bytes: int | None = None
+    reserve_bytes: int = 256 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """Who may ask: a name, its secret, and what it may have. `priority`: of its jobs at most, higher goes first."""
+
+    name: str
+    secret: str = field(repr=False)
+    queued: int | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long the server waits, in seconds: for a worker's engine, for a sign of life, for a sign of progress.
+
+    `deadline_s`: of a job that names none, from its acceptance on; None: it may take as long as it takes. `grace_s`:
+    what a running job is given when the server is asked to end.
+    """
+
+    start_s: float = 600.0
+    beat_s: float = 15.0
+    progress_s: float = 900.0
+    deadline_s: float | None = None
+    grace_s: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """`model` as `frameloom.load` takes it, None the built-in; `name`: what clients call it.
+
+    `loras`: files by the name that they are registered under. `keys`: none, and everybody on this machine may ask.
+    `url_hosts`: from where pictures may be fetched, none by default; ("*",) for all that are public.
+    """
+
+    data: Path
+    model: str | None = None
+    variant: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    name: str = "frameloom-shapes"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    loras: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    gpus_per_worker: int = 1
+    keys: tuple[Key, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    keeping: Keeping = Keeping()
+    patience: Patience = Patience()
