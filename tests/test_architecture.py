@@ -50,7 +50,9 @@ OWNERS = {
     "rich": ("cli/", "shapes/evaluate.py"),
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
-TORCH_FREE = ("serve", "types", "config", "errors", "lock", "request", "settings", "wire", "cli", "__init__", "__main__")
+TORCH_FREE = (
+    "serve", "types", "config", "errors", "lock", "request", "settings", "wire", "cli", "__init__", "__main__",
+)  # fmt: skip
 # Files of other rooms that a torch-free process reads: where to write, what the built-in model knows, how ranks start.
 TORCH_FREE_FILES = (
     "pipeline/target.py",
