@@ -1,5 +1,6 @@
 """Everything `frameloom serve` was told, checked once at the door."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -41,12 +42,23 @@ class Keeping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """Who may ask: a name, its secret, and what it may have. `priority`: of its jobs at most, higher goes first."""
+    """Who may ask: a name, its secret, and what it may have. `priority`: of its jobs at most, higher goes first.
+
+    `secret_sha256`: in its place, the digest of the secret in hexadecimal digits.
+    """
 
     name: str
-    secret: str = field(repr=False)
+    secret: str = field(default="", repr=False)
+    secret_sha256: str = field(default="", repr=False)
     queued: int | None = None
     priority: int = 0
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the secret: what is compared, in constant time."""
+        return (
+            bytes.fromhex(self.secret_sha256) if self.secret_sha256 else hashlib.sha256(self.secret.encode()).digest()
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +80,8 @@ class Patience:
 class ServeConfig:
     """`model` as `frameloom.load` takes it, None the built-in; `name`: what clients call it.
 
-    `loras`: files by the name that they are registered under. `keys`: none, and everybody on this machine may ask.
+    `loras`: files by the name that they are registered under. `keys`: none, and everybody on this machine may ask, or
+    with `is_public` everybody who reaches it. `keys_file`: where they come from, and are read again on SIGHUP.
     `url_hosts`: from where pictures may be fetched, none by default; ("*",) for all that are public.
     """
 
@@ -84,6 +97,8 @@ class ServeConfig:
     workers: int = 1
     gpus_per_worker: int = 1
     keys: tuple[Key, ...] = ()
+    keys_file: Path | None = None
+    is_public: bool = False
     url_hosts: tuple[str, ...] = ()
     limits: Limits = Limits()
     keeping: Keeping = Keeping()
