@@ -20,8 +20,7 @@ _SHARE_OF_WINDOW = 0.2  # that the next one shares unless told otherwise: 16 fra
 
 _PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
-# Per number of a request: its kind, the lowest and the highest value that any checkpoint could compute.
-_LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
+LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "width": (int, 1, MAX_PIXELS),
     "height": (int, 1, MAX_PIXELS),
     "num_frames": (int, 1, MAX_FRAMES),
@@ -36,6 +35,7 @@ _LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "window_frames": (int, 1, MAX_FRAMES),
     "window_overlap": (int, 1, MAX_FRAMES),
 }
+"""Per number of a request: its kind, the lowest and the highest value that any checkpoint could compute."""
 
 
 class GenerationDefaults(Protocol):
@@ -90,7 +90,7 @@ class GenerationDefaults(Protocol):
 def check_request(request: GenerateRequest) -> None:
     """Refuse what no checkpoint could compute, before one is opened. Raises RequestError as `resolve` does."""
     _prompts(request.prompt)
-    for name in _LIMITS:
+    for name in LIMITS:
         if name != "control_strength":
             _limited(name, getattr(request, name))
     _control_strength(request.control_strength)
@@ -297,10 +297,10 @@ def _frames(value: object, temporal: int, *, what: str = "frames") -> int:
 
 
 def _limited(name: str, value: Any) -> Any:
-    """`value` as the plain number its place in _LIMITS asks for (numpy's numbers too), or None for None."""
+    """`value` as the plain number its place in LIMITS asks for (numpy's numbers too), or None for None."""
     if value is None:
         return None
-    kind, low, high = _LIMITS[name]
+    kind, low, high = LIMITS[name]
     is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         noun = "whole number" if kind is int else "number"

@@ -1,13 +1,17 @@
 """A job as the server knows it, and the store that keeps jobs: all that is said between SQL and the rest."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from frameloom.wire import Code
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 Kind = Literal["create", "remix", "edit", "extension"]
+
+JOB_ID: Final = re.compile(r"video_[0-9a-f]{32}")
+"""What every id of ours looks like, and nothing else becomes a path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +46,8 @@ class Ask:
     `request`: fields of types.GenerateRequest that were given, as JSON has them; a picture is named by its file in the
     folder of the job, `inputs/...`. `loras`: registered names and strengths. `quality`: 0 to 100. `priority`: higher
     goes first. `deadline_s`: from now on. `source`: the job that this one is made from, of a remix, an edit or an
-    extension. `work_s`: the seconds it is foreseen to take.
+    extension. `work_s`: the seconds it is foreseen to take. `resolved`: width, height, num_frames (extended ones
+    included), steps and fps as they were worked out at the door; empty where the model was not known yet.
     """
 
     key: str
@@ -55,6 +60,7 @@ class Ask:
     deadline_s: float | None = None
     source: str | None = None
     work_s: float = 0.0
+    resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
