@@ -39,6 +39,34 @@ class RefusedError(Exception):
         self.code, self.message, self.retry_s = code, message, retry_s
 
 
+class Witness(Protocol):
+    """Is told what becomes of jobs, on the event loop, for the metrics; what is called here takes no time."""
+
+    def accepted(self, job: Job) -> None:
+        """A new job was kept; one that came again with its Idempotency-Key is not new."""
+        ...
+
+    def refused(self, code: str) -> None:
+        """A job was not accepted, with the code of its RefusedError."""
+        ...
+
+    def started(self, job: Job) -> None:
+        """An attempt has begun."""
+        ...
+
+    def advanced(self, job: Job, stage: Stage, step: int) -> None:
+        """A running job is so far."""
+        ...
+
+    def lost(self, job: Job, reason: str) -> None:
+        """An attempt came to nothing, and the job may have another: `died`, `failed` or `interrupted`."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """A job is completed or failed."""
+        ...
+
+
 class Service(Protocol):
     """The server behind its routes; all of it on one event loop."""
 

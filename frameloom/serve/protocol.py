@@ -1,0 +1,85 @@
+"""HTTP on one connection: uvicorn's, with an end to the patience for requests that never come whole."""
+
+import asyncio
+import json
+from typing import Any, Final
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+HEAD_S: Final = 20.0
+"""What a client is given to send the head of a request."""
+HEAD_BYTES: Final = 64 * 1024
+"""A longer head ends the connection."""
+CONNECTIONS: Final = 2_000
+"""More are told to come again."""
+KEEP_ALIVE_S: Final = 75
+
+
+class PatientProtocol(H11Protocol):
+    """Closes a connection whose next request has begun and does not come; says its own errors in the one shape."""
+
+    def __init__(self, config: Config, **rest: Any) -> None:
+        super().__init__(config, **rest)
+        self._waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected: its first request is awaited."""
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            self.app = _overrun
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._have_head()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Whatever of requests has come."""
+        super().handle_events()
+        half = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not half:
+            self._have_head()
+        elif self._waiting is None:
+            self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or a head that is too long, and close."""
+        body = _error_body(f"{msg} A head is at most {HEAD_BYTES} bytes.", "invalid_request_error", "invalid_http")
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        head = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=STATUS_PHRASES[400])
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _await_head(self) -> None:
+        self._waiting = self.loop.call_later(HEAD_S, self._lose_patience)
+
+    def _have_head(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _lose_patience(self) -> None:
+        self._waiting = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+async def _overrun(scope: Any, receive: Any, send: Any) -> None:
+    """Answer that there are too many connections."""
+    body = _error_body(f"{CONNECTIONS} connections are open; come again in a moment", "server_error", "overloaded")
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"retry-after", b"5"),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _error_body(message: str, kind: str, code: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
