@@ -1,7 +1,7 @@
 """A job as the server knows it, and the store that keeps jobs: all that is said between SQL and the rest."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -44,17 +44,18 @@ class Ask:
     """What a client asks for, checked.
 
     `request`: fields of types.GenerateRequest that were given, as JSON has them; a picture is named by its file in the
-    folder of the job, `inputs/...`. `loras`: registered names and strengths. `quality`: 0 to 100. `priority`: higher
-    goes first. `deadline_s`: from now on. `source`: the job that this one is made from, of a remix, an edit or an
-    extension. `work_s`: the seconds it is foreseen to take. `resolved`: width, height, num_frames (extended ones
-    included), steps and fps as they were worked out at the door; empty where the model was not known yet.
+    folder of the job, `inputs/...`, and so is `extends`, the video that an extension goes on from. `loras`: registered
+    names and strengths. `quality`: 0 to 100. `priority`: higher goes first. `deadline_s`: from now on. `source`: the
+    job that this one is made from, of a remix, an edit or an extension. `work_s`: the seconds it is foreseen to take.
+    `resolved`: width, height, num_frames (extended ones included), steps and fps as they were worked out at the door;
+    empty where the model was not known yet.
     """
 
     key: str
     kind: Kind
     model: str
     request: Mapping[str, Any]
-    loras: Sequence[tuple[str, float]] = ()
+    loras: tuple[tuple[str, float], ...] = ()
     quality: int | None = None
     priority: int = 0
     deadline_s: float | None = None
@@ -104,7 +105,7 @@ class Queue:
 
 
 class StoreError(Exception):
-    """The store cannot do it: the disk is full or broken. One sentence."""
+    """The store cannot do it: the disk is full or broken, or the store is damaged. One sentence."""
 
 
 class RepeatError(Exception):
