@@ -19,6 +19,7 @@ _STREAMABLE = ("text", "transformer")  # the image encoder and the VAE are small
 # Whatever Python takes for a number: that it is too large, or none, is said better than that there is no such file.
 _STRENGTH = r"(?i:[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?))"
 _UNITS: Mapping[str, int] = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SECONDS: Mapping[str, int] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def memory_bytes(value: int | str) -> int | None:
@@ -30,6 +31,15 @@ def memory_bytes(value: int | str) -> int | None:
     if isinstance(value, bool) or not 1 <= count < 2**63:
         raise RequestError(f"a memory of {value!r} is not possible; write auto, or bytes such as 6000000000 or 6GB")
     return round(count)
+
+
+def duration_s(text: str) -> float:
+    """Seconds of "90", "90s", "15m", "12h" or "7d". Raises RequestError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([smhd]?)", text.strip().lower())
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds <= 100 * 365 * _SECONDS["d"]:
+        raise RequestError(f"a time of {text!r} is not possible; write seconds, or such as 90s, 15m, 12h or 7d")
+    return seconds
 
 
 def residences(text: str) -> dict[str, Residence]:

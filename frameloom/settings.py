@@ -4,6 +4,8 @@ FRAMELOOM_LOG: level of the log (debug, info, warning, error); the command line 
 FRAMELOOM_CACHE: folder for what is worth keeping between runs (compiled kernels, measured choices); by default
 frameloom in XDG_CACHE_HOME or ~/.cache.
 FRAMELOOM_JOBS: folder of the jobs, by default frameloom/jobs in XDG_STATE_HOME or ~/.local/state.
+FRAMELOOM_DATA: data folder of `frameloom serve`, by default frameloom/serve in XDG_STATE_HOME or ~/.local/state.
+FRAMELOOM_API_KEY: the secret of the one key of `frameloom serve`, where there is no file of keys.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
 MKL_CBWR: the order in which MKL sums; set by the command, to AUTO, if it is not.
 
@@ -46,6 +48,17 @@ def jobs_folder() -> Path:
     """Where jobs are kept; it may not exist yet. Raises RequestError."""
     path = _folder("FRAMELOOM_JOBS", "XDG_STATE_HOME", ".local/state")
     return path if os.environ.get("FRAMELOOM_JOBS") else path / "jobs"
+
+
+def data_folder() -> Path:
+    """Where the server keeps jobs and videos; it may not exist yet. Raises RequestError."""
+    path = _folder("FRAMELOOM_DATA", "XDG_STATE_HOME", ".local/state")
+    return path if os.environ.get("FRAMELOOM_DATA") else path / "serve"
+
+
+def api_key() -> str:
+    """The secret of the server's one key, or nothing."""
+    return os.environ.get("FRAMELOOM_API_KEY", "")
 
 
 def _folder(name: str, parent: str, below_home: str) -> Path:

@@ -21,6 +21,7 @@ from frameloom.cli.generate import generate
 from frameloom.cli.jobs import jobs, resume
 from frameloom.cli.plan import plan
 from frameloom.cli.ranks import end_rank, is_first, rank_ending
+from frameloom.cli.serve import serve
 from frameloom.errors import FrameloomError
 from frameloom.parallel.heart import Ending, Heart
 from frameloom.settings import LOGGER_NAME, ask_for_same_sums, launched, log_level
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, resume, jobs, plan, inspect, convert, verify, doctor):
+for _command in (generate, resume, jobs, serve, plan, inspect, convert, verify, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 

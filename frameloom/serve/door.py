@@ -5,6 +5,7 @@ import ipaddress
 import socket
 
 from frameloom.errors import RequestError
+from frameloom.serve.config import ServeConfig
 
 _TAKEN = (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
 
@@ -12,6 +13,16 @@ _TAKEN = (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address or a name. Raises RequestError for a name that nobody knows."""
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for _, address in _resolved(host))
+
+
+def refuse_strangers(config: ServeConfig) -> None:
+    """Raise RequestError where the network could reach a server without keys that was not forced to be public."""
+    if config.keys or config.is_public or is_loopback(config.host):
+        return
+    raise RequestError(
+        f"{config.host} can be reached by others, and without keys anybody may ask; give --keys FILE, listen at "
+        "127.0.0.1, or force it with --insecure-public"
+    )
 
 
 def open_door(host: str, port: int) -> socket.socket:
