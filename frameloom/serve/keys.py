@@ -65,7 +65,7 @@ def _text(path: Path) -> str:
         raise RequestError(f"keys file '{path}' cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RequestError(f"keys file '{path}' is no UTF-8 text; write it as TOML") from None
-    if mode & 0o077:
+    if mode & 0o007:  # a group may be the server's own
         _LOG.warning("keys file '%s' may be read by others (mode %04o); chmod 600 it", path, mode)
     return text
 
