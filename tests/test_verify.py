@@ -58,7 +58,7 @@ def test_every_promise_is_kept_here(quick) -> None:
     assert all(finding.speedup > 0 for finding in findings if finding.kept)
 
 
-def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of) -> None:
+def test_the_vae_of_a_checkpoint_is_tried_in_every_way(checkpoint_of, no_rewrites) -> None:
     found = [finding for finding in verify(checkpoint_of()) if finding.name.startswith("VAE of")]
     assert len(found) == 12
     assert all(finding.kept for finding in found)
