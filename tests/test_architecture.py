@@ -57,6 +57,7 @@ TORCH_FREE = (
 TORCH_FREE_FILES = (
     "pipeline/target.py",
     "pipeline/media.py",
+    "pipeline/examine.py",
     "pipeline/images.py",
     "shapes/advice.py",
     "shapes/world.py",
