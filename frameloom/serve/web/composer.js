@@ -1,6 +1,6 @@
 // The form: what is asked for, what it would take, and what was wrong with it.
 
-import { ApiError } from "./api.js";
+import { ApiError, OfflineError } from "./api.js";
 import { announce, byId, make } from "./dom.js";
 import * as draft from "./draft.js";
 import { Pictures } from "./pictures.js";
@@ -9,7 +9,7 @@ import { bytes, duration } from "./words.js";
 
 const FORECAST_MS = 250; // after the last touch
 const PLACES = {
-  prompt: "prompt", input_reference: "input_reference", image: "input_reference", last_image: "input_reference",
+  prompt: "prompt", input_reference: "input_reference", last_image: "input_reference",
   size: "size", width: "size", height: "size", num_frames: "num_frames", seconds: "num_frames", steps: "steps",
   seed: "seed", negative_prompt: "negative_prompt", loras: "loras",
 }; // where the sentence about a parameter is shown
@@ -20,11 +20,11 @@ export class Composer {
   #forecast = { timer: 0, asked: null };
   #source = null; // a video whose pictures are taken over
   #busy = false;
+  #sent = null; // the token and the seed of a request whose answer was lost: the server makes it once
   #countdown = 0;
 
   constructor(api, submitted) {
-    this.api = api;
-    this.submitted = submitted;
+    Object.assign(this, { api, submitted });
     this.settings = new Settings();
     this.pictures = new Pictures({
       onchange: (ratio, quietly) => (this.settings.follow(ratio, quietly), this.#changed()),
@@ -42,12 +42,18 @@ export class Composer {
     byId("advanced").addEventListener("toggle", () => this.#keep());
   }
 
+  /** Whether the model is known. */
+  get isReady() {
+    return this.#card !== null;
+  }
+
   /** The model is known: its controls are shown, with the draft that was kept. */
   async offer(card, loras) {
     if (this.#card) return;
     this.settings.offer(card, loras);
     this.#card = card;
     this.settings.set(draft.load().values ?? {});
+    byId("form").classList.add("ready");
     await this.pictures.offer(card.takes ?? []);
     this.#changed();
   }
@@ -56,7 +62,7 @@ export class Composer {
   fill(video) {
     byId("prompt").value = video.prompt ?? "";
     if (this.#card) this.settings.set({ ...video, shape: undefined });
-    this.#takeOver(video.has_inputs ? video : null);
+    this.#takeOver(video.inputs?.length ? video : null);
     this.#changed();
     byId("prompt").focus();
     byId("prompt").select();
@@ -93,7 +99,7 @@ export class Composer {
   }
 
   #changed() {
-    this.token = null; // another request than the last one
+    this.#sent = null;
     this.#keep();
     clearTimeout(this.#forecast.timer);
     this.#forecast.timer = setTimeout(() => this.#foresee(), FORECAST_MS);
@@ -146,13 +152,15 @@ export class Composer {
     }
     if (!this.#card) return this.#say("form", "The server has not said yet what its model can do; wait a moment.");
     this.#setBusy(true);
-    this.token ??= newToken(); // the same again after a lost answer: the server then makes it once
+    this.#sent ??= { token: newToken(), seed: this.settings.seed }; // the same again after a lost answer
+    const { token, seed } = this.#sent;
     try {
-      await this.submitted({ prompt, ...this.settings.fields(), seed: this.settings.seed }, this.pictures.files(), {
-        source: this.#source, token: this.token });
-      this.token = null;
+      const fields = { prompt, ...this.settings.fields(), seed };
+      await this.submitted(fields, this.pictures.files(), { source: this.#source, token });
+      this.#sent = null;
       this.#takeOver(null);
     } catch (error) {
+      if (error instanceof ApiError) this.#sent = null;
       this.#place(error);
     } finally {
       this.#setBusy(false);
@@ -167,24 +175,25 @@ export class Composer {
 
   #place(error) {
     if (error.status === 429 && error.retry_s) return this.#wait(error.message, error.retry_s);
-    const known = error instanceof ApiError || error.name === "Error";
-    const text = error.param || known ? error.message : "Something went wrong on this page; reload it.";
     const base = (error.param ?? "").split(/[.[]/)[0];
-    const place = PLACES[base] ?? (byId(`error-${base}`) ? base : "form");
-    this.#say(place, error.code === undefined ? `${text} Your request is kept; try again.` : text);
+    const place = PLACES[base] ?? (base && byId(`error-${base}`) ? base : "form");
+    this.#say(place, sentence(error));
     const field = byId(place === "size" ? "tier" : place);
     if (field?.closest("details")) byId("advanced").open = true;
     if (field && document.activeElement === byId("generate")) field.focus();
   }
 
   #wait(text, seconds) {
-    clearInterval(this.#countdown);
     const until = Date.now() + seconds * 1000;
+    this.#say("form", text);
     const show = () => {
       const left = Math.ceil((until - Date.now()) / 1000);
-      this.#say("form", left > 0 ? `${text} Come again in ${duration(left)}.` : "There may be room now: try again.");
-      if (left <= 0) clearInterval(this.#countdown);
+      byId("forecast").textContent = left > 0 ? `Come again in ${duration(left)}` : "";
+      if (left > 0) return;
+      clearInterval(this.#countdown);
+      this.#say("form", "There may be room now: try again.");
     };
+    clearInterval(this.#countdown);
     this.#countdown = setInterval(show, 1000);
     show();
   }
@@ -201,6 +210,12 @@ export class Composer {
     byId(place === "size" ? "tier" : place)?.setAttribute("aria-invalid", String(Boolean(text)));
     if (text && place === "size") announce(text);
   }
+}
+
+function sentence(error) {
+  if (error instanceof ApiError) return error.message;
+  if (error instanceof OfflineError) return `${error.message} Your request is kept here; try again in a moment.`;
+  return "Something went wrong on this page; reload it. What you typed is kept.";
 }
 
 const newToken = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");

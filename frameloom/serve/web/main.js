@@ -12,8 +12,7 @@ import { Videos } from "./videos.js";
 import { isActive } from "./words.js";
 
 const KEPT = { thumbnail: 200, video: 6 };
-const HEALTH_MS = 15000; // how often the server is asked whether all is well, and
-const BACK_MS = 2000; // whether it is back
+const HEALTH_MS = { well: 15000, ill: 4000 }; // how often the server is asked how it is
 const BUILT_IN = "frameloom-shapes";
 const OFFLINE = "The server does not answer. What you typed is kept; the page tries again.";
 
@@ -136,7 +135,7 @@ function nowOffline() {
   offline = true;
   banner(OFFLINE);
   clearTimeout(health);
-  health = setTimeout(checkHealth, BACK_MS);
+  health = setTimeout(checkHealth, HEALTH_MS.ill / 2);
 }
 
 function banner(text) {
@@ -153,14 +152,14 @@ async function checkHealth() {
     trouble = await api.trouble();
     const wasOffline = offline;
     offline = false;
-    if (wasOffline || (!loaded && !keys.declined)) await begin();
+    if (wasOffline || ((!loaded || !composer.isReady) && !keys.declined)) await begin();
   } catch {
     offline = true;
   }
   clearTimeout(health);
   trouble = offline ? OFFLINE : trouble;
   banner(trouble);
-  health = setTimeout(checkHealth, trouble ? BACK_MS : HEALTH_MS);
+  health = setTimeout(checkHealth, trouble ? HEALTH_MS.ill : HEALTH_MS.well);
 }
 
 /** The model and the videos. What fails is tried again with the server's health. */
@@ -169,7 +168,7 @@ async function begin() {
     const { data } = await api.models();
     model = data[0] ?? null;
     byId("model").textContent = model?.id ?? "";
-    if (model?.card) await composer.offer(model.card, (await api.loras()).data ?? []);
+    if (model?.defaults && !composer.isReady) await composer.offer(model, (await api.loras()).data ?? []);
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     if (error.status !== 401) toast(error.message);

@@ -3,14 +3,15 @@
 import { byId, icon, make } from "./dom.js";
 import { loadPicture, savePicture } from "./draft.js";
 
-const TITLES = { image: "First frame", last_image: "Last frame" };
+const TITLES = { input_reference: "First frame", last_image: "Last frame" };
+const FIRST = "input_reference";
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 
 /** Holds one picture for each name that the model takes. Tells `onchange(picture's ratio or null)`. */
 export class Pictures {
   #takes = [];
   #held = new Map();
-  #wanted = "image";
+  #wanted = FIRST;
 
   constructor({ onchange, onerror }) {
     this.onchange = onchange;
@@ -49,8 +50,7 @@ export class Pictures {
 
   /** The files, by the names of the API. */
   files() {
-    const names = { image: "input_reference", last_image: "last_image" };
-    return Object.fromEntries([...this.#held].map(([name, { file }]) => [names[name], file]));
+    return Object.fromEntries([...this.#held].map(([name, { file }]) => [name, file]));
   }
 
   /** Width through height of the first picture; null where there is none. */
@@ -75,7 +75,7 @@ export class Pictures {
     if (!file) return this.onerror(`${files[0].name || "This"} is no PNG, JPEG or WebP picture; choose one of these.`);
     const free = this.#takes.find((name) => !this.#held.has(name));
     const name = this.#takes.includes(this.#wanted) && !this.#held.has(this.#wanted) ? this.#wanted : free;
-    await this.#hold(name ?? "image", file, { quietly: false });
+    await this.#hold(name ?? FIRST, file, { quietly: false });
   }
 
   async #hold(name, file, { quietly }) {
@@ -89,7 +89,7 @@ export class Pictures {
     }
     if (this.#held.has(name)) URL.revokeObjectURL(this.#held.get(name).url);
     this.#held.set(name, { file, url, ratio: image.naturalWidth / image.naturalHeight });
-    this.#wanted = "image";
+    this.#wanted = FIRST;
     if (!quietly) {
       this.onerror("");
       await savePicture(name, file);
@@ -122,14 +122,14 @@ export class Pictures {
       ),
     );
     for (const name of Object.keys(TITLES)) {
-      const follows = name !== "last_image" || this.#held.has("image");
+      const follows = name !== "last_image" || this.#held.has(FIRST);
       byId(`add-${name}`).hidden = !this.#takes.includes(name) || this.#held.has(name) || !follows;
     }
   }
 
   #remove(name) {
     this.#drop(name);
-    if (name === "image" && this.#held.has("last_image")) this.#drop("last_image");
+    if (name === FIRST && this.#held.has("last_image")) this.#drop("last_image");
     byId(`add-${name}`).focus();
   }
 }

@@ -5,9 +5,9 @@ import { SHAPES, lengths, shapeOf, sizeOf, snap, snapFrames, tiers } from "./siz
 import { length } from "./words.js";
 
 const NUMBERS = [
-  { name: "guidance_scale", title: "Guidance", step: 0.1, min: 0, help: "how closely the prompt is followed" },
+  { name: "guidance_scale", title: "Guidance", step: 0.1, min: 0, help: "how near to the prompt" },
   { name: "guidance_scale_2", title: "Guidance of the second expert", step: 0.1, min: 0, help: "for the finer steps" },
-  { name: "flow_shift", title: "Flow shift", step: 0.1, min: 0.1, help: "higher: more steps for the motion" },
+  { name: "flow_shift", title: "Flow shift", step: 0.1, min: 0.1, help: "more steps for motion" },
   { name: "fps", title: "Frames per second", step: 1, min: 1, help: "of the file" },
 ];
 const FURTHER = 3; // how many times the usual length the slider reaches
@@ -29,7 +29,7 @@ export class Settings {
   offer(card, loras) {
     this.#card = card;
     this.#tiers = tiers(card.defaults);
-    const { defaults, temporal } = card;
+    const { defaults, temporal, limits } = card;
     byId("shapes").replaceChildren(...SHAPES.map(shapeChoice), ownChoice());
     byId("tier").replaceChildren(...this.#tiers.map(({ name, usual }) =>
       make("option", { value: name }, usual ? `${name}, usual` : name)));
@@ -41,7 +41,7 @@ export class Settings {
     byId("lengths").replaceChildren(...lengths(defaults, temporal).map((frames) =>
       make("button", { type: "button", class: "chip", onclick: () => this.#setFrames(frames, true) },
         length(frames, defaults.fps))));
-    byId("steps").max = Math.max(60, defaults.steps * 2);
+    byId("steps").max = Math.min(limits?.steps ?? Infinity, Math.max(60, defaults.steps * 2));
     byId("numbers").replaceChildren(...NUMBERS.filter(({ name }) => (defaults[name] ?? null) !== null).map((number) =>
       numberRow(number, defaults[number.name])));
     byId("loras-row").hidden = !loras.length;
@@ -60,7 +60,9 @@ export class Settings {
     byId("seed").value = values.seed ?? "";
     byId("negative_prompt").value = values.negative_prompt ?? "";
     byId("negative_prompt").placeholder = defaults.negative_prompt ? "The model's own list" : "";
-    for (const input of byId("numbers").querySelectorAll("input")) input.value = values[input.name] ?? "";
+    for (const input of byId("numbers").querySelectorAll("input")) {
+      input.value = values[input.name] === defaults[input.name] ? "" : (values[input.name] ?? "");
+    }
     const strengths = new Map((values.loras ?? []).map(({ name, scale, strength }) => [name, scale ?? strength ?? 1]));
     for (const box of byId("loras").querySelectorAll("input[type=checkbox]")) {
       box.checked = strengths.has(box.value);

@@ -146,7 +146,7 @@ export class Stage {
 
   #fillFailed(video) {
     const cancelled = video.error?.code === "cancelled";
-    this.#parts.media.classList.add("blank");
+    this.#parts.media.classList.add("blank", "failed");
     this.#parts.media.append(problem(cancelled ? "Cancelled before it was done." : video.error?.message ?? "It failed."));
     if (!cancelled && video.attempts > 1) {
       this.#parts.status.append(make("p", {}, `It was tried ${video.attempts} times.`));
