@@ -120,7 +120,7 @@ def generate(
     journal: Annotated[bool, typer.Option(help="Keep what is computed, for `frameloom resume`.")] = True,
     keep_latents: Annotated[bool, typer.Option("--keep-latents", help="Keep the latents when all is done.")] = False,
     preview: Annotated[
-        str | None, typer.Option(help="A PNG file that shows, while denoising, what the video is becoming.")
+        str | None, typer.Option(help="A .png that shows what the video is becoming, or an .apng, in which it moves.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which rewrites are used, and why.")] = False,
     as_json: JsonOption = False,

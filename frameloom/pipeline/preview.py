@@ -1,4 +1,7 @@
-"""A preview while denoising: a contact sheet of the estimated video in one PNG file, which gets a row now and then.
+"""A preview while denoising: the estimated video in one PNG file, drawn anew now and then.
+
+A .png is a contact sheet, which gets a row with every drawing. An .apng moves: the latest estimate, a pixel for each
+latent cell.
 
 The estimate is what the sampler believes the clean latents to be after a step; its colours are a linear map of it.
 """
@@ -7,11 +10,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from frameloom.errors import RequestError
@@ -27,10 +32,15 @@ log = logging.getLogger(LOGGER_NAME)
 
 Cut = Callable[[Tensor], Tensor]
 """Latents as the network has them (B, C, T, H, W) to those of the video."""
+Picture = NDArray[np.uint8]
+"""(H, W, 3)."""
 
 _COST: Final = 150  # a row is drawn when so many times what the last one took have passed: under 1 % of the run
 _LEAST_S: Final = 1.0
 _COLUMNS: Final = 6
+_MOVING: Final = ".apng"
+_MOVING_FRAMES: Final = 24  # at most
+_FRAME_MS: Final = 250  # four frames of a video of 16 per second, which are one of the latents
 _ESTIMATE: Final = "x0_0"  # in the history of UniPC: its newest estimate
 
 
@@ -51,15 +61,23 @@ class Preview:
         self._is_broken = False
 
     def draw(self, latents_BCTHW: Tensor, caption: str) -> None:
-        """Add a row of a few frames, and put the whole sheet in its place."""
+        """Add a row of a few frames, or draw all that moves anew, and put the whole file in its place."""
         if self._is_broken:
             return
-        self._rows.append(_row(latents_BCTHW[0], self._colours))
+        if self._path.suffix.lower() == _MOVING:
+            self._put(_pictures(latents_BCTHW[0], self._colours, _MOVING_FRAMES))
+            return
+        row = np.stack(_pictures(latents_BCTHW[0], self._colours, _COLUMNS))
+        self._rows.append(Video(frames=row, fps=1))
         self._captions.append(caption)
-        sheet = contact_sheet(self._rows, self._captions, frames_per_video=_COLUMNS)
+        self._put([np.asarray(contact_sheet(self._rows, self._captions, frames_per_video=_COLUMNS))])
+
+    def _put(self, pictures: Sequence[Picture]) -> None:
+        first, *others = map(Image.fromarray, pictures)
+        moves = {"save_all": True, "append_images": others, "duration": _FRAME_MS, "loop": 0} if others else {}
         partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         try:
-            sheet.save(partial, format="PNG", compress_level=1)
+            first.save(partial, format="PNG", compress_level=1, **moves)
             os.replace(partial, self._path)
         except OSError as error:
             self._is_broken = True
@@ -110,11 +128,11 @@ class _Drawing:
         return latents_BCTHW - now / (now - then) * (latents_BCTHW - self._before[1])
 
 
-def _row(z_CTHW: Tensor, colours: LatentColours) -> Video:
+def _pictures(z_CTHW: Tensor, colours: LatentColours, most: int) -> list[Picture]:
     """A few frames, evenly spaced. The first one is one picture to the VAE and of other colours; it is left out."""
     count = z_CTHW.shape[1]
-    picks = np.unique(np.linspace(min(1, count - 1), count - 1, _COLUMNS).round().astype(int))
-    return Video(frames=colours.frames(z_CTHW[:, picks.tolist()]).numpy(), fps=1)
+    picks = np.unique(np.linspace(min(1, count - 1), count - 1, most).round().astype(int))
+    return list(colours.frames(z_CTHW[:, picks.tolist()]).numpy())
 
 
 def _colours(vae: VaeSpec) -> LatentColours:

@@ -95,8 +95,8 @@ def check_sheet(path: str | os.PathLike[str], target: OutputTarget) -> Path:
     given = os.fsdecode(path)
     try:
         file = Path(os.path.realpath(os.path.expanduser(given)))
-        if file.suffix.lower() != ".png" or file.is_dir() or not file.parent.is_dir():
-            why = "; give a file ending in .png in a folder that is there"
+        if file.suffix.lower() not in (".png", ".apng") or file.is_dir() or not file.parent.is_dir():
+            why = "; give a file ending in .png or .apng in a folder that is there"
         elif target.kind in ("folder", "pattern") and target.folder == file.parent and _collides(file.name, target):
             why = " among the frames of the video; give a file in another folder"
         elif not _is_writable(file.parent):

@@ -56,6 +56,24 @@ def test_every_step_is_a_row_and_the_file_is_whole_whenever_it_is_looked_at(engi
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
+def test_an_apng_moves_and_shows_the_latest_estimate_alone(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(preview, "_LEAST_S", 0.0)
+    monkeypatch.setattr(preview, "_COST", 0)
+    seen = []
+
+    def look(progress):
+        if progress.stage == "denoise" and progress.step > 0:
+            with Image.open(tmp_path / "p.apng") as moving:
+                seen.append((moving.size, moving.n_frames))
+
+    engine.generate_to(tmp_path / "a.mp4", "a red star moving right", **SIZE)
+    engine.generate_to(
+        tmp_path / "b.mp4", "a red star moving right", preview=tmp_path / "p.apng", progress=look, **SIZE
+    )
+    assert seen == [((16, 16), 2)] * 4  # of three latent frames the first one has other colours
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
 def test_rows_are_seldom_and_the_last_step_is_always_shown(engine, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(preview, "_LEAST_S", 3600.0)
