@@ -67,6 +67,28 @@ class Witness(Protocol):
         ...
 
 
+class Nobody:
+    """A witness who keeps nothing."""
+
+    def accepted(self, job: Job) -> None:
+        """Nothing is kept."""
+
+    def refused(self, code: str) -> None:
+        """Nothing is kept."""
+
+    def started(self, job: Job) -> None:
+        """Nothing is kept."""
+
+    def advanced(self, job: Job, stage: Stage, step: int) -> None:
+        """Nothing is kept."""
+
+    def lost(self, job: Job, reason: str) -> None:
+        """Nothing is kept."""
+
+    def ended(self, job: Job) -> None:
+        """Nothing is kept."""
+
+
 class Service(Protocol):
     """The server behind its routes; all of it on one event loop."""
 
