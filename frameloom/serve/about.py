@@ -32,7 +32,7 @@ async def model(model: str, site: OfSite, caller: Caller) -> JSONResponse:
 @router.get("/v1/loras", response_model=LoraList, responses=errors())
 async def loras(site: OfSite, caller: Caller) -> JSONResponse:
     """The LoRAs that requests may name."""
-    data = [{"id": name, "object": "lora"} for name in site.config.loras]
+    data = [{"id": name, "object": "lora", "name": name} for name in site.config.loras]
     return JSONResponse({"object": "list", "data": data})
 
 

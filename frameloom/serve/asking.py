@@ -46,10 +46,11 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """`request` and `resolved` as jobs.Ask has them."""
+    """`request` and `resolved` as jobs.Ask has them. `work`: as `resolved`, of the frames that are made."""
 
     request: Mapping[str, Any]
     resolved: Mapping[str, Any] = field(default_factory=dict)
+    work: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,22 @@ def check_model(found: Mapping[str, Any], config: ServeConfig) -> None:
         raise ApiError(404, "model_not_found", what, param="model")
 
 
+def check_takes(found: Mapping[str, Any], kind: str, card: Card | None) -> None:
+    """Raise ApiError 400 where the model takes no picture of a kind that is given, or needs one that is not."""
+    if card is None:
+        return
+    takes = [param for param, name in FIELD_OF.items() if name in card.takes]
+    if kind == "extension":
+        if "input_reference" not in takes:
+            raise bad("video", f"{card.model} starts from no image, so it cannot go on from a last frame")
+        return
+    for param in FIELD_OF:
+        if param in found and param not in takes:
+            raise bad(param, f"{card.model} takes no {param}; it takes {', '.join(takes) or 'prompts alone'}")
+    if card.needs_image and "input_reference" not in found:
+        raise bad("input_reference", f"{card.model} starts from an image; give input_reference")
+
+
 def order_of(
     found: Mapping[str, Any], kind: str, *, card: Card | None, config: ServeConfig, shapes: Mapping[str, list[Shape]]
 ) -> Order:
@@ -92,13 +109,12 @@ def order_of(
     extended = shapes["video"][0] if kind == "extension" else None
     if extended is not None:
         request |= {"width": extended.width, "height": extended.height, "fps": extended.fps}
-    if card is not None:
-        _check_takes(shapes, kind, card)
-    resolved = _resolved(request, shapes, extended, card)
-    _check_limits({**request, **resolved}, found, config)
-    if extended is not None and "num_frames" in resolved:
+    work = _resolved(request, shapes, extended, card)
+    resolved = dict(work)
+    if extended is not None and work:
         resolved["num_frames"] += extended.num_frames - 1
-    return Order(request=request, resolved=resolved)
+    _check_limits({**request, **resolved}, found, config)
+    return Order(request=request, resolved=resolved, work=work)
 
 
 def with_seed(order: Order) -> Order:
@@ -141,19 +157,6 @@ def _named(shapes: Mapping[str, list[Shape]], kind: str) -> dict[str, Any]:
     return named
 
 
-def _check_takes(shapes: Mapping[str, list[Shape]], kind: str, card: Card) -> None:
-    takes = [param for param, name in FIELD_OF.items() if name in card.takes]
-    if kind == "extension":
-        if "input_reference" not in takes:
-            raise bad("video", f"{card.model} starts from no image, so it cannot go on from a last frame")
-        return
-    for param in shapes:
-        if param not in takes:
-            raise bad(param, f"{card.model} takes no {param}; it takes {', '.join(takes) or 'prompts alone'}")
-    if card.needs_image and kind != "estimate" and "input_reference" not in shapes:
-        raise bad("input_reference", f"{card.model} starts from an image; give input_reference")
-
-
 def _resolved(
     request: Mapping[str, Any], shapes: Mapping[str, list[Shape]], extended: Shape | None, card: Card | None
 ) -> dict[str, Any]:
@@ -171,7 +174,9 @@ def _resolved(
     try:
         made = resolve(GenerateRequest(**told), CardDefaults(**card.defaults), rules)
     except RequestError as error:
-        raise bad(_blamed(str(error)), str(error)) from None
+        param = _blamed(str(error))
+        is_given = extended is not None and param in ("width", "height")
+        raise bad("video" if is_given else param, str(error)) from None
     return _numbers(made)
 
 

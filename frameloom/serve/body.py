@@ -38,9 +38,7 @@ class BodyReader:
                 self.held += len(chunk)
                 taken += len(chunk)
                 chunks.append(chunk)
-            body = b"".join(chunks)
-            chunks.clear()
-            yield body
+            yield _joined(chunks)
         finally:
             self.held -= taken
 
@@ -72,6 +70,13 @@ class BodyReader:
                         break
         most = f"{self.limit / 2**20:g} MiB"
         raise _closing(413, "request_too_large", f"the request is larger than {most}; send smaller or shorter files")
+
+
+def _joined(chunks: list[bytes]) -> bytes:
+    """One body; its pieces are let go of."""
+    body = b"".join(chunks)
+    chunks.clear()
+    return body
 
 
 def _closing(status: int, code: str, message: str) -> ApiError:

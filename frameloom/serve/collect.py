@@ -36,9 +36,10 @@ async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Ke
             continue
         name = "extends" if kind == "extension" else FIELD_OF[param]
         if PARAMETERS[param].form == "images":
-            given[param] = [
-                await _image(one, param, f"reference-{index}", site) for index, one in enumerate(found[param])
-            ]
+            given[param] = []
+            for index, one in enumerate(found[param]):
+                given[param].append(await _image(one, param, f"reference-{index}", site))
+                _check_sum(given, param, site)
         elif PARAMETERS[param].form == "image":
             given[param] = [await _image(found[param], param, name, site)]
         else:
@@ -46,11 +47,21 @@ async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Ke
             source = job.job.id if job is not None and param == "video" else source
             data = await _bytes(found[param], param, site) if job is None else await _made(job, param, site)
             given[param] = [await site.examiner.video(data, param, name)]
+        _check_sum(given, param, site)
     return Collected(
         shapes={param: [one.shape for one in ones] for param, ones in given.items()},
         files={one.shape.name: one.data for ones in given.values() for one in ones},
         source=source,
     )
+
+
+def _check_sum(given: Mapping[str, list[Given]], param: str, site: Site) -> None:
+    """Small files may hold large pictures: raise ApiError where all together are kept in too many bytes."""
+    most = max(MAX_SOURCE_BYTES, site.config.limits.body_bytes)
+    if sum(len(one.data) for ones in given.values() for one in ones) > most:
+        raise bad(
+            param, f"the pictures take more than {most // 2**20} MiB when they are read; give fewer or smaller ones"
+        )
 
 
 async def _image(value: Any, param: str, name: str, site: Site) -> Given:

@@ -19,7 +19,7 @@ from frameloom.serve.site import Caller, OfSite
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 _CHUNK: Final = 262_144
-_RANGE: Final = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
+_RANGE: Final = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.A)
 _VARIANTS: Final = {"video": "video/mp4", "thumbnail": "image/jpeg", "spritesheet": "image/jpeg"}
 
 

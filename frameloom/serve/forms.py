@@ -1,6 +1,5 @@
 """Bodies as clients send them, JSON or multipart, become one mapping of fields; what is wrong with them is said."""
 
-import codecs
 import json
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from frameloom.serve.errors import ApiError, bad
 MAX_PARTS: Final = 256
 MAX_VALUES: Final = 20_000
 """Of commas and brackets of a JSON body: each may cost a hundred times its byte. A long prompt has thousands."""
+_CHARSETS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1"}
 _NAME: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})((?:\[[A-Za-z0-9_]{0,64}\]){0,2})")
 
 
@@ -139,7 +139,7 @@ class _Form:
             self.parts.append((name, Upload(data=bytes(self._data))))
             return
         _, options = parse_options_header(self._headers.get(b"content-type", b""))
-        charset = options.get(b"charset", b"utf-8").decode("latin-1")
+        charset = options.get(b"charset", b"utf-8").decode("latin-1").lower()
         self.parts.append((name, _text_of(bytes(self._data), name, charset)))
 
     def _whole(self) -> None:
@@ -148,11 +148,11 @@ class _Form:
 
 def _text_of(data: bytes, param: str | None, charset: str) -> str:
     try:
-        text = data.decode(codecs.lookup(charset).name)
-        _check_text(text, param)
-        return text
-    except (UnicodeError, LookupError):
+        text = data.decode(_CHARSETS[charset])
+    except (UnicodeError, KeyError):
         raise bad(param, f"{param or 'the name of a part'} is no text in UTF-8; send it in UTF-8") from None
+    _check_text(text, param)
+    return text
 
 
 def _from_form(boundary: bytes, body: bytes) -> Fields:

@@ -25,8 +25,10 @@ MAX_LORAS: Final = 16
 MAX_LORA_STRENGTH: Final = 10.0
 HARMLESS: Final = ("user", "safety_identifier")
 """Of OpenAI's own: they change nothing in a video, and are let pass."""
-_NUMBER: Final = re.compile(r"[+-]?(\d{1,30}(\.\d{0,60})?|\.\d{1,60})([eE][+-]?\d{1,6})?|[+-]?(nan|inf|infinity)", re.I)
-_SIZE: Final = re.compile(r"(\d{1,5})\s*[x×X*]\s*(\d{1,5})")
+_NUMBER: Final = re.compile(
+    r"[+-]?(\d{1,30}(\.\d{0,60})?|\.\d{1,60})([eE][+-]?\d{1,6})?|[+-]?(nan|inf|infinity)", re.I | re.A
+)
+_SIZE: Final = re.compile(r"(\d{1,5})\s*[x×X*]\s*(\d{1,5})", re.A)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +83,7 @@ TAKEN: Final[Mapping[str, tuple[str, ...]]] = {
     "remix": ("prompt", "model", "priority", "deadline"),
     "estimate": tuple(
         name for name in _ALL
-        if PARAMETERS[name].form not in ("image", "images", "video", "loras", "quality", "priority", "deadline")
-        and name not in ("strength", "seed", "control_strength")
+        if PARAMETERS[name].form not in ("image", "images", "video", "loras") and name != "strength"
     ),
 }  # fmt: skip
 """By what is asked for: the parameters that it takes."""
@@ -149,6 +150,8 @@ def _plain(name: str, value: Any) -> int | float:
         value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise bad(name, f"{name} {shown(value) if isinstance(value, str) else _noun(value)} is no number; give one")
+    if abs(value) >= 2**64:
+        return math.inf if value > 0 else -math.inf  # past all ranges, and nobody wants to read its digits
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -166,7 +169,7 @@ def _limited(name: str, value: Any) -> int | float:
 
 def _between(name: str, value: Any, low: float, high: float, unit: str = "") -> float:
     number = _plain(name, value)
-    if not (math.isfinite(number) and low <= number <= high):
+    if not low <= number <= high:
         raise bad(name, f"{name} {shown(value)} is not possible; give a number from {low:g} to {high:g}{unit}")
     return number
 

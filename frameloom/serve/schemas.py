@@ -154,6 +154,7 @@ class LoraCard(_Answer):
 
     id: str
     object: Literal["lora"]
+    name: str
 
 
 class LoraList(_Answer):

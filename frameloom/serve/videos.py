@@ -3,14 +3,14 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import JSONResponse
 
 from frameloom.serve.answers import page_of, video_of
-from frameloom.serve.asking import Order, check_model, needs_card, order_of, with_seed
+from frameloom.serve.asking import Order, check_model, check_takes, needs_card, order_of, with_seed
 from frameloom.serve.collect import Collected, collect, read_file
 from frameloom.serve.config import Key
 from frameloom.serve.described import BODY, body_of, errors
@@ -62,12 +62,12 @@ async def listed(
     site: OfSite,
     caller: Caller,
     after: str | None = None,
-    limit: Annotated[int, Query(ge=0, le=100)] = 20,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> JSONResponse:
     """List videos of this key, the newest first; `after`: go on after this one."""
     newest_first = order == "desc"
-    page = await site.service.page(caller.name, after=after, limit=max(1, limit), newest_first=newest_first)
+    page = await site.service.page(caller.name, after=after, limit=limit, newest_first=newest_first)
     if page is None:
         raise no_video(after or "")
     standings, has_more = page
@@ -105,42 +105,54 @@ async def remix(
 ) -> JSONResponse:
     """Make a video once more with another prompt: the same seed, numbers and pictures."""
     source = (await site.standing(video_id, caller)).job
-    fields = await _fields(request, site, caller, repeat)
-    found = read_parameters(fields, "remix", prompt_chars=site.config.limits.prompt_chars)
-    missing(found, "prompt", "what the video should show")
-    check_model(found, site.config)
-    _check_remix(source, site)
+    _check_room(site, caller, repeat)
+    async with site.bodies.read(request) as body:
+        found = _read(await _fields(request, body), "remix", site)
+    if source.ask.model != site.config.name:
+        raise bad(None, f"{source.id} was made by {source.ask.model}, which is not served here any more")
+    _check_loras(source.ask.loras, site)
     collected = await _copied(source, site)
-    order = Order(request={**source.ask.request, "prompt": found["prompt"]}, resolved=source.ask.resolved)
+    resolved = source.ask.resolved
+    order = Order(request={**source.ask.request, "prompt": found["prompt"]}, resolved=resolved, work=resolved)
     taken = {**found, "loras": source.ask.loras, "quality": source.ask.quality}
     return await _accepted(taken, "remix", order, collected, site=site, caller=caller, repeat=repeat)
 
 
 async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat: str | None) -> JSONResponse:
     """Accept a create, an edit or an extension."""
-    fields = await _fields(request, site, caller, repeat)
-    found = read_parameters(fields, kind, prompt_chars=site.config.limits.prompt_chars)
-    missing(found, "prompt", "what the video should show")
-    if kind != "create":
-        missing(found, "video", 'a file, or {"id": "video_..."}')
-    check_model(found, site.config)
-    _check_loras(found, site)
-    if needs_card(found) and site.service.card is None:
-        await _model_known(site)
-    collected = await collect(found, kind, site=site, caller=caller)
-    order = order_of(found, kind, card=site.service.card, config=site.config, shapes=collected.shapes)
-    return await _accepted(found, kind, order, collected, site=site, caller=caller, repeat=repeat)
+    _check_room(site, caller, repeat)
+    async with site.bodies.read(request) as body:  # what came of it is accounted for until all is done
+        found = _read(await _fields(request, body), kind, site)
+        _check_loras(found.get("loras", ()), site)
+        if needs_card(found) and site.service.card is None:
+            await _model_known(site)
+        check_takes(found, kind, site.service.card)
+        collected = await collect(found, kind, site=site, caller=caller)
+        order = order_of(found, kind, card=site.service.card, config=site.config, shapes=collected.shapes)
+        return await _accepted(found, kind, order, collected, site=site, caller=caller, repeat=repeat)
 
 
-async def _fields(request: Request, site: Site, caller: Key, repeat: str | None) -> Fields:
-    """The fields of a body, which is not read where there is no room for a job; a repeated one may need none."""
+def _check_room(site: Site, caller: Key, repeat: str | None) -> None:
+    """Bodies are not read where there is no room for a job; one that comes again may need none."""
     if repeat is None:
         site.service.check_room(caller.name, 0.0)
-    async with site.bodies.read(request) as body:
-        kind = request.headers.get("content-type", "")
-        if len(body) <= _SMALL:
-            return fields_of(kind, body)
-        return await asyncio.to_thread(fields_of, kind, body)
+
+
+async def _fields(request: Request, body: bytes) -> Fields:
+    kind = request.headers.get("content-type", "")
+    if len(body) <= _SMALL:
+        return fields_of(kind, body)
+    return await asyncio.to_thread(fields_of, kind, body)
+
+
+def _read(fields: Fields, kind: Kind, site: Site) -> dict[str, Any]:
+    """The parameters, of which those that cannot be left out are there."""
+    found = read_parameters(fields, kind, prompt_chars=site.config.limits.prompt_chars)
+    missing(found, "prompt", "what the video should show")
+    if kind in ("edit", "extension"):
+        missing(found, "video", 'a file, or {"id": "video_..."}')
+    check_model(found, site.config)
+    return found
 
 
 async def _accepted(
@@ -165,7 +177,7 @@ async def _accepted(
         priority=min(found.get("priority", 0), caller.priority),
         deadline_s=found.get("deadline"),
         source=collected.source,
-        work_s=site.service.work_s({**order.request, **order.resolved}),
+        work_s=site.service.work_s({**order.request, **order.work}),
         resolved=order.resolved,
     )
     return _shown(await site.service.accept(site.service.new_id(), ask, collected.files, once), site)
@@ -187,8 +199,8 @@ def _shown(standing: Standing, site: Site) -> JSONResponse:
     return JSONResponse(video_of(standing, site.service.card), headers=headers)
 
 
-def _check_loras(found: Mapping[str, Any], site: Site) -> None:
-    for name, _ in found.get("loras", ()):
+def _check_loras(loras: Iterable[tuple[str, float]], site: Site) -> None:
+    for name, _ in loras:
         if name not in site.config.loras:
             known = ", ".join(site.config.loras) or "none"
             raise bad("loras", f"there is no LoRA {name[:60]!r} here; registered are: {known}")
@@ -202,12 +214,6 @@ async def _model_known(site: Site) -> None:
     if site.service.card is None:
         what = site.service.trouble or "the model is still being opened; come again soon"
         raise ApiError(503, "starting", what, retry_s=5)
-
-
-def _check_remix(source: Job, site: Site) -> None:
-    if source.ask.model != site.config.name:
-        raise bad(None, f"{source.id} was made by {source.ask.model}, which is not served here any more")
-    _check_loras({"loras": source.ask.loras}, site)
 
 
 async def _copied(source: Job, site: Site) -> Collected:
