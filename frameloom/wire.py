@@ -38,7 +38,7 @@ class Run(Message, frozen=True, kw_only=True):
     """Make a video. `job` and `fence` name this attempt, and all that is said of it carries both.
 
     `request`: fields of types.GenerateRequest as JSON has them, with absolute paths where pictures belong. `folder`:
-    where the files go: `output` (an .mp4), `thumbnail` and `sheet` (JPEG), `preview` (PNG, replaced now and then).
+    where the files go: `output` (an .mp4), `thumbnail` and `sheet` (JPEG), `preview` (.apng, replaced now and then).
     `journal`: the folder in which the engine keeps what it has computed; what an earlier attempt left there is gone
     on from. `extends`: a video to put in front; the request starts from its last frame.
     """

@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from frameloom.serve.described import errors
 from frameloom.serve.errors import ApiError, bad
+from frameloom.serve.folder import PREVIEW
 from frameloom.serve.jobs import Job, Result
 from frameloom.serve.site import Caller, OfSite
 
@@ -62,16 +63,16 @@ async def content(video_id: str, request: Request, site: OfSite, caller: Caller,
 @router.get(
     "/{video_id}/preview",
     response_class=Response,
-    responses={**errors(404, 416), 200: _files("image/png"), 304: {"description": "Not modified."}},
+    responses={**errors(404, 416), 200: _files("image/apng"), 304: {"description": "Not modified."}},
 )
 async def preview(video_id: str, request: Request, site: OfSite, caller: Caller) -> Response:
-    """What a video looks like while it is being made."""
+    """What a video is becoming while it is being made: a picture that moves, which browsers and PNG readers show."""
     standing = await site.standing(video_id, caller)
-    path = site.service.folder(video_id) / "preview.png"
+    path = site.service.folder(video_id) / PREVIEW
     if not standing.preview:
         raise ApiError(404, "preview_not_ready", f"there is no preview of {video_id} now")
     tag = f'"{standing.job.fence}-{standing.preview}"'
-    return await _sent(request, _File(path=path, media_type="image/png", tag=tag))
+    return await _sent(request, _File(path=path, media_type="image/apng", tag=tag))
 
 
 def _result(job: Job) -> Result:

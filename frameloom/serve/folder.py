@@ -17,6 +17,8 @@ _INPUT: Final = re.compile(r"[a-z0-9_]+(-[0-9]+)?\.[a-z0-9]+")  # names that our
 _OF_FENCE: Final = re.compile(r"(?:video|thumbnail|sheet)-([0-9]+)\.(?:mp4|jpg)")
 _PARTIAL: Final = ".partial"
 _GONE: Final = ".gone"
+PREVIEW: Final = "preview.apng"
+"""In the folder of a job: what the video is becoming, as a picture that moves."""
 
 
 class DataFolderError(InputError):
@@ -78,7 +80,7 @@ class DataFolder:
             video=folder / f"video-{fence}.mp4",
             thumbnail=folder / f"thumbnail-{fence}.jpg",
             sheet=folder / f"sheet-{fence}.jpg",
-            preview=folder / "preview.png",
+            preview=folder / PREVIEW,
             journal=folder / "journal",
         )
 
