@@ -8,6 +8,8 @@ FRAMELOOM_DATA: data folder of `frameloom serve`, by default frameloom/serve in 
 FRAMELOOM_API_KEY: the secret of the one key of `frameloom serve`, where there is no file of keys.
 TORCHINDUCTOR_CACHE_DIR: folder for what torch.compile generates; set here, to one in the cache folder, if it is not.
 MKL_CBWR: the order in which MKL sums; set by the command, to AUTO, if it is not.
+CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES, MUSA_VISIBLE_DEVICES, ZE_AFFINITY_MASK: of several workers of a server
+each is given its part of these devices.
 
 One of several processes knows its place from what torchrun, or the launcher of `--gpus`, sets: RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_USE_AGENT_STORE, TORCHELASTIC_RESTART_COUNT.
@@ -100,6 +102,10 @@ class Launched:
 
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_RANKS = (
+    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "FRAMELOOM_HEART_FD", "FRAMELOOM_STORE_FD",
+)  # fmt: skip
+_DEVICES = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "MUSA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 _START_ANEW = "start with --gpus or torchrun, or unset RANK and WORLD_SIZE"
 
 
@@ -158,6 +164,23 @@ def rank_environment(rank: int, count: int, *, port: int, heart_fd: int, store_f
     foreign = ("TORCHELASTIC_", "FRAMELOOM_STORE_FD")
     given = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {name: str(value) for name, value in (unless_set | given | ours).items()}
+
+
+def worker_environment(number: int, workers: int, ranks: int) -> dict[str, str]:
+    """The environment of one of a server's `workers`, which has so many ranks: devices and cores of its own.
+
+    One worker alone has them all, as any process has.
+    """
+    given = {name: value for name, value in os.environ.items() if name not in (*_PLACE, *_OF_RANKS)}
+    if workers == 1:
+        return given
+    mine = range(number * ranks, (number + 1) * ranks)
+    for name in _DEVICES:
+        there = given[name].split(",") if given.get(name) else None
+        chosen = [str(index) for index in mine] if there is None else [there[i] for i in mine if i < len(there)]
+        given[name] = ",".join(chosen)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // (workers * ranks))), **given}
 
 
 def _number(name: str, low: int, high: int, remedy: str = _START_ANEW) -> int:

@@ -4,12 +4,15 @@ A frame is its length, four bytes and big-endian, and a message of msgpack. Noth
 are files in the data folder, named by absolute paths that the server has made.
 """
 
+import os
 import struct
+import sys
+from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from frameloom.types import Stage
+from frameloom.types import EngineConfig, Stage
 
 MAX_BYTES: Final = 4_000_000
 """Of one message; a longer one ends the connection."""
@@ -170,6 +173,37 @@ class Foreseen(Message, frozen=True, kw_only=True):
     memory_bytes: int = 0
     resolved: dict[str, Any] = {}
     refusal: str = ""
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told at its start, as an argument. `socket`: the descriptor of its end of the socket.
+
+    `model`, `parts` and `variant`: as `frameloom.load` takes them; `name`: what clients call it. `ranks`: processes that
+    make a video together; `pairs`: the descriptors of the lines from the first of them to each other one.
+    """
+
+    socket: int
+    name: str
+    model: str | None = None
+    parts: dict[str, str] = {}
+    variant: str = ""
+    config: EngineConfig = EngineConfig()
+    ranks: int = 1
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def command(self) -> list[str]:
+        """How a worker is started; it imports nothing from the working folder, unless whoever starts it does."""
+        safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
+        return [sys.executable, *safe, "-m", "frameloom.engine.worker", msgspec.json.encode(self).decode()]
+
+    @classmethod
+    def of(cls, argument: str) -> "Setup":
+        """The setup that an argument says."""
+        return msgspec.json.decode(argument, type=cls)
+
+    def with_pairs(self, pairs: Sequence[tuple[int, int]]) -> "Setup":
+        """The same for ranks that have lines."""
+        return msgspec.structs.replace(self, pairs=tuple(pairs))
 
 
 ToWorker: TypeAlias = Run | Cancel | Foresee | Stop

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from frameloom.engine.asked import Prompts, check_latents, complete, frames_of, request_of, told_of
-from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute_loras, check_unchanged
+from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute, absolute_loras, check_unchanged
 from frameloom.engine.loras import adapters_of_experts, contents_of, exchange, loras_of, read_alike
 from frameloom.engine.to_file import begin_if_possible, journal_of, working_on, write
 from frameloom.engine.together import Together
@@ -77,6 +77,21 @@ class Engine:
     def close(self) -> None:
         """Let go of the weights; further requests are refused."""
         self._pipeline, self._base, self._attached = None, (), ()
+
+    @property
+    def pipeline(self) -> WanPipeline:
+        """The networks. Raises RequestError if the engine is closed."""
+        return self._open
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """Those that were set after the engine was made."""
+        return self._set_loras
+
+    @property
+    def team(self) -> Team | None:
+        """The ranks that answer together; None of a process alone."""
+        return self._together.team
 
     def set_loras(self, loras: Sequence[Lora | str]) -> None:
         """Compute with these LoRAs from the next request on, instead of those that were set before; [] for none.
@@ -165,47 +180,60 @@ class Engine:
         *,
         quality: int | None = None,
         progress: ProgressCallback | None = None,
-        job: bool = False,
+        job: bool | str | os.PathLike[str] = False,
         keep_latents: bool = False,
         preview: str | os.PathLike[str] | None = None,
+        extends: str | os.PathLike[str] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> dict[str, Any]:
         """Generate straight into a file: frames are written while the next are decoded, the video is never whole.
 
-        `job`: what is computed is kept in the folder of jobs as it comes, and `frameloom.resume` goes on from there
-        whatever happens; with `keep_latents` the latents are kept when all is done, too. `preview`: a PNG file that
-        shows, while denoising, what the video is becoming. Returns what `Video.metadata` holds, and `output`, the
-        absolute path. Raises RequestError or OutputError before anything is computed; whatever happens, there is a
-        whole file at `path` or none that was not there before.
+        `job`: what is computed is kept in the folder of jobs, or in the folder that is given, as it comes, and
+        `frameloom.resume` goes on from there whatever happens; with `keep_latents` the latents are kept when all is
+        done, too. `preview`: a PNG file that shows, while denoising, what the video is becoming. `extends`: a video of
+        this size and rate, which the file begins with; its last frame is in the place of the first that is made.
+        Returns what `Video.metadata` holds, and `output`, the absolute path. Raises RequestError or OutputError before
+        anything is computed; whatever happens, there is a whole file at `path` or none that was not there before.
         """
         if not isinstance(prompt, str):
             raise RequestError("a file holds the video of one prompt; give a text, or call generate")
         request = self._together.agreed(self.resolve(prompt, **options))
         loras = absolute_loras(self._set_loras)
-        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras)
+        front = None if extends is None else absolute(extends)
+        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, extends=front)
         if self._together.writes:
             target = check_output(path, fps=request.fps, quality=quality)
             shown = None if preview is None else str(check_preview(preview, self._open.vae.spec, target=target))
             output = str(target.path) + "/" * (target.kind == "folder")
             order = dataclasses.replace(order, output=output, preview=shown)
         passages = self._open.plan(request)
-        begun = self._begin(order, request) if job and self._together.writes else None
+        begun = self._begin(order, request, job) if job and self._together.writes else None
         with working_on(begun):
             return self._make(order, request, progress or _silent, passages, begun)
 
-    def finish(self, job: Job, *, progress: ProgressCallback | None = None, anyway: bool = False) -> dict[str, Any]:
+    def finish(
+        self,
+        job: Job,
+        *,
+        progress: ProgressCallback | None = None,
+        anyway: bool = False,
+        output: str | os.PathLike[str] | None = None,
+    ) -> dict[str, Any]:
         """Go on with a job that this engine, or one like it, has begun; returns as `generate_to` does.
 
         Raises RequestError if it would be another video, or another process works on it. `anyway`: though the bits may
-        be others, as versions, device or kernels are.
+        be others, as versions, device or kernels are. `output`: a video file, in place of the one that was asked for.
         """
         if job.order.loras != self._set_loras:
             self.set_loras(job.order.loras)
         check_unchanged(job, self.facts, anyway=anyway)
         request = self._together.agreed(job.request)
         mine = job if self._together.writes else None
+        order = job.order
+        if output is not None:
+            order = dataclasses.replace(order, output=os.fspath(check_output(output)))
         with working_on(mine):
-            return self._make(job.order, request, progress or _silent, self._open.plan(request), mine)
+            return self._make(order, request, progress or _silent, self._open.plan(request), mine)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -214,11 +242,12 @@ class Engine:
         own = {"rewrites": used, "LoRAs that were set": self._set_contents}
         return {**({} if self._origin is None else self._origin.facts), **own}
 
-    def _begin(self, order: Order, request: ResolvedRequest) -> Job | None:
+    def _begin(self, order: Order, request: ResolvedRequest, kept: bool | str | os.PathLike[str]) -> Job | None:
         """A new job; None of engines that could not be built again, and where none can be kept."""
         if self._origin is None:
             return None
-        return begin_if_possible(dataclasses.replace(self._origin, facts=self.facts), order, request)
+        folder = None if isinstance(kept, bool) else Path(kept)
+        return begin_if_possible(dataclasses.replace(self._origin, facts=self.facts), order, request, folder)
 
     def _make(
         self,

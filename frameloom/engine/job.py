@@ -55,13 +55,17 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What is to become of a request. `loras`: those that were set after the engine was made."""
+    """What is to become of a request. `loras`: those that were set after the engine was made.
+
+    `extends`: a video that the file begins with; the first frame that is made then is its last one, and left out.
+    """
 
     output: str
     quality: int | None = None
     keeps_latents: bool = False
     loras: tuple[Lora, ...] = ()
     preview: str | None = None
+    extends: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,17 +109,23 @@ class Job:
             log.warning("the job %s cannot be finished (%s), its video is whole", self.folder, error.strerror)
 
 
-def begin(origin: Origin, order: Order, request: ResolvedRequest) -> Job:
-    """Make the folder of a new job. Raises OutputError."""
-    root = jobs_folder()
+def begin(origin: Origin, order: Order, request: ResolvedRequest, folder: Path | None = None) -> Job:
+    """A new job in a folder of the caller's, which is made; by default in a new one of the folder of jobs.
+
+    Raises OutputError.
+    """
+    root = jobs_folder() if folder is None else folder.parent
     began = time.time()
     asked, pictures = _written(request)
     told = {"origin": _plain(asdict(origin)), "order": asdict(order), "request": asked, "began": began}
     digest = digest_of(told)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        make_room(root)
-        folder = _new_folder(root, began)
+        if folder is None:
+            make_room(root)
+            folder = _new_folder(root, began)
+        else:
+            folder.mkdir(exist_ok=True)
         journal = Journal(folder, digest)
         with ExitStack() as undo:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)

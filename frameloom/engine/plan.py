@@ -61,6 +61,20 @@ def make_plan(
     fetched. `here_only`: on a device that is here, and nothing cheaper is looked for. Raises
     CheckpointError, and RequestError for options that are not possible, but not for what does not fit.
     """
+    planner = planner_for(model, config, place=place, parts=parts, variant=variant, here_only=here_only)
+    return planner.plan(SizedRequest.of(request, planner.blueprint))
+
+
+def planner_for(
+    model: Source | None,
+    config: EngineConfig,
+    *,
+    place: Place = _ANYWHERE,
+    parts: Mapping[str, Source] | None = None,
+    variant: str = "",
+    here_only: bool = False,
+) -> "Planner":
+    """Who makes plans for a checkpoint, as `make_plan` does, on the machine as it is now."""
     machine = machine_of(
         place.device,
         memory=memory_bytes(config.memory if place.memory == "auto" else place.memory),
@@ -68,9 +82,7 @@ def make_plan(
         only_here=here_only,
     )
     blueprint = _drawn(_opened(model, parts, variant), machine, config)
-    size = SizedRequest.of(request, blueprint)
-    planner = Planner(blueprint, machine.shared_by(place.gpus), config, gpus=place.gpus, here_only=here_only)
-    return planner.plan(size)
+    return Planner(blueprint, machine.shared_by(place.gpus), config, gpus=place.gpus, here_only=here_only)
 
 
 class Planner:
@@ -99,6 +111,10 @@ class Planner:
             tuner=Tuner(machine.device), dit=blueprint.experts[0], dtype=blueprint.dtype, vae=blueprint.vae,
             vae_dtype=blueprint.vae_dtype, text=text,
         )  # fmt: skip
+
+    def look(self) -> None:
+        """Measure how fast this machine is, unless that was done before; plans then disturb nobody."""
+        _ = self._at_first
 
     @functools.cached_property
     def _at_first(self) -> Rates:
@@ -217,13 +233,13 @@ def _drawn(checkpoint: Checkpoint, machine: Machine, config: EngineConfig) -> Bl
     return replace(plan, dtype=dtype, why_dtype="the dtype of the checkpoint")
 
 
-def compare(plan: Plan, made: Mapping[str, Any]) -> dict[str, Any]:
+def compare(plan: Plan, made: Mapping[str, Any], tuner: Tuner | None = None) -> dict[str, Any]:
     """What was foreseen beside what a run took, by stage; the next plan on this machine knows how fast it was.
 
-    `made`: as `Engine.generate_to` returns it.
+    `made`: as `Engine.generate_to` returns it. `tuner`: of the planner that is to know it at once.
     """
     foreseen: dict[str, float] = {stage.stage: stage.seconds for stage in plan.stages}
-    tuner = Tuner(torch.device(plan.here or "cpu"))
+    tuner = tuner or Tuner(torch.device(plan.here or "cpu"))
     for stage, (key, rate) in plan.lessons.items():
         if measured := made["seconds"].get(stage):
             tuner.note(key, rate * foreseen[stage] / measured)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from frameloom.engine.job import Job, Order, Origin, begin
 from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
@@ -12,16 +13,17 @@ from frameloom.engine.together import Together
 from frameloom.errors import FrameloomError, OutputError
 from frameloom.models.vae_state import Frames
 from frameloom.pipeline.media import DEFAULT_QUALITY, check_output, open_writer, written_behind
+from frameloom.pipeline.reader import each_frame
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import ResolvedRequest
 
 log = logging.getLogger(LOGGER_NAME)
 
 
-def begin_if_possible(origin: Origin, order: Order, request: ResolvedRequest) -> Job | None:
-    """A new job; None, with a line in the log, where none can be kept."""
+def begin_if_possible(origin: Origin, order: Order, request: ResolvedRequest, folder: Path | None) -> Job | None:
+    """A new job, as `job.begin` makes it; None, with a line in the log, where none can be kept."""
     try:
-        return begin(origin, order, request)
+        return begin(origin, order, request, folder)
     except OutputError as error:
         log.warning("%s; this run cannot be resumed", error)
         return None
@@ -64,14 +66,18 @@ def write(
     """
     dial = DEFAULT_QUALITY if order.quality is None else order.quality
     writer = open_writer(order.output, width=request.width, height=request.height, fps=request.fps, quality=dial)
+    skipped = 0 if order.extends is None else 1
     with writer, written_behind(writer) as put:
+        if order.extends is not None:
+            for frame in each_frame(order.extends):
+                put(frame[None])
         done = 0
         for part in journal.frames():
-            put(part)
+            put(part[max(0, skipped - done) :])
             done += len(part)
         for (part,) in decode(done):
             journal.keep_frames(done, part)
-            put(part)
+            put(part[max(0, skipped - done) :])
             done += len(part)
         decoded = time.perf_counter()
     return time.perf_counter() - decoded

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 
 @contextmanager
@@ -15,8 +16,21 @@ def on_meta() -> Iterator[None]:
     There is nothing to draw there, but torch computes the shape of the draw in Python, and for that imports its
     compiler, which takes as long as importing torch itself.
     """
-    with torch.device("meta"), _Undrawn():
+    with _OfThread(torch.device("meta")), _Undrawn():
         yield
+
+
+class _OfThread(DeviceContext):
+    """The device of this thread alone: torch's own context also tells those who compile, whatever their thread.
+
+    A plan that is made beside a video would else have its kernels compiled anew.
+    """
+
+    def __enter__(self) -> Any:
+        return TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *ending: Any) -> Any:
+        return TorchFunctionMode.__exit__(self, *ending)  # type: ignore[no-untyped-call]
 
 
 class _Undrawn(TorchFunctionMode):

@@ -68,7 +68,7 @@ class Heart:
         """Beat from now on; call it in the main thread."""
         os.set_inheritable(self._fd, False)
         # The kernel ends a rank that hangs with its launcher. One that must tidy up it only wakes, were it stopped.
-        _when_parent_dies(signal.SIGCONT if self._tidies else signal.SIGKILL)
+        when_parent_dies(signal.SIGCONT if self._tidies else signal.SIGKILL)
         with contextlib.suppress(OSError):
             self._send(b"\n")
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
@@ -107,7 +107,7 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_WORDS)
 
 
-def _when_parent_dies(number: signal.Signals) -> None:
+def when_parent_dies(number: signal.Signals) -> None:
     """Get a signal when the parent dies, where the kernel can do that; elsewhere the broken pipe has to do."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -49,25 +49,32 @@ class Outcome:
     message: str = ""
 
 
+def _nothing(_: int) -> Sequence[int]:
+    """What a rank is handed by those who say nothing of it."""
+    return ()
+
+
 def run_ranks(
     command: Sequence[str],
     count: int,
     *,
     say: Callable[[str], object],
     tidy: Callable[[int], object] | None = None,
+    handed: Callable[[int], Sequence[int]] = _nothing,
 ) -> Outcome:
     """Run `command` as `count` ranks of one machine and wait for all to end; `say` gets the text of their errors.
 
     What is run starts a Heart (heart.py) with the descriptor that `settings.launched` names. Rank 0 has this process's
     standard output, the others have none. If a rank fails, dies, is stopped or hangs, all are ended. An exception here,
     KeyboardInterrupt among them, ends them too. `tidy` is called at the end with the process number that rank 0 had.
+    `handed`: descriptors of this process that a rank is given besides, under the same numbers.
     Raises RequestError if the port is taken.
     """
     with _listening(master_port()) as store:
         run = _Run(count, say)
         try:
             for number in range(count):
-                run.start(command, number, store)
+                run.start(command, number, store, handed(number))
             store.close()
             return run.watch()
         finally:
@@ -256,7 +263,7 @@ class _Run:
         self._voices = _Voices(say)
         self._pipes = selectors.DefaultSelector()
 
-    def start(self, command: Sequence[str], number: int, store: socket.socket) -> None:
+    def start(self, command: Sequence[str], number: int, store: socket.socket, handed: Sequence[int]) -> None:
         """Start one rank, in a session of its own: a Ctrl-C on the terminal reaches the launcher alone."""
         (heart, its_heart), (errors, its_errors) = os.pipe(), os.pipe()
         store_fd = store.fileno() if number == 0 else None
@@ -265,7 +272,7 @@ class _Run:
             process = subprocess.Popen(
                 list(command),
                 env=rank_environment(number, self._count, port=port, heart_fd=its_heart, store_fd=store_fd),
-                pass_fds=[its_heart] if store_fd is None else [its_heart, store_fd],
+                pass_fds=[its_heart, *handed] if store_fd is None else [its_heart, store_fd, *handed],
                 stdin=subprocess.DEVNULL,
                 stdout=None if number == 0 else subprocess.DEVNULL,
                 stderr=its_errors,

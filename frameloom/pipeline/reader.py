@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +40,69 @@ def read_frames(path: str | os.PathLike[str], limit: int | None = None) -> tuple
     except (OSError, av.FFmpegError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{source} cannot be read as a video or a picture ({reason}); give another file") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoFacts:
+    """What a video file says of itself: its size in pixels as it is shown, its frames (0 if unknown) and its rate."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+
+
+def facts_of(path: str | os.PathLike[str]) -> VideoFacts:
+    """What a video file says of itself, by its first frame. Raises InputError."""
+    with _opened(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None or not stream.average_rate:
+            raise InputError(f"{path} holds no frames with a rate; convert it to mp4 with a fixed rate")
+        lies = first.rotation // 90 % 2
+        width, height = (first.height, first.width) if lies else (first.width, first.height)
+        return VideoFacts(width=width, height=height, num_frames=stream.frames, fps=float(stream.average_rate))
+
+
+def each_frame(path: str | os.PathLike[str]) -> Iterator[Frames]:
+    """The frames of a video file one by one, uint8 RGB (H, W, 3), as `read_frames` has them; one is held at a time.
+
+    Raises InputError.
+    """
+    with _opened(path) as (container, stream):
+        for frame in container.decode(stream):
+            yield _picture(frame)
+
+
+def last_frame(path: str | os.PathLike[str]) -> Frames:
+    """The last frame of a video file, uint8 RGB (H, W, 3). Raises InputError."""
+    last = None
+    for last in each_frame(path):  # noqa: B007 (the last one counts)
+        pass
+    if last is None:
+        raise InputError(f"{path} holds no frames; give another video")
+    return last
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+    """A video file and its stream; whatever goes wrong with it is told in one sentence."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path} holds no video stream; give a video")
+            stream = container.streams.video[0]
+            if (stream.width or 0) * (stream.height or 0) > MAX_PIXELS:
+                raise too_large(path)
+            yield container, stream
+    except (OSError, av.FFmpegError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read as a video ({reason}); give another file") from error
+
+
+def _picture(frame: Any) -> Frames:
+    """Upright RGB."""
+    picture: Frames = frame.to_ndarray(format="rgb24", interpolation=SWS_EXACT, threads=1)
+    return np.rot90(picture, frame.rotation // 90)
 
 
 def too_large(name: str | os.PathLike[str]) -> InputError:
@@ -78,8 +144,7 @@ def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
         for packet in container.demux(stream):
             missing -= packet.size > 0 and not packet.is_corrupt
             for frame in packet.decode():
-                picture = frame.to_ndarray(format="rgb24", interpolation=SWS_EXACT, threads=1)
-                frames.append(np.rot90(picture, frame.rotation // 90))
+                frames.append(_picture(frame))
                 ticks += frame.duration
                 end = (frame.pts or 0) + frame.duration
             if limit is not None and len(frames) >= limit:
