@@ -178,8 +178,8 @@ class Foreseen(Message, frozen=True, kw_only=True):
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is told at its start, as an argument. `socket`: the descriptor of its end of the socket.
 
-    `model`, `parts` and `variant`: as `frameloom.load` takes them; `name`: what clients call it. `ranks`: processes that
-    make a video together; `pairs`: the descriptors of the lines from the first of them to each other one.
+    `model`, `parts` and `variant`: as `frameloom.load` takes them; `name`: what clients call it. `ranks`: processes
+    that make a video together; `pairs`: the descriptors of the lines from the first of them to each other one.
     """
 
     socket: int

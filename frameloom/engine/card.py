@@ -24,6 +24,6 @@ def card_of(engine: Engine, name: str) -> Card:
         previews=colours_of(pipeline.vae.spec) is not None,
         device=facts.get("device", str(pipeline.device)),
         dtype=facts.get("dtype", ""),
-        torch=facts.get("torch", ""),
+        torch=str(facts.get("torch", "")),  # a text of its own kind, which no message takes
         ranks=1 if engine.team is None else engine.team.size,
     )

@@ -82,7 +82,8 @@ class _Worker:
         except Exception as error:
             if not self._is_first:
                 raise
-            log.warning("the attempt failed: %s", error, exc_info=not isinstance(error, FrameloomError))
+            level = logging.INFO if isinstance(error, InputError) else logging.WARNING
+            log.log(level, "the attempt failed: %s", error, exc_info=not isinstance(error, FrameloomError))
             told = failed(order, error)
         if told is None or not self._is_first:
             return True

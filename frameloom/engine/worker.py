@@ -5,6 +5,7 @@ gone by then is noticed. With several ranks this process starts them, watches th
 """
 
 import importlib
+import logging
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from frameloom.engine.line import Line
 from frameloom.engine.worker_log import keep_log
 from frameloom.parallel.heart import Ending, Heart, is_lost, when_parent_dies
 from frameloom.parallel.launch import run_ranks
-from frameloom.settings import Launched, ask_for_same_sums, launched
+from frameloom.settings import LOGGER_NAME, Launched, ask_for_same_sums, launched
 from frameloom.wire import Setup
+
+log = logging.getLogger(LOGGER_NAME)
 
 _NICE: Final = 10  # the server's own process goes first
 _LAST_WORDS_S: Final = 1.0  # rank 0, which the server hears, may say better what another rank died of
@@ -50,7 +53,7 @@ def _work(setup: Setup, line: Line, place: Launched | None, heart: Heart | None)
         code = work(setup, line)
     except Exception as error:
         if place is None or place.rank == 0 or heart is None:
-            sys.stderr.write(traceback.format_exc())
+            log.error("the worker ends with %s: %s", type(error).__name__, error, exc_info=True)
         else:
             time.sleep(_LAST_WORDS_S)
             said = next(iter(str(error).splitlines()), "") or type(error).__name__

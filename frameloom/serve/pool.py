@@ -1,21 +1,22 @@
-"""The workers of a server: started, handed attempts, watched, and started again when they die. Torch-free."""
+"""The workers of a server: processes that are started, watched, and started again when they die. Torch-free."""
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from frameloom.serve.config import ServeConfig
-from frameloom.serve.worker import Died, Outcome, Worker
+from frameloom.serve.process import Process
+from frameloom.serve.workers import Died, Outcome
 from frameloom.wire import Card, Foresee, Foreseen, News, Run
-
-__all__ = ["Died", "Outcome", "Pauses", "Pool"]
 
 log = logging.getLogger(__name__)
 
-_ENDING: Final = "the server ends"
+_ENDED: Final = "was ended with the server"
+_FORESEE_S: Final = 10.0  # a plan takes a second or so; behind some others, and a step that computes, longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,141 +31,144 @@ class Pauses:
     unable_s: float = 60.0
 
 
-def _nothing() -> None:
-    """What those do who need not know of changes."""
+class PoolWorker:
+    """A `workers.Worker`: one process after the other under one number."""
 
-
-class Pool:
-    """`config.workers` workers. All of it on one event loop; `changed` is called when a worker's state changes."""
-
-    def __init__(
-        self, config: ServeConfig, *, changed: Callable[[], object] = _nothing, pauses: Pauses | None = None
-    ) -> None:
-        self._config, self._changed, self._pauses = config, changed, pauses or Pauses()
-        self._workers: dict[int, Worker] = {}
-        self._troubles: dict[int, str] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._numbers = itertools.count(1)
-        self._news = asyncio.Event()
-        self._ending = asyncio.Event()
+    def __init__(self, number: int, config: ServeConfig, pauses: Pauses) -> None:
+        self._number, self._config, self._pauses = number, config, pauses
+        self._process: Process | None = None
         self._card: Card | None = None
         self._usual_seconds: float | None = None
+        self._trouble = ""
+        self._questions = itertools.count(1)
+        self._changed, self._ending = asyncio.Event(), asyncio.Event()
+
+    @property
+    def number(self) -> int:
+        """From 0 on."""
+        return self._number
+
+    @property
+    def pid(self) -> int | None:
+        """The number of its process; of several ranks, of the process that has started them."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its engine is built, busy or not."""
+        return self._process is not None and self._process.is_ready
+
+    @property
+    def trouble(self) -> str:
+        """Why its engine is not built, in one sentence; empty where it is, or where it is still being built."""
+        return self._trouble
 
     @property
     def card(self) -> Card | None:
-        """What the model can do; None until a worker has said it once."""
+        """What it said of its model; None before."""
         return self._card
 
     @property
     def usual_seconds(self) -> float | None:
-        """Foreseen of a request that leaves everything open; None if unknown."""
+        """What it foresees of a request that leaves everything open; None if unknown."""
         return self._usual_seconds
 
-    @property
-    def workers(self) -> list[Worker]:
-        """All of them, in order."""
-        return [worker for _, worker in sorted(self._workers.items())]
+    async def ready(self) -> None:
+        """Return when its engine is built and it makes nothing: at once, or after however many starts."""
+        while self._process is None or self._process.state != "idle":
+            self._changed.clear()
+            await self._changed.wait()
 
-    @property
-    def num_idle(self) -> int:
-        """Workers that can begin an attempt now."""
-        return sum(worker.state == "idle" for worker in self._workers.values())
-
-    @property
-    def num_ready(self) -> int:
-        """Workers whose engine is built."""
-        return sum(worker.state in ("idle", "busy") for worker in self._workers.values())
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is such a worker."""
-        return self.num_ready > 0
-
-    @property
-    def trouble(self) -> str:
-        """Why there is no worker, in one sentence; empty where there is one, or one may come without more ado."""
-        return "" if self.is_ready else next(iter(self._troubles.values()), "")
-
-    async def start(self) -> None:
-        """Start the workers, and keep them running; returns before they are ready."""
-        self._tasks = [asyncio.create_task(self._keep(number)) for number in range(self._config.workers)]
-
-    async def stop(self, grace_s: float) -> None:
-        """End: what is being made may be finished within `grace_s` seconds. A second call may give less."""
-        self._ending.set()
-        for worker in self._workers.values():
-            worker.stop()
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
-            for worker in self._workers.values():
-                worker.kill(_ENDING)
-            if late:
-                await asyncio.wait(late)
-        self._news.set()
-
-    async def run(self, order: Run, on_news: Callable[[News], object]) -> Outcome:
-        """Have the next idle worker make an attempt; `on_news` is told of its steps, on the event loop."""
-        while (worker := self._idle()) is None:
-            if self._ending.is_set():
-                return Died(reason=_ENDING)
-            self._news.clear()
-            await self._news.wait()
-        return await worker.run(order, on_news)
+    async def run(self, order: Run, on_news: Callable[[News], None]) -> Outcome:
+        """Make a video; `on_news` is called on the event loop. One at a time, of a worker that is ready."""
+        if self._process is None or self._process.state != "idle":
+            return Died(reason="was gone before it could begin")
+        return await self._process.run(order, on_news)
 
     def cancel(self, job: str, fence: int) -> None:
-        """Have an attempt stopped within a step; its `run` returns then. Nothing happens if it is over."""
-        for worker in self._workers.values():
-            if worker.makes(job, fence):
-                worker.cancel(job, fence)
+        """Ask for the end of this attempt; nothing happens if it is over."""
+        if self._process is not None and self._process.makes(job, fence):
+            self._process.cancel(job, fence)
 
-    def kill(self, job: str, fence: int, reason: str) -> None:
-        """End the worker that makes an attempt, whatever it does; its `run` returns Died."""
-        for worker in self._workers.values():
-            if worker.makes(job, fence):
-                worker.kill(reason)
+    def kill(self, reason: str) -> None:
+        """End the process now, with its ranks: `run` says `Died(reason)`, and it is started again."""
+        if self._process is not None:
+            self._process.kill(reason)
 
     async def foresee(self, request: Mapping[str, Any]) -> Foreseen | None:
-        """What a request would take, by the planner of a worker; None where there is none. Takes a second or so."""
-        ready = [worker for worker in self.workers if worker.state in ("idle", "busy")]
-        if not ready:
+        """What a request would take, also while it makes something else; None where it cannot be said in time."""
+        if self._process is None or not self._process.is_ready:
             return None
-        chosen = min(ready, key=lambda worker: (worker.asked, worker.state != "idle"))
-        return await chosen.foresee(Foresee(number=next(self._numbers), request=dict(request)))
+        with suppress(TimeoutError):
+            question = Foresee(number=next(self._questions), request=dict(request))
+            return await asyncio.wait_for(self._process.foresee(question), _FORESEE_S)
+        return None
 
-    def _idle(self) -> Worker | None:
-        if self._ending.is_set():
-            return None
-        return next((worker for worker in self.workers if worker.state == "idle"), None)
-
-    async def _keep(self, number: int) -> None:
-        """Keep one worker running."""
+    async def keep(self) -> None:
+        """Keep a process running until `end`."""
         failures = 0
         while not self._ending.is_set():
-            worker = self._workers[number] = Worker(number, self._config, self._tell)
-            reason = await worker.live()
+            process = self._process = Process(self._number, self._config, self._hear)
+            try:
+                reason = await process.live()
+            except OSError as error:
+                reason = f"cannot be started ({error})"
             if self._ending.is_set():
                 return
-            failures = 0 if worker.card is not None else failures + 1
-            pause_s = self._pause_s(worker, failures)
-            self._troubles[number] = worker.unable or f"the worker does not start: it {reason}; the log may say more"
-            again = f"in {pause_s:g} s" if pause_s else "at once"
-            log.warning("worker %d %s; it is started again %s", number, worker.unable or reason, again)
-            try:
+            failures = 0 if process.card is not None else failures + 1
+            pause_s = self._pause_s(process, failures)
+            self._tell_of_end(process, reason, pause_s)
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), pause_s)
-            except TimeoutError:
-                continue
 
-    def _pause_s(self, worker: Worker, failures: int) -> float:
-        if worker.unable:
+    def end(self) -> None:
+        """End the process, whatever it makes, and start no other."""
+        self._ending.set()
+        self.kill(_ENDED)
+
+    def _pause_s(self, process: Process, failures: int) -> float:
+        if process.unable:
             return self._pauses.unable_s
         return min(self._pauses.most_s, self._pauses.first_s * 2.0 ** (failures - 1)) if failures else 0.0
 
-    def _tell(self) -> None:
-        for worker in self._workers.values():
-            if worker.card is not None:
-                self._card = worker.card
-                self._usual_seconds = worker.usual_seconds or self._usual_seconds
-            if worker.state == "idle":
-                self._troubles.pop(worker.number, None)
-        self._news.set()
-        self._changed()
+    def _tell_of_end(self, process: Process, reason: str, pause_s: float) -> None:
+        if process.unable:
+            self._trouble = process.unable
+        elif process.card is None:
+            self._trouble = f"worker {self._number} does not start: it {reason}; the log may say more"
+        again = f"in {pause_s:g} s" if pause_s else "at once"
+        log.warning(
+            "worker %d %s; it is started again %s", self._number, process.unable or reason, again,
+            extra={"worker": self._number},
+        )  # fmt: skip
+
+    def _hear(self) -> None:
+        process = self._process
+        if process is not None and process.card is not None:
+            self._card, self._trouble = process.card, ""
+            self._usual_seconds = process.usual_seconds or self._usual_seconds
+        self._changed.set()
+
+
+class Pool:
+    """`workers.Workers`: as many as the config says. All of it on one event loop."""
+
+    def __init__(self, config: ServeConfig, *, pauses: Pauses | None = None) -> None:
+        self._all = [PoolWorker(number, config, pauses or Pauses()) for number in range(config.workers)]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def all(self) -> Sequence[PoolWorker]:
+        """In the order of their numbers; the same objects for as long as the server lives."""
+        return self._all
+
+    async def start(self) -> None:
+        """Start the processes; does not wait for their engines."""
+        self._tasks = [asyncio.create_task(worker.keep()) for worker in self._all]
+
+    async def stop(self) -> None:
+        """End the processes, whatever they make, and wait until they are gone."""
+        for worker in self._all:
+            worker.end()
+        if self._tasks:
+            await asyncio.wait(self._tasks)

@@ -1,4 +1,4 @@
-"""A worker as the server sees it: a process, the socket to it, and a watch over its life. Torch-free."""
+"""A process of a worker, from its start to its end: the socket to it, its log, and a watch over it. Torch-free."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from frameloom.serve.config import ServeConfig
+from frameloom.serve.workers import Died, Outcome
 from frameloom.settings import worker_environment
 from frameloom.wire import (
     Beat,
@@ -30,7 +31,6 @@ from frameloom.wire import (
     Ready,
     Run,
     Setup,
-    Stop,
     Unable,
     frame,
 )
@@ -45,16 +45,6 @@ _PIECE: Final = 65_536
 _MAX_LINE: Final = 65_536  # characters of the log
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Died:
-    """The worker has ended in the middle of an attempt, and why; the attempt may have left a journal."""
-
-    reason: str
-
-
-Outcome: TypeAlias = Done | Failed | Cancelled | Died
-
-
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Attempt:
     """What is being made; `work` as last heard of, at `worked_at`."""
@@ -65,8 +55,8 @@ class _Attempt:
     worked_at: float
 
 
-class Worker:
-    """One worker process, from its start to its end. All of it on one event loop.
+class Process:
+    """One worker, from its start to its end. All of it on one event loop.
 
     Attributes: `state`; `card` and `usual_seconds` as the worker says them; `unable`: why its engine cannot be built.
     `changed` is called when any of these changes.
@@ -86,14 +76,14 @@ class Worker:
         self._heard_at, self._work = time.monotonic(), 0
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the engine is built, busy or not."""
+        return self.state in ("idle", "busy")
+
+    @property
     def pid(self) -> int | None:
         """The number of the process: the worker's, or that which has started its ranks."""
         return None if self._process is None else self._process.pid
-
-    @property
-    def asked(self) -> int:
-        """Questions that it has not answered yet."""
-        return len(self._foreseen)
 
     async def live(self) -> str:
         """Start the process and listen to it until it has ended; returns why it did."""
@@ -158,13 +148,6 @@ class Worker:
             return await answer
         finally:
             self._foreseen.pop(question.number, None)
-
-    def stop(self) -> None:
-        """Ask it to end: at once where nothing is made, else after the attempt."""
-        if self.state == "starting":
-            self.kill("the server ends")
-        else:
-            self._send(Stop())
 
     def kill(self, reason: str) -> None:
         """End it, whatever it does."""
