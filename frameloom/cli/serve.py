@@ -115,6 +115,9 @@ def serve(
     if log not in ("text", "json"):
         raise RequestError(f"log {log!r} is unknown; use text or json")
     memory_bytes(vae_memory), memory_bytes(memory), residences(residence)
+    for option, source in [("model", model), *parts.items()]:
+        if source is not None:
+            _check_source(f"--{option.replace('_', '-')}", source)
     config = ServeConfig(
         data=(data_dir or data_folder()).expanduser().absolute(),
         model=model,
@@ -192,6 +195,13 @@ def _name(name: str | None, model: str | None, parts: dict[str, str]) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:/@-]{0,127}", name):
         raise RequestError(f"name {name!r} is not possible; use up to 128 letters, digits and ._:/@-, such as wan2.1")
     return name
+
+
+def _check_source(option: str, source: str) -> None:
+    """Raise RequestError for what is neither there nor an id of the hub; what is in it, a worker finds out."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+(@[\w./-]+)?", source)
+    if not source or not (Path(source).expanduser().exists() or is_id):
+        raise RequestError(f"{option} {source!r} is neither a file or folder that is there nor owner/name of the hub")
 
 
 def _loras(texts: Sequence[str]) -> dict[str, str]:

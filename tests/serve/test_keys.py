@@ -45,7 +45,7 @@ BAD = {
     f'[alice]\nsecret_sha256 = "{SECRET}"': ("'alice'", "64 hexadecimal digits"),
     f'[alice]\nsecret = "{SECRET}"\nqueued = 0': ("queued", "'alice'", "from 1"),
     f'[alice]\nsecret = "{SECRET}"\nqueued = true': ("queued", "from 1"),
-    f'[alice]\nsecret = "{SECRET}"\npriority = 101': ("priority", "from 0 to 100"),
+    f'[alice]\nsecret = "{SECRET}"\npriority = 1001': ("priority", "from 0 to 1000"),
     f'[alice]\nsecret = "{SECRET}"\nrole = "admin"': ("'role'", "unknown"),
     "[alice]\nsecret = 17": ("secret", "no text"),
     f'alice = "{SECRET}"': ("'alice'", "no table"),
