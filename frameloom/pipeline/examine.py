@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import av
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from frameloom.errors import InputError
 from frameloom.pipeline.images import MAX_ASPECT, image_of
@@ -33,7 +33,8 @@ def examine_image(data: bytes, kind: str, *, what: str, max_pixels: int) -> tupl
     except Image.DecompressionBombError:
         raise _too_large(what, max_pixels) from None
     except Exception as error:  # a decoder of foreign bytes may fail in any way
-        raise InputError(f"the {what} is no whole {kind.upper()} file ({_reason(error)}); give another one") from None
+        why = "its header is damaged" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        raise InputError(f"the {what} is no whole {kind.upper()} file ({why}); give another one") from None
     if image.width * image.height > max_pixels:
         raise _too_large(what, max_pixels)
     pictures = image_of(image, what)
@@ -105,7 +106,7 @@ def _too_large(what: str, max_pixels: int) -> InputError:
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return str(text)[:200].replace("<_io.BytesIO object at", "<") or type(error).__name__
+    return str(text)[:200] or type(error).__name__
 
 
 def _limit(limits: Mapping[str, Any]) -> None:

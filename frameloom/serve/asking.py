@@ -29,6 +29,7 @@ _BLAME: Final = (
     (re.compile("windows are"), "windows"), (re.compile("windows of"), "window_overlap"),
     (re.compile(".*frames in a window"), "window_frames"), (re.compile(".*last image|one frame"), "last_image"),
     (re.compile("a mask"), "mask"), (re.compile("a strength"), "strength"), (re.compile(".*frames"), "num_frames"),
+    (re.compile("the prompt"), "prompt"),
 )  # fmt: skip
 """How sentences of request.py begin, and the parameter that each is about."""
 
@@ -109,12 +110,25 @@ def order_of(
     extended = shapes["video"][0] if kind == "extension" else None
     if extended is not None:
         request |= {"width": extended.width, "height": extended.height, "fps": extended.fps}
-    work = _resolved(request, shapes, extended, card)
+    try:
+        work = _resolved(request, shapes, extended, card)
+    except ApiError as error:
+        error.param = _given_as(error.param, found, extended)
+        raise
     resolved = dict(work)
     if extended is not None and work:
         resolved["num_frames"] += extended.num_frames - 1
     _check_limits({**request, **resolved}, found, config)
     return Order(request=request, resolved=resolved, work=work)
+
+
+def _given_as(param: str | None, found: Mapping[str, Any], extended: Shape | None) -> str | None:
+    """The parameter by which the client gave a number."""
+    if param in ("width", "height", "fps") and extended is not None:
+        return "video"
+    if param in ("width", "height") and "size" in found:
+        return "size"
+    return "seconds" if param == "num_frames" and "seconds" in found else param
 
 
 def with_seed(order: Order) -> Order:
@@ -174,9 +188,7 @@ def _resolved(
     try:
         made = resolve(GenerateRequest(**told), CardDefaults(**card.defaults), rules)
     except RequestError as error:
-        param = _blamed(str(error))
-        is_given = extended is not None and param in ("width", "height")
-        raise bad("video" if is_given else param, str(error)) from None
+        raise bad(_blamed(str(error)), str(error)) from None
     return _numbers(made)
 
 

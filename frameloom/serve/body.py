@@ -30,9 +30,10 @@ class BodyReader:
         taken = 0
         chunks: list[bytes] = []
         try:
-            async for chunk in self._chunks(request):
+            stream = request.stream()
+            async for chunk in self._chunks(stream):
                 if taken + len(chunk) > self.limit:
-                    await self._refuse(request)
+                    await self._refuse(stream)
                 if self.held + len(chunk) > self.limit * _AT_ONCE:
                     raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
                 self.held += len(chunk)
@@ -42,11 +43,10 @@ class BodyReader:
         finally:
             self.held -= taken
 
-    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+    async def _chunks(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """At least 10 kB a second, after some seconds of grace: a client that dawdles does not hold a place."""
         clock = asyncio.get_running_loop().time
         began, received = clock(), 0
-        stream = request.stream()
         while True:
             left = began + self.grace_s + received / _LEAST_BYTES_PER_S - clock()
             try:
@@ -59,12 +59,12 @@ class BodyReader:
             received += len(chunk)
             yield chunk
 
-    async def _refuse(self, request: Request) -> None:
+    async def _refuse(self, stream: AsyncIterator[bytes]) -> None:
         """Clients that are still sending hear an answer only if they are listened to; so for some time they are."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.grace_s / 3):
                 received = 0
-                async for chunk in request.stream():
+                async for chunk in stream:
                     received += len(chunk)
                     if received > 16 * self.limit:
                         break

@@ -38,6 +38,7 @@ class _File:
     tag: str
 
 
+@router.head("/{video_id}/content", include_in_schema=False)
 @router.get(
     "/{video_id}/content",
     response_class=Response,
@@ -60,6 +61,7 @@ async def content(video_id: str, request: Request, site: OfSite, caller: Caller,
     return await _sent(request, _File(path=path, media_type=_VARIANTS[variant], tag=f'"{tag}"'))
 
 
+@router.head("/{video_id}/preview", include_in_schema=False)
 @router.get(
     "/{video_id}/preview",
     response_class=Response,
@@ -105,6 +107,9 @@ async def _sent(request: Request, file: _File) -> Response:
     if is_part:
         headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
     status = 206 if is_part else 200
+    if request.method == "HEAD":
+        opened.close()
+        return Response(None, status, headers, media_type=file.media_type)
     return StreamingResponse(_chunks(opened, start, end), status, headers, media_type=file.media_type)
 
 

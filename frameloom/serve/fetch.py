@@ -20,6 +20,7 @@ MAX_HEAD: Final = 32_768
 TIMEOUT_S: Final = 15.0
 _CHUNK: Final = 65_536
 _PORTS: Final = {"http": 80, "https": 443}
+_HOST: Final = re.compile(r"[0-9A-Za-z._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 _TARGET: Final = re.compile(r"[!$%&'()*+,\-./0-9:;=?@A-Z_a-z~\[\]]+")
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -114,7 +115,7 @@ class Fetcher:
         except (ValueError, KeyError):  # UnicodeError is a ValueError
             raise refusal from None
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        if not host or "@" in parts.netloc or "%" in host or not _TARGET.fullmatch(target):
+        if not _HOST.fullmatch(host) or "@" in parts.netloc or not _TARGET.fullmatch(target):
             raise refusal
         if not any(_is_of(host, port, _PORTS[parts.scheme], allowed) for allowed in self.hosts):
             raise bad(param, f"this server fetches nothing from {host} port {port}; send the {param} as a file")

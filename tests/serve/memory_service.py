@@ -123,7 +123,12 @@ def served(service, config: ServeConfig):
     """The application on a free port, in a thread; gives its address and itself."""
     app = make_app(service, config)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=server.run)
+
+    async def serve():
+        app.state.loop = asyncio.get_running_loop()
+        await server.serve()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
         while not server.started:

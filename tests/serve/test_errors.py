@@ -1,0 +1,291 @@
+"""Every error in one shape, with its status, its code, the parameter to blame and when to come again."""
+
+import asyncio
+import json
+import re
+import socket
+import time
+
+import httpx2 as httpx
+import pytest
+from memory_service import CARD, MemoryService, served
+
+from frameloom.serve.body import BodyReader
+from frameloom.serve.config import Limits, ServeConfig
+from frameloom.serve.jobs import StoreError
+from frameloom.serve.schemas import ErrorAnswer
+from frameloom.serve.service import RefusedError
+
+LIMITS = Limits(body_bytes=200_000, prompt_chars=50, steps=20, pixels_frames=640 * 480 * 81)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    service = MemoryService(folder)
+    config = ServeConfig(data=folder, limits=LIMITS, loras={"ink": "/x"})
+    with served(service, config) as (url, app), httpx.Client(base_url=url, timeout=30) as client:
+        yield client, service, app
+
+
+@pytest.fixture
+def site(whole):
+    client, service, app = whole
+    service.refusal, service.card, service.is_ready, service.trouble = None, CARD, True, ""
+    return client, service, app
+
+
+def told(answer, status):
+    """The error of an answer, which has the shape of all."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert re.fullmatch(r"req_[0-9a-f]{24}", answer.headers["x-request-id"])
+    error = ErrorAnswer.model_validate(answer.json()).error
+    assert error.message
+    assert "\n" not in error.message
+    return error
+
+
+def connected(client):
+    return socket.create_connection((client.base_url.host, client.base_url.port))
+
+
+def head(length):
+    lines = (
+        "POST /v1/videos HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    )
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({}, "prompt", "missing"),
+        ({"prompt": " "}, "prompt", "empty"),
+        ({"prompt": "x" * 51}, "prompt", "shorten"),
+        ({"prompt": "x", "width": 100}, "width", "use 96 or 112"),
+        ({"prompt": "x", "size": "100x64"}, "size", "use 96 or 112"),
+        ({"prompt": "x", "size": "big"}, "size", "832x480"),
+        ({"prompt": "x", "size": "96x64", "width": 96}, "size", "twice"),
+        ({"prompt": "x", "seconds": "4", "num_frames": 9}, "seconds", "twice"),
+        ({"prompt": "x", "num_frames": 10}, "num_frames", "use 9 or 13"),
+        ({"prompt": "x", "steps": 21}, "steps", "more than the 20"),
+        ({"prompt": "x", "size": "4096x4096"}, "size", "ask for less"),
+        ({"prompt": "x", "seconds": "3600"}, "seconds", "frames 57601"),
+        ({"prompt": "x", "loras": [{"name": "oil"}]}, "loras", "registered are: ink"),
+        ({"prompt": "x", "last_image": "data:,"}, "last_image", "takes no last_image"),
+        ({"prompt": "x", "input_reference": "/etc/passwd"}, "input_reference", "no file and no URL"),
+        ({"prompt": "x", "input_reference": {"image_url": "http://127.0.0.1/a"}}, "input_reference", "fetches no URLs"),
+        ({"prompt": "x", "input_reference": {"file_id": "file-1"}}, "input_reference", "keeps no files"),
+        ({"prompt": "x", "windows": False, "window_frames": 33}, "windows", "switched off"),
+        ({"prompt": "x", "output_path": "/tmp/x"}, "output_path", "no parameter"),
+        ({"prompt": "x", "control_strength": [1, "a"]}, "control_strength", "no number"),
+    ],
+)
+def test_requests_that_cannot_be_made(site, body, param, says):
+    client, service, _ = site
+    before = len(service.jobs)
+    error = told(client.post("/v1/videos", json=body), 400)
+    assert (error.param, error.type) == (param, "invalid_request_error")
+    assert says in error.message
+    assert len(service.jobs) == before
+
+
+def test_another_model_is_not_found(site):
+    client, _, _ = site
+    error = told(client.post("/v1/videos", json={"prompt": "x", "model": "sora-2"}), 404)
+    assert (error.code, error.param) == ("model_not_found", "model")
+    assert told(client.get("/v1/models/sora-2"), 404).code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/video", "/v1/videos/", "/etc/passwd", "/v1/videos/a/b/c", "//", "/docs", "/%00"]
+)
+def test_unknown_paths_and_methods(site, path):
+    client, _, _ = site
+    assert told(client.request("PATCH", path), 405 if path in ("/", "//") else 404).code in (
+        "not_found",
+        "method_not_allowed",
+    )
+
+
+def test_methods_that_a_path_does_not_take(site):
+    client, _, _ = site
+    for method, path in (("PUT", "/v1/videos"), ("POST", "/v1/models"), ("GET", f"/v1/videos/video_{'0' * 32}/cancel")):
+        answer = client.request(method, path)
+        assert told(answer, 405).code == "method_not_allowed"
+        assert answer.headers["allow"]
+
+
+def test_queries_that_make_no_sense(site):
+    client, _, _ = site
+    for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("limit=101", "limit"), ("order=up", "order")):
+        assert told(client.get(f"/v1/videos?{query}"), 400).param == param
+    assert told(client.get("/v1/videos?after=video_1"), 404).code == "video_not_found"
+    assert told(client.get("/v1/estimate?width=100"), 400).param == "width"
+    assert told(client.get("/v1/estimate?widht=96"), 400).param == "widht"
+    assert told(client.post("/v1/videos", json={"prompt": "x"}, headers={"idempotency-key": "x" * 256}), 400)
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_s", "status", "kind"),
+    [
+        ("queue_full", 7, 429, "rate_limit_error"), ("key_queue_full", 4000, 429, "rate_limit_error"),
+        ("starting", None, 503, "server_error"), ("draining", 3, 503, "server_error"),
+        ("insufficient_storage", None, 507, "server_error"), ("idempotency_mismatch", None, 409, "conflict_error"),
+    ],
+)  # fmt: skip
+def test_refusals_say_when_to_come_again(site, code, retry_s, status, kind):
+    client, service, _ = site
+    service.refusal = RefusedError(code, "not now", retry_s=retry_s)
+    answer = client.post("/v1/videos", json={"prompt": "x"})
+    error = told(answer, status)
+    assert (error.code, error.type) == (code, kind)
+    if status in (429, 503):
+        seconds = int(answer.headers["retry-after"])
+        assert 1 <= seconds <= 120
+        assert answer.headers["retry-after-ms"] == str(seconds * 1000)
+        assert "x-should-retry" not in answer.headers
+    else:
+        assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_full_queue_is_told_before_the_body_is_read(site):
+    client, service, _ = site
+    service.refusal = RefusedError("queue_full", "not now", retry_s=1)
+    with connected(client) as connection:
+        connection.sendall(head(LIMITS.body_bytes))
+        assert connection.recv(100).startswith(b"HTTP/1.1 429")
+
+
+def test_the_same_key_with_another_request(site):
+    client, _, _ = site
+    headers = {"idempotency-key": "once"}
+    first = client.post("/v1/videos", json={"prompt": "x", "steps": 4}, headers=headers).json()
+    form = client.post("/v1/videos", files={"prompt": (None, "x"), "num_inference_steps": (None, "4")}, headers=headers)
+    assert form.json()["id"] == first["id"]
+    answer = client.post("/v1/videos", json={"prompt": "y", "steps": 4}, headers=headers)
+    assert told(answer, 409).code == "idempotency_mismatch"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_what_goes_wrong_inside_has_the_shape_and_says_nothing_of_it(site, monkeypatch):
+    client, service, _ = site
+    monkeypatch.setattr(service, "page", lambda *_, **__: 1 / 0)
+    error = told(client.get("/v1/videos"), 500)
+    assert "division" not in error.message
+
+    async def broken(*_, **__):
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(service, "page", broken)
+    answer = client.get("/v1/videos")
+    assert told(answer, 503).code == "store_unavailable"
+    assert answer.headers["retry-after"] == "5"
+
+
+def test_readiness_and_the_model_before_it_is_known(site, monkeypatch):
+    client, service, _ = site
+    service.is_ready, service.trouble = False, "the worker is starting"
+    assert told(client.get("/health/ready"), 503).message == "the worker is starting"
+    assert client.get("/health/live").json() == {"status": "ok"}
+    service.card = None
+    assert client.get("/v1/models").json()["data"][0]["defaults"] is None
+    assert client.post("/v1/videos", json={"prompt": "x"}).json()["size"] == "auto"
+    monkeypatch.setattr("frameloom.serve.videos._CARD_S", 0.01)
+    assert told(client.post("/v1/videos", json={"prompt": "x", "seconds": "4"}), 503).code == "starting"
+    assert told(client.get("/v1/estimate?seconds=4"), 503).code == "starting"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "image/png"])
+def test_other_bodies(site, kind):
+    client, _, _ = site
+    answer = client.post("/v1/videos", content=b"prompt=x", headers={"content-type": kind})
+    assert told(answer, 415).code == "unsupported_media_type"
+
+
+def test_bodies_that_are_too_large(site):
+    client, _, app = site
+    large = json.dumps({"prompt": "x", "input_reference": "data:image/png;base64," + "A" * 400_000}).encode()
+    headers = {"content-type": "application/json"}
+    assert told(client.post("/v1/videos", content=large, headers=headers), 413).code == "request_too_large"
+    pieces = (b" " * 10_000 for _ in range(30))
+    assert told(client.post("/v1/videos", content=pieces, headers=headers), 413).code == "request_too_large"
+    assert app.state.site.bodies.held == 0
+    error = told(client.post("/v1/videos", content=b" " * 150_000, headers=headers), 400)
+    assert "no JSON" in error.message
+
+
+def test_bodies_that_come_too_slowly(site, monkeypatch):
+    client, _, app = site
+    monkeypatch.setattr(app.state.site.bodies, "grace_s", 0.2)
+    answer = b""
+    with connected(client) as connection:
+        connection.sendall(head(5000) + b"{")
+        while piece := connection.recv(1000):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"request_timeout" in answer
+    assert app.state.site.bodies.held == 0
+
+
+def test_half_a_body_makes_no_job_and_holds_nothing(site):
+    client, service, app = site
+    before = len(service.jobs)
+    for _ in range(5):
+        with connected(client) as connection:
+            connection.sendall(head(5000) + b'{"prompt": "x"}')
+    end = time.monotonic() + 20
+    while app.state.site.bodies.held and time.monotonic() < end:
+        time.sleep(0.01)
+    assert app.state.site.bodies.held == 0
+    assert len(service.jobs) == before
+    assert client.get("/health/live").status_code == 200
+
+
+def test_many_large_bodies_share_what_may_be_held():
+    class Sent:
+        def __init__(self, pieces):
+            self.pieces = pieces
+
+        async def stream(self):
+            for piece in self.pieces:
+                yield piece
+
+    async def read():
+        reader = BodyReader(limit=1000)
+        reader.held = 7_500
+        async with reader.read(Sent([b"x" * 400])) as body:
+            assert (len(body), reader.held) == (400, 7_900)
+            with pytest.raises(Exception, match="too many large requests") as caught:
+                async with reader.read(Sent([b"x" * 400])):
+                    pass
+            assert caught.value.status == 503
+        assert reader.held == 7_500
+
+    asyncio.run(read())
+
+
+def test_all_errors_are_declared(site):
+    client, _, _ = site
+    described = client.get("/openapi.json").json()
+    text = json.dumps(described)
+    assert "HTTPValidationError" not in text
+    post = described["paths"]["/v1/videos"]["post"]
+    assert set(post["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+    declared = set(post["responses"])
+    assert {"200", "400", "401", "404", "408", "409", "413", "415", "429", "500", "503", "507"} <= declared
+    for status, answer in post["responses"].items():
+        name = answer["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1]
+        assert name == ("Video" if status == "200" else "ErrorAnswer")
+    paths = {
+        "/v1/videos/{video_id}/content",
+        "/v1/videos/{video_id}/events",
+        "/v1/estimate",
+        "/health/ready",
+        "/metrics",
+    }
+    assert paths <= set(described["paths"])
