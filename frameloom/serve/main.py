@@ -1,6 +1,7 @@
 """The server as a process: puts the service behind the routes, listens, and ends when it is asked to."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -37,6 +38,7 @@ def run(config: ServeConfig, door: socket.socket, *, say: Callable[[str], object
     ends the grace. SIGHUP reads the keys again. Raises FrameloomError for what keeps the server from starting.
     """
     _raise_open_files()
+    gc.freeze()  # what was imported stays: looking through it again and again would make answers wait
     with door:
         try:
             asyncio.run(_serve(config, door, say))

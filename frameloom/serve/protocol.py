@@ -8,7 +8,7 @@ import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-HEAD_S: Final = 20.0
+HEAD_S: Final = 10.0
 """What a client is given to send the head of a request."""
 HEAD_BYTES: Final = 64 * 1024
 """A longer head ends the connection."""
