@@ -126,21 +126,24 @@ class Board:
             return self._of_live(live)
         if job.status in ("completed", "failed"):
             self._remember(job)
-        return Standing(job=job, progress=100 if job.status == "completed" else 0)
+        return _of_ended(job)
 
     async def watch(self, job_id: str) -> AsyncIterator[Standing]:
         """How a job stands now and whenever that changes, until it has ended or is removed."""
+        live, last = self._live.get(job_id), None
+        if live is None:
+            if (standing := await self.standing(job_id)) is not None:
+                yield standing
+            return
         self.watchers += 1
-        last = None
         try:
             while True:
-                live = self._live.get(job_id)
-                changed = live.changed if live else None
-                standing = await self.standing(job_id)
-                if standing is not None and standing != last:
+                changed, is_over = live.changed, live.ended.is_set()
+                standing = self._of_live(live)
+                if standing != last:
                     yield standing
                 last = standing
-                if changed is None or standing is None:
+                if is_over:
                     return
                 await changed.wait()
                 await asyncio.sleep(_APART_S)
@@ -153,6 +156,8 @@ class Board:
 
     def _of_live(self, live: Live) -> Standing:
         job, news = live.job, live.news
+        if live.ended.is_set():
+            return _of_ended(job)
         if job.status == "queued":
             work_s = job.ask.work_s
             ahead_s = (self.running_s() + self._line.before_s(job.id)) / self._workers
@@ -188,3 +193,7 @@ class Board:
         """A running job was asked to end."""
         live.job = replace(live.job, cancelled=True)
         live.tell()
+
+
+def _of_ended(job: Job) -> Standing:
+    return Standing(job=job, progress=100 if job.status == "completed" else 0)

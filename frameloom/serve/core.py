@@ -61,7 +61,7 @@ class Core:
         Raises DataFolderError.
         """
         folder = await asyncio.to_thread(DataFolder, self._config.data)
-        expects_jobs = any(True for _ in folder.jobs())
+        expects_jobs = bool(folder.jobs())
         keeper = Keeper(lambda: SqliteStore(folder.store, clock=self._clock, expects_jobs=expects_jobs))
         try:
             await keeper.open()
@@ -306,7 +306,7 @@ class Core:
     async def _end(self, live: Live, why: End) -> None:
         """A job that waits has ended when this returns; one that runs has been told to."""
         if why == "cancelled" and live.phase == "taken" and live.ending != why:
-            await self._mark(live.job.id)
+            await self._mark(live)
         if live.phase == "waiting":
             try:
                 await self._dispatcher.end_waiting(live, why)
@@ -317,14 +317,16 @@ class Core:
         else:
             await live.ended.wait()
 
-    async def _mark(self, job_id: str) -> None:
+    async def _mark(self, live: Live) -> None:
         def mark(store: JobStore) -> bool:
-            return store.mark_cancelled(job_id)
+            return store.mark_cancelled(live.job.id)
 
         try:
-            await self._desk.keeper.do(mark)
+            is_marked = await self._desk.keeper.do(mark)
         except StoreError as error:
             raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
+        if is_marked and live.phase == "taken":
+            self._board.mark(live)
 
     async def _delete(self, job_id: str) -> bool:
         if live := self._board.live(job_id):
@@ -343,14 +345,15 @@ class Core:
         return found
 
     async def _drained(self, grace_s: float) -> None:
-        ends = [asyncio.create_task(live.ended.wait()) for live in self._board.taken()]
-        hurry = asyncio.create_task(self._hurry.wait())
-        if ends:
-            all_ended = asyncio.gather(*ends)
-            await asyncio.wait((all_ended, hurry), timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-            all_ended.cancel()
-        hurry.cancel()
-        await asyncio.gather(hurry, *ends, return_exceptions=True)
+        async def all_ended() -> None:
+            for live in self._board.taken():
+                await live.ended.wait()
+
+        waits = [asyncio.create_task(all_ended()), asyncio.create_task(self._hurry.wait())]
+        await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
     def _met(self, worker: Worker) -> None:
         if self._known.meet(worker):

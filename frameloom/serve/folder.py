@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +84,9 @@ class DataFolder:
             journal=folder / "journal",
         )
 
-    def jobs(self) -> Iterator[str]:
+    def jobs(self) -> list[str]:
         """The ids of all jobs that have a folder."""
-        return (entry.name for entry in os.scandir(self.videos) if JOB_ID.fullmatch(entry.name))
+        return [name for name in os.listdir(self.videos) if JOB_ID.fullmatch(name)]
 
     def prepare(self, job_id: str) -> None:
         """Make the folder of a job, if it has none. Raises OSError."""
@@ -122,11 +122,10 @@ class DataFolder:
         """Leave of a job that has ended its inputs and the files of one attempt; with None, of no attempt."""
         folder = self.of(job_id)
         with suppress(FileNotFoundError):
-            for entry in list(os.scandir(folder)):
-                match = _OF_FENCE.fullmatch(entry.name)
-                if entry.name == "inputs" or (match and fence is not None and int(match[1]) == fence):
-                    continue
-                _discard(Path(entry.path))
+            for name in os.listdir(folder):
+                match = _OF_FENCE.fullmatch(name)
+                if name != "inputs" and (match is None or fence is None or int(match[1]) != fence):
+                    _discard(folder / name)
 
     def sweep(self, known: Collection[str]) -> list[str]:
         """Remove what a crash has left: folders of jobs that are not known, and what was half made or half removed.
@@ -134,11 +133,11 @@ class DataFolder:
         Returns the names of what was removed. What is no folder of ours is left alone.
         """
         removed = []
-        for entry in list(os.scandir(self.videos)):
-            ours = JOB_ID.fullmatch(entry.name.removesuffix(_PARTIAL).removesuffix(_GONE))
-            if ours and entry.name not in known:
-                _discard(Path(entry.path))
-                removed.append(entry.name)
+        for name in os.listdir(self.videos):
+            ours = JOB_ID.fullmatch(name.removesuffix(_PARTIAL).removesuffix(_GONE))
+            if ours and name not in known:
+                _discard(self.videos / name)
+                removed.append(name)
         return removed
 
     def used_bytes(self) -> int:

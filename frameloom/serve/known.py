@@ -47,12 +47,8 @@ class Known:
 
     def learn(self, job: Job, seconds: float) -> None:
         """A job was made from its start to its end in one go."""
-        self._speed.learn(self._units(job.ask.request, job.ask.resolved), seconds)
+        self._speed.learn(units_of({**job.ask.request, **job.ask.resolved}, self.card), seconds)
 
     def work_s(self, request: Mapping[str, Any]) -> float:
         """The seconds that a request takes; 0 where nothing is known."""
-        return self._speed.seconds(self._units(request, {}), self.card, self._usual_s)
-
-    def _units(self, request: Mapping[str, Any], resolved: Mapping[str, Any]) -> float:
-        sizes = {name: resolved[name] for name in ("width", "height", "steps") if name in resolved}
-        return units_of({**sizes, **{name: value for name, value in request.items() if value is not None}}, self.card)
+        return self._speed.seconds(units_of(request, self.card), self.card, self._usual_s)
