@@ -89,14 +89,14 @@ def test_only_what_has_ended_and_expired_goes(tmp_path):
 def test_a_quota_takes_those_that_ended_first_and_nothing_that_runs_or_is_fresh(tmp_path):
     async def story():
         clock = Clock(10 * DAY_S)
-        async with Kept(tmp_path, clock, quota_bytes=1_800_000) as kept:
+        async with Kept(tmp_path, clock, quota_bytes=2_000_000) as kept:
             for number, ended in ((1, 3.0), (2, 1.0), (3, 2.0)):
                 await kept.have(number, "completed", ended=ended * DAY_S, expires=99 * DAY_S, size=500_000)
             await kept.have(4, "in_progress", size=500_000)
             await kept.have(5, "queued", size=100_000)
             await kept.have(6, "completed", ended=clock.now - 1, expires=99 * DAY_S, size=500_000)
             assert await kept.retention.sweep() == [name(2), name(3)]
-            assert kept.retention.used_bytes <= 1_800_000
+            assert kept.retention.used_bytes <= 2_000_000
             assert await kept.retention.sweep() == []
             await kept.have(7, "in_progress", size=900_000)
             assert await kept.retention.sweep() == [name(1)]
