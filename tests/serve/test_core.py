@@ -516,7 +516,7 @@ def test_a_worker_that_dies_while_it_waits_costs_nothing(data):
     async def story():
         async with Server(data) as server:
             await until(lambda: server.core.is_ready)
-            server.workers.all[0].process.kill()
+            os.kill(server.workers.all[0].process.pid, signal.SIGKILL)
             await until(lambda: not server.core.is_ready)
             job_id = await server.ask()
             assert (await server.ended(job_id)).job.attempts == 1

@@ -47,8 +47,7 @@ class ToyWorker:
             finally:
                 self.is_ready = False
                 self._writer.close()
-                with contextlib.suppress(ProcessLookupError):
-                    self.process.kill()
+                self._kill()
                 await self.process.wait()
             if self.busy:
                 reason = self.killed[-1] if self.killed else f"ended with status {self.process.returncode}"
@@ -91,7 +90,11 @@ class ToyWorker:
 
     def kill(self, reason: str) -> None:
         self.killed.append(reason)
-        self.process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)  # Popen.kill would collect its status behind asyncio's back
 
     async def foresee(self, request):
         return wire.Foreseen(number=1, seconds=12.5)
