@@ -82,6 +82,15 @@ def check_model(found: Mapping[str, Any], config: ServeConfig) -> None:
         raise ApiError(404, "model_not_found", what, param="model")
 
 
+def _same_size(request: Mapping[str, Any], video: Shape, card: Card, *, is_own: bool) -> dict[str, int]:
+    """An edit keeps the size of its video, if the model makes it; not of one that is larger than usual, and foreign."""
+    fits = video.width % card.width_multiple == 0 and video.height % card.height_multiple == 0
+    is_usual = video.width * video.height <= card.defaults["width"] * card.defaults["height"]
+    if "width" in request or "height" in request or not fits or not (is_own or is_usual):
+        return {}
+    return {"width": video.width, "height": video.height}
+
+
 def check_takes(found: Mapping[str, Any], kind: str, card: Card | None) -> None:
     """Raise ApiError 400 where the model takes no picture of a kind that is given, or needs one that is not."""
     if card is None:
@@ -99,17 +108,25 @@ def check_takes(found: Mapping[str, Any], kind: str, card: Card | None) -> None:
 
 
 def order_of(
-    found: Mapping[str, Any], kind: str, *, card: Card | None, config: ServeConfig, shapes: Mapping[str, list[Shape]]
+    found: Mapping[str, Any],
+    kind: str,
+    *,
+    card: Card | None,
+    config: ServeConfig,
+    shapes: Mapping[str, list[Shape]],
+    is_own: bool = False,
 ) -> Order:
     """What is to be made of the parameters of a create, edit, extension or estimate. Raises ApiError 400.
 
-    `shapes`: by parameter, the pictures and videos that were given.
+    `shapes`: by parameter, the pictures and videos that were given. `is_own`: the video was made here.
     """
     request = _request(found, card)
     request |= _named(shapes, kind)
     extended = shapes["video"][0] if kind == "extension" else None
     if extended is not None:
         request |= {"width": extended.width, "height": extended.height, "fps": extended.fps}
+    if kind == "edit" and card is not None:
+        request |= _same_size(request, shapes["video"][0], card, is_own=is_own)
     try:
         work = _resolved(request, shapes, extended, card)
     except ApiError as error:

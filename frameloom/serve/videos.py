@@ -128,7 +128,8 @@ async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat
             await _model_known(site)
         check_takes(found, kind, site.service.card)
         collected = await collect(found, kind, site=site, caller=caller)
-        order = order_of(found, kind, card=site.service.card, config=site.config, shapes=collected.shapes)
+        card, is_own = site.service.card, collected.source is not None
+        order = order_of(found, kind, card=card, config=site.config, shapes=collected.shapes, is_own=is_own)
         return await _accepted(found, kind, order, collected, site=site, caller=caller, repeat=repeat)
 
 

@@ -122,10 +122,10 @@ def test_the_preview_changes_its_tag_as_it_is_drawn_anew(site):
     service.folder(job_id).mkdir()
     tags = []
     for version in (1, 2):
-        (service.folder(job_id) / "preview.png").write_bytes(b"%d" % version)
+        (service.folder(job_id) / "preview.apng").write_bytes(b"%d" % version)
         service.set(job_id, preview=version, status="in_progress", fence=1)
         answer = client.get(f"/v1/videos/{job_id}/preview")
-        assert (answer.content, answer.headers["content-type"]) == (b"%d" % version, "image/png")
+        assert (answer.content, answer.headers["content-type"]) == (b"%d" % version, "image/apng")
         tags.append(answer.headers["etag"])
     assert len(set(tags)) == 2
     assert client.get(f"/v1/videos/{job_id}/preview", headers={"if-none-match": tags[1]}).status_code == 304
