@@ -1,0 +1,252 @@
+"""The page in a browser, in front of real routes whose service does as the test wishes: full, ending, failing, gone."""
+
+import io
+
+import pytest
+from browsing import AUDIT, chromium, opened
+from memory_service import MemoryService, served
+from PIL import Image
+
+from frameloom.serve.config import Key, ServeConfig
+from frameloom.serve.jobs import JobError
+from frameloom.serve.service import RefusedError
+
+SECRET = "a-secret-of-alice-0123456789"
+HOSTILE = "<img src=x onerror=alert(1)><b>bold</b> & \"quoted\""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened_browser:
+        yield opened_browser
+
+
+@pytest.fixture
+def service(tmp_path):
+    return MemoryService(tmp_path)
+
+
+@pytest.fixture
+def address(service, tmp_path):
+    with served(service, ServeConfig(data=tmp_path, loras={"watercolour": "/w", "slow": "/s"})) as (where, _):
+        yield where
+
+
+def ask(page, prompt):
+    page.wait_for_selector("#form.ready")
+    page.fill("#prompt", prompt)
+    page.press("#prompt", "Enter")
+
+
+def asked(page, service, prompt):
+    """The job that a prompt has become."""
+    ask(page, prompt)
+    page.wait_for_function("(text) => document.querySelector('#stage .prompt')?.textContent === text", arg=prompt)
+    return next(standing.job for standing in service.jobs.values() if standing.job.ask.request["prompt"] == prompt)
+
+
+def picture(width=60, height=40):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
+    return {"name": "first.png", "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+def test_nothing_yet_is_an_invitation(browser, address):
+    with opened(browser, address) as page:
+        page.wait_for_selector(".example")
+        assert page.evaluate(AUDIT) == []
+        text = page.locator(".example").first.inner_text()
+        page.locator(".example").first.click()
+        assert page.input_value("#prompt") == text
+        assert page.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_all_settings_arrive(browser, address, service):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        page.locator("input[value='9:16']").check()
+        page.get_by_role("group", name="Usual lengths").get_by_role("button").last.click()
+        page.locator("#steps").fill("11")
+        page.locator("input[name=seeds][value=fixed]").check()
+        page.fill("#seed", "77")
+        page.locator("summary").click()
+        page.fill("#guidance_scale", "4.5")
+        page.fill("#fps", "12")
+        page.fill("#negative_prompt", "people")
+        page.locator("#loras input[type=checkbox]").first.check()
+        page.get_by_label("Strength of watercolour").fill("0.8")
+        job = asked(page, service, HOSTILE)
+        assert page.locator("#stage img[src=x], #cards img[src=x], #stage b").count() == 0
+        assert dict(job.ask.request) == {
+            "prompt": HOSTILE, "width": 64, "height": 112, "num_frames": 65, "steps": 11, "seed": 77,
+            "guidance_scale": 4.5, "fps": 12.0, "negative_prompt": "people",
+        }  # fmt: skip
+        assert list(job.ask.loras) == [("watercolour", 0.8)]
+        page.get_by_role("button", name="Remix").click()
+        page.fill("#prompt", "again")
+        again = asked(page, service, "again")
+        assert {**again.ask.request, "prompt": HOSTILE} == job.ask.request
+        assert again.ask.loras == job.ask.loras
+
+
+def test_a_picture_is_chosen_kept_sent_and_taken_over(browser, address, service):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="First frame").click()
+        chooser.value.set_files({"name": "note.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+        page.wait_for_selector("#error-input_reference:has-text('is no PNG, JPEG or WebP picture')")
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="First frame").click()
+        chooser.value.set_files(picture())
+        page.wait_for_selector("#pictures img")
+        assert page.inner_text("#error-input_reference") == ""
+        assert page.locator("input[name=shapes]:checked").get_attribute("value") == "picture"
+        page.reload()
+        page.wait_for_selector("#pictures img")
+        assert page.locator("input[name=shapes]:checked").get_attribute("value") == "picture"
+        job = asked(page, service, "it begins to move")
+        assert job.ask.request["image"] == "inputs/image.png" or job.ask.request["image"].startswith("inputs/")
+        assert job.ask.request["width"] / job.ask.request["height"] == pytest.approx(1.5, abs=0.15)
+        page.get_by_role("button", name="Remix").click()
+        page.wait_for_selector("#from-source:has-text('the pictures of the earlier video')")
+        page.fill("#prompt", "it moves otherwise")
+        again = asked(page, service, "it moves otherwise")
+        assert (again.ask.kind, again.ask.source) == ("remix", job.id)
+        assert service.folder(again.id).joinpath(again.ask.request["image"]).is_file()
+
+
+def test_pictures_are_dropped_and_pasted(browser, address):
+    give = """([kind, bytes]) => {
+      const files = new DataTransfer();
+      files.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
+      const box = document.querySelector("#prompt-box");
+      if (kind === "paste") return document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: files }));
+      for (const name of ["dragover", "drop"]) {
+        box.dispatchEvent(new DragEvent(name, { dataTransfer: files, bubbles: true, cancelable: true }));
+      }
+    }"""
+    for kind in ("drop", "paste"):
+        with opened(browser, address) as page:
+            page.wait_for_selector("#form.ready")
+            page.evaluate(give, [kind, list(picture()["buffer"])])
+            page.wait_for_selector("#pictures img")
+            page.get_by_role("button", name="Remove the first frame").click()
+            assert page.locator("#pictures img").count() == 0
+            assert page.evaluate("document.activeElement.id") == "add-input_reference"
+
+
+def test_errors_stand_beside_what_caused_them(browser, address):
+    with opened(browser, address) as page:
+        ask(page, "  ")
+        assert page.inner_text("#error-prompt") == "Say what the video should show."
+        page.fill("#prompt", "a star")
+        assert page.inner_text("#error-prompt") == ""
+        page.locator("summary").click()
+        page.fill("#guidance_scale", "2000")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#error-guidance_scale:has-text('guidance scale 2000')")
+        assert page.get_attribute("#guidance_scale", "aria-invalid") == "true"
+        page.fill("#guidance_scale", "4")
+        assert page.inner_text("#error-guidance_scale") == ""
+
+
+def test_a_full_queue_says_when_to_come_again(browser, address, service):
+    service.refusal = RefusedError("queue_full", "100 videos wait already", retry_s=2)
+    with opened(browser, address) as page:
+        ask(page, "a star")
+        page.wait_for_selector("#error-form:has-text('100 videos wait already')")
+        page.wait_for_selector("#forecast:has-text('Come again in')")
+        page.wait_for_selector("#error-form:has-text('There may be room now')")
+        service.refusal = None
+        asked(page, service, "a star")
+
+
+def test_trouble_and_failures_are_told(browser, address, service):
+    service.is_ready, service.trouble = False, "the server is being stopped"
+    with opened(browser, address) as page:
+        page.wait_for_selector("#banner:has-text('the server is being stopped')")
+        service.is_ready = True
+        page.wait_for_selector("#banner", state="hidden")
+        job = asked(page, service, "a star")
+        what = f"out of memory: {HOSTILE}"
+        service.set(job.id, status="failed", attempts=3, error=JobError(code="out_of_memory", message=what))
+        page.wait_for_selector("#stage .problem")
+        assert page.inner_text("#stage .problem") == what
+        assert "3 times" in page.inner_text("#stage .standing")
+        assert page.evaluate(AUDIT) == []
+
+
+def test_without_a_connection_nothing_is_lost_and_nothing_made_twice(browser, address, service):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        lost = []
+
+        def lose(route):
+            if lost:
+                route.continue_()
+            else:
+                lost.append(route.fetch())  # the server has it, and the answer goes astray
+                route.abort()
+
+        page.route("**/v1/videos", lose)
+        ask(page, "a star")
+        page.wait_for_selector("#error-form:has-text('The server does not answer')")
+        assert page.input_value("#prompt") == "a star"
+        asked(page, service, "a star")
+        assert len(service.jobs) == 1
+        page.context.set_offline(True)
+        page.evaluate("dispatchEvent(new Event('online'))")  # it looks, and finds nobody
+        page.wait_for_selector("#banner:has-text('does not answer')")
+        page.context.set_offline(False)
+        page.wait_for_selector("#banner", state="hidden")
+        page.unroute_all()
+
+
+def test_many_videos_come_by_pages(browser, address, service):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        page.evaluate("""async () => {
+          for (let n = 0; n < 60; n++) {
+            await fetch("v1/videos", { method: "POST", headers: { "Content-Type": "application/json" },
+              body: JSON.stringify({ prompt: `number ${n}` }) });
+          }
+        }""")
+        for job_id in list(service.jobs):
+            service.fail(job_id, "cancelled")
+        page.reload()
+        page.wait_for_selector(".card")
+        while page.locator("#more").is_visible():
+            page.locator("#more").scroll_into_view_if_needed()
+            count = page.locator(".card").count()
+            page.wait_for_function(
+                "(count) => document.querySelectorAll('.card').length > count || document.querySelector('#more').hidden",
+                arg=count,
+            )
+        names = page.locator(".card .caption").all_inner_texts()
+        assert sorted(names) == sorted(f"number {n}" for n in range(60))
+
+
+def test_a_key_is_asked_for_kept_for_the_tab_and_never_in_an_address(browser, service, tmp_path):
+    keys = (Key(name="alice", secret=SECRET),)
+    with served(service, ServeConfig(data=tmp_path, keys=keys)) as (address, _), opened(browser, address) as page:
+        addresses = []
+        page.on("request", lambda request: addresses.append(request.url))
+        page.wait_for_selector("#key-dialog[open]")
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.keyboard.press("Escape")
+        page.wait_for_selector("h2:has-text('This server asks for a key')")
+        assert page.evaluate(AUDIT) == []
+        page.get_by_role("button", name="Enter the key").click()
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-error:not(:empty)")
+        page.fill("#key", SECRET)
+        page.keyboard.press("Enter")
+        job = asked(page, service, "a star")
+        assert job.ask.key == "alice"
+        page.reload()
+        page.wait_for_selector("#stage .prompt")
+        assert not page.locator("#key-dialog").is_visible()
+        assert page.evaluate("localStorage.getItem('frameloom.key')") is None
+        assert not [url for url in addresses if SECRET in url]
