@@ -40,7 +40,7 @@ def address(tmp_path_factory):
 
 
 def ready(page):
-    page.wait_for_function("document.querySelector('#form.ready') && document.querySelector('#banner').hidden")
+    page.wait_for_function("() => document.querySelector('#form.ready') && document.querySelector('#banner').hidden")
 
 
 def ask(page, prompt=PROMPT, *, frames=9, steps=8):
@@ -48,7 +48,9 @@ def ask(page, prompt=PROMPT, *, frames=9, steps=8):
     page.fill("#num_frames", str(frames))
     page.locator("#steps").fill(str(steps))
     page.fill("#prompt", prompt)
+    before = page.evaluate("location.hash")
     page.press("#prompt", "Enter")
+    page.wait_for_function("(before) => location.hash !== before", arg=before)
     page.wait_for_function("(text) => document.querySelector('#stage .prompt')?.textContent === text", arg=prompt)
 
 
@@ -69,7 +71,7 @@ def test_a_video_is_watched_to_its_end_and_played(browser, address):
         }""")
         ask(page, steps=25, frames=17)
         done(page)
-        page.wait_for_function("document.querySelector('#stage video').currentTime > 0.2")
+        page.wait_for_function("() => document.querySelector('#stage video').currentTime > 0.2")
         shown = page.evaluate("(({videoWidth: w, duration: d}) => [w, d])(document.querySelector('#stage video'))")
         assert shown[0] == 64
         assert 2 <= shown[1] <= 2.3  # 17 frames, 8 each second
@@ -110,11 +112,11 @@ def test_a_running_video_is_cancelled_and_a_waiting_one_never_starts(browser, ad
         ask(page, "a blue star spinning", steps=LONG, frames=33)
         ask(page, "a green square growing")
         page.wait_for_selector("#stage .now:has-text('in line'), #stage .now:has-text('before it')")
-        page.get_by_role("button", name="Cancel").click()
+        page.locator("#stage").get_by_role("button", name="Cancel").click()
         page.wait_for_selector("#stage .problem:has-text('Cancelled before it was done')")
         page.locator(".card", has_text="a blue star spinning").first.click()
-        page.wait_for_function("document.querySelector('#stage progress')?.value > 0")
-        page.get_by_role("button", name="Cancel").click()
+        page.wait_for_function("() => document.querySelector('#stage progress')?.value > 0")
+        page.locator("#stage").get_by_role("button", name="Cancel").click()
         page.wait_for_selector("#stage .problem:has-text('Cancelled before it was done')")
         page.get_by_role("button", name="Try again").click()
         assert page.input_value("#prompt") == "a blue star spinning"
@@ -150,7 +152,9 @@ def test_the_keyboard_is_enough(browser, address):
             page.locator("#length").press("ArrowRight")
         assert page.input_value("#num_frames") == "9"
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelector('#stage .prompt')?.textContent.startsWith('a purple cross')")
+        page.wait_for_function(
+            "() => document.querySelector('#stage .prompt')?.textContent.startsWith('a purple cross')"
+        )
         done(page)
         before = page.locator(".card").count()
         assert tab_to("#cards .card") == "solid"
@@ -160,7 +164,7 @@ def test_the_keyboard_is_enough(browser, address):
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.id") == "ask-no"
         page.keyboard.press("Escape")
-        page.wait_for_function("document.activeElement.textContent === 'Delete'")
+        page.wait_for_function("() => document.activeElement.textContent === 'Delete'")
         page.keyboard.press("Enter")
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
@@ -198,7 +202,7 @@ def test_narrow_screens_have_all_of_it_and_nothing_sideways(browser, address, wi
 def test_what_it_takes_is_told_before_and_numbers_are_made_to_fit(browser, address):
     with opened(browser, address) as page:
         ready(page)
-        page.wait_for_function("/about .+ of memory/.test(document.querySelector('#forecast').textContent)")
+        page.wait_for_function("() => /about .+ of memory/.test(document.querySelector('#forecast').textContent)")
         page.locator("input[value=own]").check()
         page.fill("#width", "70")
         page.fill("#num_frames", "12")
@@ -207,6 +211,7 @@ def test_what_it_takes_is_told_before_and_numbers_are_made_to_fit(browser, addre
         assert page.input_value("#num_frames") == "13"
         page.fill("#width", "8192")
         page.fill("#height", "8192")
+        page.fill("#num_frames", "33")
         page.fill("#prompt", PROMPT)
         page.press("#prompt", "Enter")
         page.wait_for_selector("#error-size:not(:empty), #error-num_frames:not(:empty), #error-form:not(:empty)")
@@ -230,5 +235,7 @@ def test_copied_commands_make_the_same_video(browser, address, tmp_path):
         assert hashlib.sha256((tmp_path / f"{video}.mp4").read_bytes()).hexdigest() == served
         assert curl[0] == "curl"
         if shutil.which("curl"):
-            told = subprocess.run([*curl, "--silent", "--noproxy", "*"], capture_output=True, text=True, check=True).stdout
+            told = subprocess.run(
+                [*curl, "--silent", "--noproxy", "*"], capture_output=True, text=True, check=True
+            ).stdout
             assert '"status":"queued"' in told.replace(" ", "")

@@ -10,9 +10,12 @@ const AGAIN_MS = [500, 1000, 2000, 5000]; // waits before a broken connection is
 /** Tells of changes by events: "list" (which there are), "video" (detail: one of them), "offline" and "online". */
 export class Videos extends EventTarget {
   #byId = new Map();
+  #order = []; // their ids, as the server lists them
+  #last = null; // the oldest that a page has brought
   #watched = null; // { id, stop }
   #wished = null; // the id to watch, if it is active
   #polling = 0;
+  #turning = false; // to the next page
 
   constructor(api) {
     super();
@@ -22,7 +25,7 @@ export class Videos extends EventTarget {
   }
 
   get all() {
-    return [...this.#byId.values()].sort((a, b) => b.created_at - a.created_at || (a.id < b.id ? 1 : -1));
+    return this.#order.map((id) => this.#byId.get(id));
   }
 
   get = (id) => this.#byId.get(id) ?? null;
@@ -30,24 +33,29 @@ export class Videos extends EventTarget {
   /** The first page again: new jobs come in, and how the others stand. False while the server does not answer. */
   async refresh() {
     clearTimeout(this.#polling);
+    const before = new Set(this.#order);
     const page = await this.#try(() => this.api.page(null, PAGE));
-    if (page) this.#first(page);
+    if (page) this.#first(page, before);
     await this.#older();
     this.#again();
     return page !== null;
   }
 
-  #first(page) {
-    const whole = !page.has_more;
-    const told = new Set(page.data.map(({ id }) => id));
-    const oldest = Math.min(...page.data.map(({ created_at }) => created_at));
-    let changed = this.#byId.size === 0;
-    for (const { id, created_at } of this.all) {
-      if (!told.has(id) && (whole || created_at > oldest)) changed = this.#byId.delete(id) || changed;
+  /** Take over the first page; what is not on it any more was deleted, unless it was not there yet. */
+  #first(page, before) {
+    const told = page.data.map(({ id }) => id);
+    const end = page.has_more ? this.#order.indexOf(told.at(-1)) : this.#order.length;
+    const gone = this.#order.filter((id, index) => index < end && before.has(id) && !told.includes(id));
+    for (const id of gone) this.#byId.delete(id);
+    for (const video of page.data) this.#put(video);
+    const isFirst = this.#last === null;
+    const order = [...this.#order.filter((id) => !before.has(id) && !told.includes(id)), ...told,
+      ...this.#order.filter((id) => before.has(id) && !told.includes(id) && !gone.includes(id))];
+    if (isFirst || !page.has_more) [this.#last, this.hasMore] = [page.last_id, page.has_more];
+    if (isFirst || order.join() !== this.#order.join()) {
+      this.#order = order;
+      this.#tell("list");
     }
-    for (const video of page.data) changed = this.#put(video) || changed;
-    if (this.#byId.size <= page.data.length) this.hasMore = page.has_more;
-    if (changed) this.#tell("list");
   }
 
   /** Active ones that are too old for the first page. */
@@ -61,17 +69,21 @@ export class Videos extends EventTarget {
 
   /** The next page of older ones. */
   async more() {
-    const last = this.all.at(-1);
-    const page = await this.#try(() => this.api.page(last?.id ?? null, PAGE));
+    if (this.#turning) return;
+    this.#turning = true;
+    const page = await this.#try(() => this.api.page(this.#last, PAGE));
+    this.#turning = false;
     if (!page) return;
     for (const video of page.data) this.#put(video);
-    this.hasMore = page.has_more;
+    this.#order.push(...page.data.map(({ id }) => id).filter((id) => !this.#order.includes(id)));
+    [this.#last, this.hasMore] = [page.last_id ?? this.#last, page.has_more];
     this.#tell("list");
   }
 
   /** A job that was just accepted. */
   add(video) {
     this.#put(video);
+    if (!this.#order.includes(video.id)) this.#order.unshift(video.id);
     this.#tell("list");
     this.#again();
   }
@@ -86,13 +98,14 @@ export class Videos extends EventTarget {
   forget(id) {
     if (this.#watched?.id === id) this.#unwatch();
     this.#byId.delete(id);
+    this.#order = this.#order.filter((other) => other !== id);
     this.#tell("list");
   }
 
   forgetAll() {
     this.#unwatch();
     this.#byId.clear();
-    this.hasMore = false;
+    [this.#order, this.#last, this.hasMore] = [[], null, false];
     this.#tell("list");
   }
 
@@ -104,10 +117,9 @@ export class Videos extends EventTarget {
 
   #put(video) {
     const before = this.#byId.get(video.id);
-    if (before && !isActive(before) && isActive(video)) return false; // an answer that was overtaken
+    if (before && !isActive(before) && isActive(video)) return; // an answer that was overtaken
     this.#byId.set(video.id, video);
     if (JSON.stringify(before) !== JSON.stringify(video)) this.#tell("video", video);
-    return !before;
   }
 
   #tell(name, detail) {
