@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -86,6 +88,18 @@ def test_what_stands_now_and_the_process():
     assert found["frameloom_watchers",] == 4
     assert found["process_resident_memory_bytes",] > 1e6
     assert not any("interest" in key[0] for key in found)
+
+
+def test_every_name_is_in_the_documentation():
+    documented = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    numbers = dict.fromkeys(("queued", "queued_s", "running", "workers", "workers_ready", "watchers"), 1.0)
+    page = Metrics().page(numbers | {"data_bytes": 1.0, "free_bytes": 1.0}).decode()
+    names = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE frameloom_")}
+    ours = {name for name in names if not name.endswith("_created")}
+    assert len(ours) > 15
+    assert sorted(name for name in ours if name not in documented) == []
+    said = set(re.findall(r"`(frameloom_[a-z_]+)", documented))
+    assert sorted(said - ours - {"frameloom_api_key"}) == []
 
 
 def test_two_servers_in_a_process_count_for_themselves():

@@ -1,9 +1,11 @@
 """`frameloom serve` as people start and end it: real processes, real sockets, real signals."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +114,14 @@ main()
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "which is not installed; pip install 'frameloom[serve]'" in done.stderr
+
+
+def test_every_option_that_the_documentation_names_exists(run):
+    documented = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?(--[a-z][a-z-]+)", re.sub(r"curl[^\n]*|openssl[^\n]*", "", documented)))
+    _, help_text, _ = run("serve", "--help")
+    assert len(named) > 15
+    assert sorted(option for option in named if option not in help_text) == []
 
 
 # --- --check ---
