@@ -121,7 +121,7 @@ class Dispatcher:
                 await moved.wait()
             else:
                 self._busy.add(worker.number)
-                await self._take(worker, live)
+                await self._take_safely(worker, live)
                 self._busy.discard(worker.number)
 
     def _next(self) -> Live | None:
@@ -134,6 +134,16 @@ class Dispatcher:
                 board.tell_waiting()
                 return live
         return None
+
+    async def _take_safely(self, worker: Worker, live: Live) -> None:
+        """An error of ours costs the job an attempt, and not the server a worker."""
+        try:
+            await self._take(worker, live)
+        except Exception:
+            _LOG.exception("an error of the server in an attempt", extra=_of(live.job, worker))
+            live.worker = None
+            if not live.ended.is_set() and live.job.status == "in_progress":
+                await self._again(live, Died(reason="was let down by the server, see its log"))
 
     async def _take(self, worker: Worker, live: Live) -> None:
         try:

@@ -24,28 +24,18 @@ class Keeper:
 
     async def open(self) -> None:
         """Open the store. Raises StoreError."""
-
-        def call() -> None:
-            self._store = self._opened()
-
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, call)
+            self._store = await asyncio.get_running_loop().run_in_executor(self._thread, self._opened)
         except BaseException:
             self._thread.shutdown()
             raise
 
     async def do(self, call: Callable[[JobStore], T]) -> T:
         """What a call of the store returns. Raises StoreError, and what the call raises."""
-
-        def called() -> T:
-            if self._store is None:
-                raise StoreError("the store of jobs is closed: the server ends")
-            return call(self._store)
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, called)
-        except RuntimeError as error:  # the thread has ended
-            raise StoreError("the store of jobs is closed: the server ends") from error
+        store = self._store
+        if store is None:
+            raise StoreError("the store of jobs is closed: the server ends")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: call(store))
 
     async def insist(self, call: Callable[[JobStore], T], *, what: str) -> T:
         """As `do`, again and again until the store can: what is said here has happened, and has to be kept."""
@@ -60,12 +50,8 @@ class Keeper:
             await asyncio.sleep(pause_s)
 
     async def close(self) -> None:
-        """Close the store after the calls that are under way."""
-
-        def call() -> None:
-            if self._store is not None:
-                self._store.close()
-                self._store = None
-
-        await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        """Close the store after the calls that are under way; later ones are refused."""
+        store, self._store = self._store, None
+        if store is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, store.close)
         self._thread.shutdown()

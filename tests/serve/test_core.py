@@ -535,3 +535,41 @@ def test_many_who_watch_one_job_all_see_its_end(data):
             assert [standing async for standing in server.core.watch(server.core.new_id())] == []
 
     asyncio.run(story())
+
+
+def test_an_error_of_ours_costs_an_attempt_and_no_worker(data, monkeypatch):
+    async def story():
+        async with Server(data) as server:
+            settle, failing = server.core._dispatcher._settle, [True]
+
+            async def broken(live, outcome):
+                if failing:
+                    failing.clear()
+                    raise KeyError("a bug")
+                await settle(live, outcome)
+
+            monkeypatch.setattr(server.core._dispatcher, "_settle", broken)
+            assert (await server.ended(await server.ask())).job.attempts == 2
+
+    asyncio.run(story())
+
+
+def test_what_the_disk_does_not_take_is_kept_later(data):
+    async def story():
+        async with Server(data) as server:
+            runs = await server.ask("steps=150 pause=0.02")
+            await server.running(runs)
+            await server.core._desk.keeper.do(lambda store: store._sql.execute("PRAGMA query_only = ON"))
+            with pytest.raises(RefusedError) as refused:
+                await server.ask(inputs={"image.png": b"x"})
+            assert refused.value.code == "insufficient_storage"
+            assert [path.name for path in (data / "videos").iterdir()] == [runs]
+            with pytest.raises(RefusedError):
+                await server.core.cancel(runs)
+            await until((server.core.folder(runs) / "video-1.mp4").exists)
+            await asyncio.sleep(0.5)
+            assert (await server.core.standing(runs)).job.status == "in_progress"
+            await server.core._desk.keeper.do(lambda store: store._sql.execute("PRAGMA query_only = OFF"))
+            assert (await server.ended(runs)).job.status == "completed"
+
+    asyncio.run(story())
