@@ -3,16 +3,16 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from frameloom.serve.described import errors
-from frameloom.serve.errors import ApiError, bad
+from frameloom.serve.errors import ApiError
 from frameloom.serve.folder import PREVIEW
 from frameloom.serve.jobs import Job, Result
 from frameloom.serve.site import Caller, OfSite
@@ -21,7 +21,8 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 _CHUNK: Final = 262_144
 _RANGE: Final = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.A)
-_VARIANTS: Final = {"video": "video/mp4", "thumbnail": "image/jpeg", "spritesheet": "image/jpeg"}
+Variant = Literal["video", "thumbnail", "spritesheet"]
+_VARIANTS: Final[Mapping[Variant, str]] = {"video": "video/mp4", "thumbnail": "image/jpeg", "spritesheet": "image/jpeg"}
 
 
 def _files(*types: str) -> dict[str, Any]:
@@ -49,11 +50,11 @@ class _File:
         304: {"description": "Not modified."},
     },
 )
-async def content(video_id: str, request: Request, site: OfSite, caller: Caller, variant: str = "video") -> Response:
+async def content(
+    video_id: str, request: Request, site: OfSite, caller: Caller, variant: Variant = "video"
+) -> Response:
     """The video, or with `variant` its `thumbnail` or `spritesheet`."""
     job = (await site.standing(video_id, caller)).job
-    if variant not in _VARIANTS:
-        raise bad("variant", f"there is no variant {variant[:40]!r}; use {', '.join(_VARIANTS)}")
     result = _result(job)
     names = {"video": result.video, "thumbnail": result.thumbnail, "spritesheet": result.sheet}
     tag = result.sha256 if variant == "video" else f"{result.sha256}-{variant}"

@@ -20,7 +20,6 @@ _SAYS: Final[Mapping[int, str]] = {
     416: "The range is outside of the file.",
     429: "The queue is full; Retry-After says when to come again.",
     500: "The server is at fault; its log says more.",
-    501: "This server does not have it.",
     503: "The server starts or ends, or its store is out of order.",
     507: "The disk is full.",
 }
@@ -89,8 +88,8 @@ def _of_form(form: Form, is_form: bool) -> dict[str, Any]:
     image = {"anyOf": [_FILE, _URL]} if is_form else {"anyOf": [_URL, _BY_URL]}
     schemas: dict[str, dict[str, Any]] = {
         "text": {"type": "string"},
-        "seconds": {"type": "string", "example": "4"},
-        "size": {"type": "string", "pattern": "^[0-9]{1,4}x[0-9]{1,4}$", "example": "832x480"},
+        "seconds": {"type": "string", "examples": ["4"]},
+        "size": {"type": "string", "pattern": "^[0-9]{1,4}x[0-9]{1,4}$", "examples": ["832x480"]},
         "flag": {"type": "boolean"},
         "quality": {"type": "integer", "minimum": 0, "maximum": 100},
         "priority": {"type": "integer", "minimum": -1000, "maximum": 1000},

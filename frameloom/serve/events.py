@@ -24,7 +24,18 @@ _END: Final = "end"
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _DESCRIBED: Final[dict[str, Any]] = {
     "description": "Server-sent events named `video`; the data of each is a Video. The last one has the id `end`.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string"},
+                    "event": {"const": "video"},
+                    "data": {"type": "string", "contentMediaType": "application/json"},
+                },
+            }
+        }
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """Bodies as clients send them, JSON or multipart, become one mapping of fields; what is wrong with them is said."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -160,7 +161,9 @@ def _from_form(boundary: bytes, body: bytes) -> Fields:
         raise bad(None, "the content type names no boundary; let your client make it")
     form = _Form()
     try:
-        MultipartParser(boundary, form.callbacks()).write(body)
+        parser = MultipartParser(boundary, form.callbacks())
+        parser.logger.setLevel(logging.CRITICAL)  # what is wrong with a form is told to who sent it
+        parser.write(body)
     except FormParserError as error:
         raise bad(None, f"the body is no multipart form ({error})") from None
     if not form.is_whole:

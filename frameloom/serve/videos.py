@@ -49,12 +49,12 @@ async def extend(request: Request, site: OfSite, caller: Caller, repeat: Idempot
     return await _made(request, "extension", site=site, caller=caller, repeat=repeat)
 
 
-@router.post("/characters", responses=errors(501), status_code=501)
-@router.get("/characters/{character_id}", responses=errors(501), status_code=501)
-async def characters(site: OfSite, caller: Caller, character_id: str = "") -> JSONResponse:
-    """Characters are a thing of OpenAI's models; here give pictures as `references`, where the model takes them."""
+@router.post("/characters", include_in_schema=False)
+@router.get("/characters/{_}", include_in_schema=False)
+async def characters(site: OfSite, caller: Caller) -> JSONResponse:
+    """Characters are a thing of OpenAI's models: their clients are told so."""
     what = "this server has no characters; give pictures as references, where the model takes them"
-    raise ApiError(501, "not_implemented", what, headers={"x-should-retry": "false"})
+    raise ApiError(404, "not_supported", what)
 
 
 @router.get("", response_model=VideoPage, responses=errors(404))

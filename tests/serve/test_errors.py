@@ -120,6 +120,12 @@ def test_methods_that_a_path_does_not_take(site):
         assert answer.headers["allow"]
 
 
+def test_characters_are_told_to_be_nothing_of_ours(site):
+    client, _, _ = site
+    assert told(client.post("/v1/videos/characters", files={"name": (None, "x")}), 404).code == "not_supported"
+    assert told(client.get("/v1/videos/characters/char_1"), 404).code == "not_supported"
+
+
 def test_queries_that_make_no_sense(site):
     client, _, _ = site
     for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("limit=101", "limit"), ("order=up", "order")):
