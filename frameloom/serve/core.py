@@ -305,8 +305,9 @@ class Core:
 
     async def _end(self, live: Live, why: End) -> None:
         """A job that waits has ended when this returns; one that runs has been told to."""
+        is_kept = True
         if why == "cancelled" and live.phase == "taken" and live.ending != why:
-            await self._mark(live)
+            is_kept = await self._mark(live)
         if live.phase == "waiting":
             try:
                 await self._dispatcher.end_waiting(live, why)
@@ -314,10 +315,12 @@ class Core:
                 raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
         elif live.phase == "taken":
             self._dispatcher.end(live, why)
+            if not is_kept:  # it is about to wait again, and ends then
+                await live.ended.wait()
         else:
             await live.ended.wait()
 
-    async def _mark(self, live: Live) -> None:
+    async def _mark(self, live: Live) -> bool:
         def mark(store: JobStore) -> bool:
             return store.mark_cancelled(live.job.id)
 
@@ -327,6 +330,7 @@ class Core:
             raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
         if is_marked and live.phase == "taken":
             self._board.mark(live)
+        return is_marked
 
     async def _delete(self, job_id: str) -> bool:
         if live := self._board.live(job_id):

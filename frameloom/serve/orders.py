@@ -7,7 +7,7 @@ from typing import Any, Final
 from frameloom import wire
 from frameloom.config import lora
 from frameloom.serve.folder import Files
-from frameloom.serve.jobs import Ask, Job
+from frameloom.serve.jobs import Job
 
 _PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
 
@@ -44,12 +44,6 @@ def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if found.get("references") is not None:
         found["references"] = [str(folder / name) for name in found["references"]]
     return found
-
-
-def inputs_of(ask: Ask) -> list[str]:
-    """The files that a request names, relative to the folder of the job."""
-    named = [ask.request.get(name) for name in (*_PICTURES, "extends")]
-    return [name for name in (*named, *(ask.request.get("references") or ())) if name is not None]
 
 
 def _lora(name: str, strength: float, loras: Mapping[str, str]) -> wire.Lora:
