@@ -7,18 +7,22 @@ import logging
 import os
 import platform as host
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from frameloom.lock import Lock
 from frameloom.platform.device import platform_of, timed
 from frameloom.platform.host import cpu_flags
 from frameloom.settings import LOGGER_NAME, cache_folder
 
 log = logging.getLogger(LOGGER_NAME)
 _ROUNDS = 3
+_TURN_S = 60.0  # that a process waits for the choices of another one, which may stand still
 _ABOUT_AS_FAST = 1.05
 Agreed = Callable[[Callable[[], Any]], Any]
 
@@ -51,13 +55,19 @@ class Tuner:
 
     def _best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         full_key = f"{key} | {' '.join(sorted(names))}"
-        found = self._known.get(full_key)
-        if isinstance(found, str) and found in names:
-            return found
-        seconds = self._seconds(prepare())
-        chosen = next(name for name in names if seconds[name] <= _ABOUT_AS_FAST * min(seconds.values()))
-        self._known[full_key] = chosen
-        self._fresh += 1
+        if (found := self._known.get(full_key)) in names:
+            return str(found)
+        with _turn(self._path):  # what another process has chosen meanwhile is taken: else both would round by chance
+            kept = _read(self._path)
+            if (found := kept.get(full_key)) in names:
+                self._known = kept | self._known | {full_key: found}
+                return str(found)
+            seconds = self._seconds(prepare())
+            chosen = next(name for name in names if seconds[name] <= _ABOUT_AS_FAST * min(seconds.values()))
+            self._known[full_key] = chosen
+            self._fresh += 1
+            with suppress(OSError):  # `save` tells of it
+                self._write()
         return chosen
 
     def recall(self, key: str, make: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
@@ -86,13 +96,17 @@ class Tuner:
         if not self._fresh:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            known = _read(self._path) | self._known  # another process may have measured meanwhile
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(known, file, indent=1, sort_keys=True)
-            os.replace(file.name, self._path)
+            self._write()
         except OSError as error:
             log.warning("measured choices are not kept, and the next run may choose and round otherwise: %s", error)
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        known = _read(self._path) | self._known  # another process may have measured meanwhile
+        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(known, file, indent=1, sort_keys=True)
+        os.replace(file.name, self._path)
+        self._fresh = 0
 
     def _seconds(self, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         best = dict.fromkeys(ways, float("inf"))
@@ -114,6 +128,25 @@ class Foreseen(Tuner):
     def _best(self, key: str, names: Sequence[str], prepare: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
         found = self._known.get(f"{key} | {' '.join(sorted(names))}")
         return found if isinstance(found, str) and found in names else names[-1]
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Measure while no other process does; after some time, or where nothing can be locked, all the same."""
+    lock, end = None, time.monotonic() + _TURN_S
+    while lock is None and time.monotonic() < end:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = Lock(path.with_suffix(".lock"))
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.remove()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,31 @@ def test_the_fastest_way_is_found_once_and_remembered(tmp_path: Path) -> None:
     assert tuner.best("a layer", ["slow", "fast"], never) == "fast"
     tuner.save()
     assert Tuner(CPU, tmp_path).best("a layer", ["fast", "slow"], never) == "fast"
+
+
+def test_processes_that_start_together_choose_alike(tmp_path: Path, monkeypatch) -> None:
+    measured = []
+
+    def choose(name):
+        tuner = Tuner(CPU, tmp_path)
+
+        def seconds(ways):
+            measured.append(name)
+            time.sleep(0.2)
+            return {way: float(way != name) for way in ("one", "other")}
+
+        monkeypatch.setattr(tuner, "_seconds", seconds)
+        return tuner.best("a layer", ["one", "other"], ways)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(choose, ["one", "other"]))) == 1
+    assert len(measured) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_choice_is_kept_before_it_is_used(tmp_path: Path) -> None:
+    assert Tuner(CPU, tmp_path).best("a layer", ["slow", "fast"], ways) == "fast"
+    assert Tuner(CPU, tmp_path).best("a layer", ["slow", "fast"], never) == "fast"
 
 
 def test_other_names_or_keys_are_measured_anew(tmp_path: Path) -> None:
