@@ -243,8 +243,7 @@ class Core:
 
     def _check_room(self, key: str, work_s: float, num_bytes: int) -> None:
         if self._state != "open":
-            code = "starting" if self._state == "new" else "draining"
-            raise RefusedError(code, f"{self.trouble}; come again soon", retry_s=_START_RETRY_S)
+            raise self._closed()
         troubles = [worker.trouble for worker in self._workers.all]
         if all(troubles):
             raise RefusedError("starting", troubles[0], retry_s=_ROOM_RETRY_S)
@@ -254,6 +253,16 @@ class Core:
             raise RefusedError("insufficient_storage", "the disk of the server is full", retry_s=_ROOM_RETRY_S)
         if keeping.quota_bytes is not None and self._retention.used_bytes + num_bytes > keeping.quota_bytes:
             raise RefusedError("insufficient_storage", "the quota of the server is used up", retry_s=_ROOM_RETRY_S)
+
+    def _closed(self) -> RefusedError:
+        code = "starting" if self._state == "new" else "draining"
+        return RefusedError(code, f"{self.trouble}; come again soon", retry_s=_START_RETRY_S)
+
+    def _not_kept(self, message: str) -> RefusedError:
+        """What could not be written: there is no room, or the store is closed already, as the server ends."""
+        if self._state != "open":
+            return self._closed()
+        return RefusedError("insufficient_storage", message, retry_s=_ROOM_RETRY_S)
 
     async def _accept(self, job_id: str, ask: Ask, inputs: Mapping[str, bytes], repeat: Repeat | None) -> Standing:
         keeper, folder = self._desk.keeper, self._desk.folder
@@ -272,9 +281,7 @@ class Core:
         except (StoreError, OSError) as error:
             await asyncio.to_thread(folder.remove, job_id)
             _LOG.error("a job could not be kept: %s", error)
-            raise RefusedError(
-                "insufficient_storage", "the server cannot write to its disk", retry_s=_ROOM_RETRY_S
-            ) from None
+            raise self._not_kept("the server cannot write to its disk") from None
         if kept.id != job_id:
             await asyncio.to_thread(folder.remove, job_id)
             return self._board.of(kept)
@@ -312,7 +319,7 @@ class Core:
             try:
                 await self._dispatcher.end_waiting(live, why)
             except StoreError as error:
-                raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
+                raise self._not_kept(str(error)) from None
         elif live.phase == "taken":
             self._dispatcher.end(live, why)
             if not is_kept:  # it is about to wait again, and ends then
@@ -327,7 +334,7 @@ class Core:
         try:
             is_marked = await self._desk.keeper.do(mark)
         except StoreError as error:
-            raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
+            raise self._not_kept(str(error)) from None
         if is_marked and live.phase == "taken":
             self._board.mark(live)
         return is_marked
@@ -339,7 +346,7 @@ class Core:
         try:
             return await self._remove(job_id)
         except StoreError as error:
-            raise RefusedError("insufficient_storage", str(error), retry_s=_ROOM_RETRY_S) from None
+            raise self._not_kept(str(error)) from None
 
     async def _remove(self, job_id: str) -> bool:
         found = await self._desk.keeper.do(lambda store: store.remove(job_id))

@@ -1,5 +1,6 @@
 """What every request passes: no web page of another origin gets in, and no error gets out unshaped."""
 
+import asyncio
 import ipaddress
 import logging
 from typing import Final
@@ -37,6 +38,11 @@ class Gate:
                 await refusal.answer()(scope, receive, answer)
             else:
                 await self.app(scope, receive, answer)
+        except asyncio.CancelledError:  # as the server ends: what takes longer than answers are given
+            if answer.status:
+                raise
+            error = ApiError(503, "draining", "the server ends; send this again when it is back", retry_s=5)
+            await error.answer()(scope, receive, answer)
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             if answer.status:
