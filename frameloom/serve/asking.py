@@ -120,7 +120,7 @@ def order_of(
 
     `shapes`: by parameter, the pictures and videos that were given. `is_own`: the video was made here.
     """
-    request = _request(found, card)
+    request = _request(found, card, _rate(shapes))
     request |= _named(shapes, kind)
     extended = shapes["video"][0] if kind == "extension" else None
     if extended is not None:
@@ -153,14 +153,20 @@ def with_seed(order: Order) -> Order:
     return replace(order, request={"seed": secrets.randbelow(2**31), **order.request})
 
 
-def _request(found: Mapping[str, Any], card: Card | None) -> dict[str, Any]:
+def _rate(shapes: Mapping[str, list[Shape]]) -> float | None:
+    """Frames per second of the video that is followed, if one is."""
+    videos = [*shapes.get("video", ()), *shapes.get("control_video", ())]
+    return videos[0].fps if videos else None
+
+
+def _request(found: Mapping[str, Any], card: Card | None, rate: float | None) -> dict[str, Any]:
     request = {name: found[name] for name in _PLAIN if name in found}
     if "size" in found:
         _no_conflict(found, "size", ("width", "height"))
         request["width"], request["height"] = found["size"]
     if "seconds" in found:
         _no_conflict(found, "seconds", ("num_frames",))
-        request["num_frames"] = _frames(found["seconds"], found.get("fps"), card)
+        request["num_frames"] = _frames(found["seconds"], found.get("fps", rate), card)
     return request
 
 

@@ -194,14 +194,14 @@ def test_an_order_that_was_cancelled_never_makes_a_video(client):
         assert client.get(f"/v1/videos/{video_id}/content").json()["error"]["code"] == "video_failed"
 
 
-def test_events_tell_every_step_of_a_video(client):
-    job = client.post("/v1/videos", json={**SMALL, "steps": 4}).json()
+def test_events_tell_how_far_a_video_is_until_it_is_done(client):
+    job = client.post("/v1/videos", json={**SMALL, "steps": 60}).json()
     with client.stream("GET", f"/v1/videos/{job['id']}/events") as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     told = [Video.model_validate_json(line.removeprefix("data: ")) for line in lines]
     assert told[-1].status == "completed"
     assert [video.progress for video in told] == sorted(video.progress for video in told)
-    assert "denoise" in {video.stage for video in told}
+    assert any(video.stage is not None and video.total for video in told)  # what comes too fast is left out
 
 
 def test_lists_page_to_their_end_in_both_orders(client, first):

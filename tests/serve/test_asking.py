@@ -1,0 +1,156 @@
+"""What becomes of a request before it is kept: numbers worked out, pictures named, and everything in its place."""
+
+import io
+import json
+
+import av
+import httpx2 as httpx
+import msgspec
+import numpy as np
+import pytest
+from memory_service import CARD, MemoryService, served
+from PIL import Image
+
+from frameloom.serve.config import Key, ServeConfig
+
+ALL = msgspec.structs.replace(CARD, takes=("image", "last_image", "video", "control_video", "mask", "references"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("asking")
+    service = MemoryService(folder, ALL)
+    config = ServeConfig(data=folder, loras={"ink": "/inks/ink.safetensors"}, keys=(Key(name="ann", secret="s" * 20),))
+    headers = {"authorization": "Bearer " + "s" * 20}
+    with served(service, config) as (url, _), httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        yield client, service
+
+
+def picture(width=96, height=64):
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(out, "PNG")
+    return out.getvalue()
+
+
+def clip(frames=13, width=96, height=64, rate=8):
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            shade = np.full((height, width, 3), 10 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def ask(site, path="", **options):
+    client, service = site
+    answer = client.post(f"/v1/videos{path}", **options)
+    assert answer.status_code == 200, answer.text
+    return service.jobs[answer.json()["id"]].job, answer.json()
+
+
+def files(service, job):
+    return sorted(file.name for file in (service.folder(job.id) / "inputs").iterdir())
+
+
+def test_numbers_are_kept_as_they_were_asked_and_as_they_will_be(site):
+    job, shown = ask(site, json={"prompt": "x", "seconds": "3", "size": "64x32", "guidance_scale": 1, "windows": False})
+    assert {**job.ask.request, "seed": 0} == {
+        "prompt": "x", "num_frames": 49, "width": 64, "height": 32, "guidance_scale": 1.0, "windows": False, "seed": 0,
+    }  # fmt: skip
+    expected = {"width": 64, "height": 32, "num_frames": 49, "steps": 8, "fps": 16.0, "guidance_scale": 1.0}
+    assert job.ask.resolved == expected
+    assert (shown["seconds"], shown["size"], shown["steps"]) == ("3", "64x32", 8)
+    json.dumps([job.ask.request, job.ask.resolved])  # as the store keeps them
+
+
+def test_what_is_not_of_the_picture_is_kept_beside_it(site):
+    asked = {"prompt": "x", "quality": 30, "priority": 7, "deadline": "60", "loras": '[{"name": "ink", "scale": 0.5}]'}
+    job, shown = ask(site, files={name: (None, str(value)) for name, value in asked.items()})
+    assert (job.ask.quality, job.ask.priority, job.ask.deadline_s, job.ask.loras) == (30, 0, 60.0, (("ink", 0.5),))
+    assert shown["loras"] == [{"name": "ink", "scale": 0.5}]
+    assert job.ask.key == "ann"
+
+
+def test_every_kind_of_picture_gets_a_name_of_ours(site):
+    _, service = site
+    image, video = ("../../etc/passwd", picture()), ("x\0y", clip())
+    given = [
+        ("prompt", (None, "x")), ("input_reference", image), ("last_image", image), ("control_video", video),
+        ("mask", video), ("references", image), ("references", image),
+        ("control_strength[]", (None, "0.5")), ("control_strength[]", (None, "1")),
+    ]  # fmt: skip
+    job, shown = ask(site, files=given)
+    assert job.ask.request["references"] == ["inputs/reference-0.png", "inputs/reference-1.png"]
+    assert job.ask.request["image"] == "inputs/image.png"
+    assert job.ask.request["control_strength"] == [0.5, 1.0]
+    assert files(service, job) == [
+        "control_video.mp4", "image.png", "last_image.png", "mask.mp4", "reference-0.png", "reference-1.png",
+    ]  # fmt: skip
+    assert shown["inputs"] == ["control_video", "input_reference", "last_image", "mask", "references"]
+    assert (shown["num_frames"], shown["size"]) == (13, "96x64")
+    remixed, _ = ask(site, f"/{job.id}/remix", json={"prompt": "y"})
+    assert remixed.ask.request == {**job.ask.request, "prompt": "y"}
+    assert files(service, remixed) == files(service, job)
+    assert remixed.ask.resolved == job.ask.resolved
+
+
+def test_an_image_decides_the_shape_as_in_the_engine(site):
+    job, shown = ask(site, files={"prompt": (None, "x"), "input_reference": ("a", picture(50, 100))})
+    assert "width" not in job.ask.request
+    assert (shown["width"] % 16, shown["height"] % 16) == (0, 0)
+    assert shown["height"] > 1.5 * shown["width"]
+
+
+def test_edits_follow_their_video(site):
+    video = {"prompt": (None, "x"), "video": ("v", clip())}
+    job, shown = ask(site, "/edits", files=video)
+    assert (job.ask.kind, job.ask.request["video"], job.ask.request["width"]) == ("edit", "inputs/video.mp4", 96)
+    assert (shown["num_frames"], shown["fps"], shown["seconds"]) == (13, 8.0, "1.5")
+    large, shown = ask(site, "/edits", files={**video, "video": ("v", clip(5, 320, 192))})
+    assert "width" not in large.ask.request
+    assert shown["width"] * shown["height"] <= 96 * 64
+    _, shown = ask(site, "/edits", files={**video, "size": (None, "32x32"), "num_frames": (None, "5")})
+    assert (shown["size"], shown["num_frames"]) == ("32x32", 5)
+
+
+def test_extensions_go_on_with_the_size_and_rate_of_their_video(site):
+    video = {"prompt": (None, "x"), "video": ("v", clip()), "seconds": (None, "2")}
+    job, shown = ask(site, "/extensions", files=video)
+    asked = {name: job.ask.request[name] for name in ("width", "height", "fps", "num_frames", "extends")}
+    assert asked == {"width": 96, "height": 64, "fps": 8.0, "num_frames": 17, "extends": "inputs/extends.mp4"}
+    assert (shown["num_frames"], shown["seconds"], shown["kind"]) == (13 + 16, "3.5", "extension")
+    client, _ = site
+    long = {"prompt": (None, "x"), "video": ("v", clip()), "seconds": (None, "1")}
+    assert ask(site, "/edits", files=long)[1]["num_frames"] == 9
+    odd = client.post("/v1/videos/extensions", files={**video, "video": ("v", clip(5, 90, 64))})
+    assert (odd.status_code, odd.json()["error"]["param"]) == (400, "video")
+
+
+def test_pictures_that_change_make_another_request_of_the_same_key(site):
+    client, _ = site
+    headers = {"idempotency-key": "pictures"}
+    request = {"prompt": (None, "x"), "input_reference": ("a", picture())}
+    first = client.post("/v1/videos", files=request, headers=headers).json()
+    assert client.post("/v1/videos", files=request, headers=headers).json()["id"] == first["id"]
+    changed = {**request, "input_reference": ("a", picture(64, 96))}
+    assert client.post("/v1/videos", files=changed, headers=headers).status_code == 409
+
+
+def test_an_unfinished_video_cannot_be_made_from(site):
+    client, service = site
+    job, _ = ask(site, json={"prompt": "x"})
+    body = {"prompt": "y", "video": {"id": job.id}}
+    error = client.post("/v1/videos/edits", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("video_not_ready", "video")
+    service.fail(job.id, "cancelled")
+    assert client.post("/v1/videos/edits", json=body).json()["error"]["code"] == "video_failed"
+    other, _ = ask(site, json={"prompt": "x"})
+    service.complete(other.id, clip())
+    edit, shown = ask(site, "/edits", json={"prompt": "y", "video": {"id": other.id}, "strength": 0.5})
+    assert (shown["source_video_id"], edit.ask.request["strength"]) == (other.id, 0.5)
+    (service.folder(other.id) / "video-1.mp4").unlink()
+    gone = client.post("/v1/videos/edits", json={"prompt": "y", "video": {"id": other.id}})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "video_expired")
