@@ -33,6 +33,7 @@ class BodyReader:
             stream = request.stream()
             async for chunk in self._chunks(stream):
                 if taken + len(chunk) > self.limit:
+                    chunks.clear()
                     await self._refuse(stream)
                 if self.held + len(chunk) > self.limit * _AT_ONCE:
                     raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
