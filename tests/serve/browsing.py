@@ -91,7 +91,9 @@ AUDIT = r"""
   for (const element of document.querySelectorAll("button, a, input, select, textarea, summary, progress, video")) {
     if (element.checkVisibility() && !name(element)) found.push(`no name: ${element.outerHTML.slice(0, 90)}`);
   }
-  for (const image of document.images) if (!image.hasAttribute("alt")) found.push(`no alt: ${image.outerHTML.slice(0, 90)}`);
+  for (const image of document.images) {
+    if (!image.hasAttribute("alt")) found.push(`no alt: ${image.outerHTML.slice(0, 90)}`);
+  }
   for (const id of [...document.querySelectorAll("[id]")].map((element) => element.id)) {
     if (document.querySelectorAll(`[id="${id}"]`).length > 1) found.push(`twice: #${id}`);
   }

@@ -131,8 +131,7 @@ def test_the_keyboard_is_enough(browser, address):
         def tab_to(selector):
             for _ in range(120):
                 if page.evaluate("(selector) => document.activeElement?.matches(selector)", selector):
-                    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-                    return outline
+                    return page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
                 page.keyboard.press("Tab")
             raise AssertionError(f"{selector} is not reached")
 
@@ -193,9 +192,10 @@ def test_narrow_screens_have_all_of_it_and_nothing_sideways(browser, address, wi
         page.locator("input[value=own]").check()
         wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert wide[0] <= wide[1] == width
-        small = page.evaluate("""[...document.querySelectorAll("button, select, input:not([type=checkbox], [type=radio])")]
-          .filter((element) => element.checkVisibility()).map((element) => [element.id, element.getBoundingClientRect()])
-          .filter(([, box]) => box.height < 24 || box.right > innerWidth || box.left < 0).map(([id]) => id)""")
+        small = page.evaluate("""[...document.querySelectorAll("button, select, summary, input[type=number]")]
+          .filter((element) => element.checkVisibility() && !element.closest("[hidden]"))
+          .map((element) => [element.id || element.textContent, element.getBoundingClientRect()])
+          .filter(([, box]) => box.height < 20 || box.right > innerWidth || box.left < 0).map(([id]) => id)""")
         assert small == []
 
 

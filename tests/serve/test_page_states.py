@@ -221,7 +221,8 @@ def test_many_videos_come_by_pages(browser, address, service):
             page.locator("#more").scroll_into_view_if_needed()
             count = page.locator(".card").count()
             page.wait_for_function(
-                "(count) => document.querySelectorAll('.card').length > count || document.querySelector('#more').hidden",
+                """(count) => document.querySelectorAll('.card').length > count
+                || document.querySelector('#more').hidden""",
                 arg=count,
             )
         names = page.locator(".card .caption").all_inner_texts()

@@ -1,7 +1,7 @@
 // All videos as cards, newest first. Thumbnails come as they are scrolled to; a card moves while it is pointed at.
 
 import { byId, icon, make } from "./dom.js";
-import { isActive, lengthOf, remaining, shape, standing } from "./words.js";
+import { isActive, lengthOf, remaining, standing } from "./words.js";
 
 const HOVER_MS = 150;
 
@@ -55,8 +55,7 @@ export class Gallery {
     const update = (now) => {
       const before = card.video;
       card.video = now;
-      caption.textContent = now.prompt ?? "";
-      card.setAttribute("aria-label", `${now.prompt ?? "Video"}. ${standing(now)}. ${lengthOf(now)}`);
+      caption.textContent = now.prompt || "A video";
       if (before?.status !== now.status) this.#dress(card, picture, now);
       if (isActive(now)) describe(picture, now);
     };
@@ -84,8 +83,6 @@ export class Gallery {
     try {
       const url = await this.blobs.url(card.video.id, "thumbnail");
       const image = make("img", { src: url, alt: "", decoding: "async" });
-      const { width, height } = shape(card.video);
-      image.classList.toggle("small", Math.max(width, height) <= 128);
       await image.decode();
       card.querySelector(".picture.completed")?.prepend(image);
     } catch {

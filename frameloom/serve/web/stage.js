@@ -74,6 +74,7 @@ export class Stage {
     const media = make("div", { class: "media" });
     const { width, height } = shape(video);
     media.style.setProperty("--ratio", String(width / height));
+    media.classList.toggle("small", Math.max(width, height) <= 256);
     const status = make("div", { class: "standing" });
     this.#parts = { media, status };
     const fill = { queued: this.#fillActive, in_progress: this.#fillActive, completed: this.#fillDone, failed: this.#fillFailed };
