@@ -21,6 +21,7 @@ from frameloom.serve.parameters import missing, read_parameters
 from frameloom.serve.schemas import Video, VideoDeleted, VideoPage
 from frameloom.serve.service import Standing
 from frameloom.serve.site import Caller, OfSite, Site
+from frameloom.serve.weighing import work_of
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -178,7 +179,7 @@ async def _accepted(
         priority=min(found.get("priority", 0), caller.priority),
         deadline_s=found.get("deadline"),
         source=collected.source,
-        work_s=site.service.work_s({**order.request, **order.work}),
+        work_s=await work_of(order, found, site),
         resolved=order.resolved,
     )
     return _shown(await site.service.accept(site.service.new_id(), ask, collected.files, once), site)

@@ -33,6 +33,7 @@ class MemoryService:
         self.jobs: dict[str, Standing] = {}
         self.repeats: dict[tuple[str, str], tuple[str, str]] = {}
         self.refusal: RefusedError | None = None
+        self.planned: Foreseen | None = None
         self.is_ready, self.trouble = True, ""
         self.changed = asyncio.Event()
 
@@ -88,6 +89,8 @@ class MemoryService:
                 await asyncio.sleep(0.01)
 
     async def foresee(self, request):
+        if self.planned is not None:
+            return self.planned
         return Foreseen(number=1, seconds=2.5, memory_bytes=10**9, resolved={"steps": request.get("steps", 8)})
 
     def work_s(self, request):

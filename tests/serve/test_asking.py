@@ -12,6 +12,7 @@ from memory_service import CARD, MemoryService, served
 from PIL import Image
 
 from frameloom.serve.config import Key, ServeConfig
+from frameloom.wire import Foreseen
 
 ALL = msgspec.structs.replace(CARD, takes=("image", "last_image", "video", "control_video", "mask", "references"))
 
@@ -64,6 +65,24 @@ def test_numbers_are_kept_as_they_were_asked_and_as_they_will_be(site):
     assert job.ask.resolved == expected
     assert (shown["seconds"], shown["size"], shown["steps"]) == ("3", "64x32", 8)
     json.dumps([job.ask.request, job.ask.resolved])  # as the store keeps them
+
+
+def test_large_requests_are_planned_before_they_are_kept(site):
+    client, service = site
+    large = {"prompt": "x", "size": "96x96"}
+    assert ask(site, json=large)[0].ask.work_s == 2.5  # as the planner says, and of a usual one as was learned
+    assert ask(site, json={"prompt": "x"})[0].ask.work_s == 1.0
+    service.planned = Foreseen(number=1, refusal="it takes 9 GB and there are 4; ask for 64x64")
+    try:
+        answer = client.post("/v1/videos", json=large)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "size"
+        assert answer.json()["error"]["message"] == service.planned.refusal
+        assert ask(site, json={"prompt": "x"})[0].ask.work_s == 1.0
+        service.planned = Foreseen(number=1)  # too many were asked at once: nothing is known
+        assert ask(site, json=large)[0].ask.work_s == 1.0
+    finally:
+        service.planned = None
 
 
 def test_what_is_not_of_the_picture_is_kept_beside_it(site):
