@@ -103,6 +103,8 @@ class Process:
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
             )
+        if self._killed_for:  # while it was being started
+            self._kill()
         reader, self._writer = await asyncio.open_connection(sock=ours)
         beside = [asyncio.create_task(self._watch()), asyncio.create_task(self._read_log(process))]
         try:
