@@ -76,7 +76,8 @@ class Attempt:
         """Remove what an attempt has left in its folder, unless it is whole."""
         folder = Path(self.order.output).parent
         for path in (self.order.output, self.order.thumbnail, self.order.sheet):
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that is broken the server hears without this
+                Path(path).unlink(missing_ok=True)
         sweep(folder)
 
     def _options(self) -> dict[str, Any]:
@@ -205,7 +206,8 @@ def sweep(folder: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _put_aside(folder: Path) -> None:

@@ -13,6 +13,7 @@ from frameloom.engine.forecast import Forecast
 from frameloom.engine.line import Line
 from frameloom.engine.plan import Place, planner_for
 from frameloom.errors import FrameloomError, InputError
+from frameloom.parallel.heart import is_lost
 from frameloom.settings import LOGGER_NAME, launched
 from frameloom.wire import Cancelled, Card, Done, Failed, Foresee, Foreseen, Ready, Run, Setup, Unable
 
@@ -80,8 +81,8 @@ class _Worker:
         except CancelledError:
             told = Cancelled(job=order.job, fence=order.fence)
         except Exception as error:
-            if not self._is_first:
-                raise
+            if not self._is_first or (self._engine.team is not None and is_lost(error)):
+                raise  # what the rank that is lost died of, who started it will say
             level = logging.INFO if isinstance(error, InputError) else logging.WARNING
             log.log(level, "the attempt failed: %s", error, exc_info=not isinstance(error, FrameloomError))
             told = failed(order, error)

@@ -52,12 +52,14 @@ def _work(setup: Setup, line: Line, place: Launched | None, heart: Heart | None)
         work = importlib.import_module("frameloom.engine.orders").work  # torch comes with it
         code = work(setup, line)
     except Exception as error:
-        if place is None or place.rank == 0 or heart is None:
+        lost, is_first = is_lost(error), place is None or place.rank == 0
+        if is_first and not lost:
             log.error("the worker ends with %s: %s", type(error).__name__, error, exc_info=True)
-        else:
-            time.sleep(_LAST_WORDS_S)
+        if heart is not None:
+            time.sleep(0 if is_first else _LAST_WORDS_S)
             said = next(iter(str(error).splitlines()), "") or type(error).__name__
-            heart.tell(Ending(code=1, message=said, trace=traceback.format_exc(), lost=is_lost(error)))
+            trace = "" if lost or is_first else traceback.format_exc()
+            heart.tell(Ending(code=1, message=said, trace=trace, lost=lost))
     sys.stderr.flush()
     os._exit(code)
 

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frameloom import wire
@@ -18,6 +18,7 @@ MESSAGES = (
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a machine that is busy
 @given(st.lists(st.sampled_from(MESSAGES), max_size=8), st.data())
 def test_messages_arrive_whole_in_whatever_pieces(messages, data):
     stream = b"".join(map(wire.frame, messages))

@@ -17,6 +17,7 @@ from attempts import REQUEST, order_in, until, workshop
 from PIL import Image
 
 import frameloom
+from frameloom.engine import jobs
 from frameloom.pipeline.media import Video, read_frames
 from frameloom.serve.workers import Died
 from frameloom.types import EngineConfig
@@ -170,38 +171,45 @@ def test_a_video_that_was_finished_but_not_told_of_is_not_made_again(shop, alone
     assert "denoise" in stages
 
 
-def half_done(shop, folder):
-    strike(shop, order_in(folder, request=LONG))
+def left_by_one_that_was_cancelled(shop, folder):
+    """What an attempt has left that had just begun."""
+    order = order_in(folder)
+    told = shop.run(order, lambda _: shop.first.cancel(order.job, order.fence))
+    assert isinstance(told, Cancelled)
     return folder / "journal"
 
 
 def test_a_journal_that_does_not_fit_costs_time_and_not_the_job(shop, alone, tmp_path, caplog):
-    journal = half_done(shop, tmp_path / "first")
+    journal = left_by_one_that_was_cancelled(shop, tmp_path / "first")
     for name in ("damaged", "empty", "facts"):
         shutil.copytree(journal, tmp_path / name / "journal")
     (tmp_path / "damaged" / "journal" / "job.json").write_text("{}")
     (tmp_path / "empty" / "journal" / "job.json").unlink()
     described = tmp_path / "facts" / "journal" / "job.json"
-    described.write_text(described.read_text().replace('"torch": "', '"torch": "0.'))
-    for name in ("damaged", "empty", "facts"):
-        order = order_in(tmp_path / name, fence=2, request=LONG)
+    told = json.loads(described.read_text())
+    told["origin"]["facts"]["torch"] = "0.1"
+    del told["format"], told["sha256"]
+    described.write_text(json.dumps({"format": jobs.FORMAT, "sha256": jobs.digest_of(told), **told}))
+    why = {"damaged": "cannot be read", "empty": "it had hardly begun", "facts": "torch was 0.1"}
+    for name, said in why.items():
+        order = order_in(tmp_path / name, fence=2)
         with caplog.at_level("WARNING", "frameloom"):
-            check_done(shop.run(order), order, alone["long"])
+            check_done(shop.run(order), order, alone["short"])
         assert "is put aside, and the video is made from its start" in caplog.text
+        assert said in caplog.text
         caplog.clear()
-    order = order_in(tmp_path / "first", fence=2, request=LONG, quality=20)
-    told = shop.run(order)
+    told = shop.run(order_in(tmp_path / "first", fence=2, quality=20))
     assert isinstance(told, Done)
-    assert told.sha256 != alone["long"]
+    assert told.sha256 != alone["short"]
     assert "it was asked for with other options" in caplog.text
 
 
 def test_a_journal_that_a_stopped_process_holds_is_put_aside(shop, alone, tmp_path):
-    journal = half_done(shop, tmp_path / "job")
+    journal = left_by_one_that_was_cancelled(shop, tmp_path / "job")
     with (journal / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        order = order_in(tmp_path / "job", fence=2, request=LONG)
-        check_done(shop.run(order), order, alone["long"])
+        order = order_in(tmp_path / "job", fence=2)
+        check_done(shop.run(order), order, alone["short"])
     assert names_in(tmp_path / "job") >= {"video-2.mp4", "journal"}
 
 
