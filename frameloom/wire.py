@@ -146,13 +146,14 @@ class Done(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """An attempt has failed. `again`: another attempt may do better."""
+    """An attempt has failed. `again`: another attempt may do better. `ends`: this worker cannot make it, it ends."""
 
     job: str
     fence: int
     code: Code
     message: str
     again: bool = False
+    ends: bool = False
 
 
 class Cancelled(Message, frozen=True, kw_only=True):

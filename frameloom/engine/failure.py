@@ -16,20 +16,20 @@ _FULL: Final = "the server has no room left on its disk; ask again later"
 _OURS: Final = "the video could not be made, through no fault of the request; the server's log says why"
 
 
-def failed(order: Run, error: BaseException) -> Failed:
-    """What is told of an attempt that ended with an error."""
+def failed(order: Run, error: BaseException, *, ends: bool = False) -> Failed:
+    """What is told of an attempt that ended with an error, by a worker that `ends` with it."""
     chain = list(_chain(error))
     said = next((one for one in reversed(chain) if isinstance(one, FrameloomError)), error)
     if any(is_memory_error(one) or getattr(one, "errno", None) == errno.ENOMEM for one in chain):
         hint = str(said) if isinstance(said, FrameloomError) else "there is not enough memory for this video"
         asks = "" if "ask for" in hint else "; ask for a smaller or a shorter video"
-        return Failed(job=order.job, fence=order.fence, code="out_of_memory", message=f"{hint}{asks}")
+        return Failed(job=order.job, fence=order.fence, ends=ends, code="out_of_memory", message=f"{hint}{asks}")
     if any(getattr(one, "errno", None) in _NO_ROOM for one in chain):
-        return Failed(job=order.job, fence=order.fence, code="insufficient_storage", message=_FULL)
+        return Failed(job=order.job, fence=order.fence, ends=ends, code="insufficient_storage", message=_FULL)
     if isinstance(said, InputError) and not isinstance(said, OutputError | CheckpointError):
         message = without_paths(str(said), order)
-        return Failed(job=order.job, fence=order.fence, code="invalid_request", message=message)
-    return Failed(job=order.job, fence=order.fence, code="internal_error", message=_OURS, again=True)
+        return Failed(job=order.job, fence=order.fence, ends=ends, code="invalid_request", message=message)
+    return Failed(job=order.job, fence=order.fence, ends=ends, code="internal_error", message=_OURS, again=True)
 
 
 def without_paths(text: str, order: Run) -> str:

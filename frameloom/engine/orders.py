@@ -85,7 +85,8 @@ class _Worker:
                 raise  # what the rank that is lost died of, who started it will say
             level = logging.INFO if isinstance(error, InputError) else logging.WARNING
             log.log(level, "the attempt failed: %s", error, exc_info=not isinstance(error, FrameloomError))
-            told = failed(order, error)
+            # Nobody knows where the other ranks stand after an error that the first one has had.
+            told = failed(order, error, ends=self._engine.team is not None)
         if told is None or not self._is_first:
             return True
         if not isinstance(told, Done):
@@ -94,8 +95,7 @@ class _Worker:
         self._line.tell(told)
         if isinstance(told, Done) and self._forecast is not None and order.extends is None:
             self._forecast.learn(order.request, told.made)
-        # Nobody knows where the other ranks stand after an error that the first one has had.
-        return self._engine.team is None or not isinstance(told, Failed)
+        return not (isinstance(told, Failed) and told.ends)
 
     def _foresee(self, message: Foresee) -> None:
         if self._forecast is None:

@@ -197,7 +197,8 @@ class Process:
         attempt, self._attempt = self._attempt, None
         if attempt is not None and not attempt.over.done():
             attempt.over.set_result(outcome)
-        self._become("dead" if isinstance(outcome, Died) else "idle")
+        ends = isinstance(outcome, Died) or (isinstance(outcome, Failed) and outcome.ends)
+        self._become("dead" if ends else "idle")
 
     def _end(self, reason: str) -> None:
         for answer in self._foreseen.values():

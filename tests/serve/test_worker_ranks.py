@@ -90,7 +90,7 @@ def test_an_output_that_cannot_be_written_fails_the_attempt_and_the_ranks_are_st
     (folder / "video-1.mp4").mkdir()
     told = shop.run(order)
     assert isinstance(told, Failed)
-    assert (told.code, told.again) == ("internal_error", True)
+    assert (told.code, told.again, told.ends) == ("internal_error", True, True)
     assert str(tmp_path) not in told.message
     (folder / "video-1.mp4").rmdir()
     assert isinstance(shop.run(order_in(folder, fence=2)), Done)
