@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from typing import Any, Final
 
 import h11
@@ -48,7 +49,7 @@ class PatientProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, or a head that is too long, and close."""
         body = _error_body(f"{msg} A head is at most {HEAD_BYTES} bytes.", "invalid_request_error", "invalid_http")
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers = _headers(body)
         head = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=STATUS_PHRASES[400])
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
@@ -71,14 +72,17 @@ class PatientProtocol(H11Protocol):
 async def _overrun(scope: Any, receive: Any, send: Any) -> None:
     """Answer that there are too many connections."""
     body = _error_body(f"{CONNECTIONS} connections are open; come again in a moment", "server_error", "overloaded")
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"retry-after", b"5"),
-        (b"connection", b"close"),
-    ]
+    headers = [*_headers(body), (b"retry-after", b"5"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+    ]
 
 
 def _error_body(message: str, kind: str, code: str) -> bytes:

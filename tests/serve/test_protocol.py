@@ -90,6 +90,7 @@ def test_what_is_no_http_is_told_in_the_shape_of_all_errors(port, sent):
     assert (status, headers["content-type"], headers["connection"]) == (400, "application/json", "close")
     error = json.loads(body)["error"]
     assert error["code"] == "invalid_http"
+    assert headers["x-request-id"].startswith("req_")
     assert error.keys() == {"message", "type", "param", "code"}
 
 
