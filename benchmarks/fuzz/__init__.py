@@ -1,0 +1,1 @@
+"""What is sent to a server besides what its document allows."""

@@ -1,0 +1,18 @@
+"""A short run of the strikes of benchmarks/server_chaos.py; a thousand and more are made by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/server_chaos.py"
+
+
+def test_nothing_acknowledged_is_lost_when_server_and_workers_are_killed(tmp_path):
+    words = [sys.executable, SCRIPT, "--moments", "10", "--seed", "8", "--keep", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.stdout, done.stderr
+    told = json.loads(done.stdout)
+    assert not told["broken"], done.stdout
+    assert told["moments"] >= 10, told
+    assert told["videos checked"] > 0, told
