@@ -24,7 +24,7 @@ LAYERS = (
     ("attention",),
     ("ops",),
     ("platform",),
-    ("config", "lock", "request", "settings", "wire"),
+    ("config", "lock", "parent", "request", "settings", "wire"),
     ("types", "errors"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -42,7 +42,7 @@ OWNERS = {
     "uvicorn": ("serve/",),
     "python_multipart": ("serve/",),
     "prometheus_client": ("serve/",),
-    "sqlite3": ("serve/sqlite.py",),
+    "sqlite3": ("serve/jobs/sqlite.py",),
     "msgspec": ("wire.py", "serve/"),
     "pickle": (),
     "av": ("pipeline/",),
@@ -51,7 +51,8 @@ OWNERS = {
     "huggingface_hub": ("weights/", "models/clip.py"),
 }
 TORCH_FREE = (
-    "serve", "types", "config", "errors", "lock", "request", "settings", "wire", "cli", "__init__", "__main__",
+    "serve", "types", "config", "errors", "lock", "parent", "request", "settings", "wire", "cli", "__init__",
+    "__main__",
 )  # fmt: skip
 # Files of other rooms that a torch-free process reads: where to write, what the built-in model knows, how ranks start.
 TORCH_FREE_FILES = (
@@ -62,9 +63,10 @@ TORCH_FREE_FILES = (
     "shapes/advice.py",
     "shapes/world.py",
     "engine/jobs.py",
-    "engine/line.py",
-    "engine/worker.py",
-    "engine/worker_log.py",
+    "engine/worker/__init__.py",
+    "engine/worker/__main__.py",
+    "engine/worker/line.py",
+    "engine/worker/log.py",
     "parallel/__init__.py",
     "parallel/heart.py",
     "parallel/launch.py",

@@ -6,20 +6,19 @@ others when their exchange times out.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Final, Self
 
+from frameloom.parent import when_parent_dies
+
 BEAT_S: Final = 0.5
 TIDY_S: Final = 2.0  # a rank that lost its launcher may use these to remove what it had begun to write
-_PR_SET_PDEATHSIG: Final = 1
 _MAX_TRACE: Final = 20_000  # characters; a pipe holds 65,536 bytes, and the end must never wait for a reader
 
 # How torch says that another rank is gone: class names, as its module may not be imported here, and words of gloo's.
@@ -105,9 +104,3 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, ConnectionError) or type(error).__name__ in _LOST_KINDS:
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_WORDS)
-
-
-def when_parent_dies(number: signal.Signals) -> None:
-    """Get a signal when the parent dies, where the kernel can do that; elsewhere the broken pipe has to do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -9,6 +9,7 @@ upright RGB. The object holds width, height, num_frames and fps, or `error`: one
 import io
 import json
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import av
 from PIL import Image, UnidentifiedImageError
 
 from frameloom.errors import InputError
+from frameloom.parent import when_parent_dies
 from frameloom.pipeline.images import MAX_ASPECT, image_of
 
 _CONTAINERS: Final[Mapping[str, str]] = {"mp4": "mp4", "webm": "matroska", "gif": "gif"}
@@ -118,6 +120,7 @@ def _limit(limits: Mapping[str, Any]) -> None:
 
 def main(kind: str, told: str) -> None:
     """Examine what comes on standard input."""
+    when_parent_dies(signal.SIGKILL)
     limits = json.loads(told)
     _limit(limits)
     data, picture = sys.stdin.buffer.read(), b""

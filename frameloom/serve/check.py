@@ -20,8 +20,8 @@ from frameloom.errors import RequestError
 from frameloom.lock import holder_of, is_held
 from frameloom.serve.config import ServeConfig
 from frameloom.serve.door import address_of, open_door, refuse_strangers
-from frameloom.serve.jobs import StoreError
-from frameloom.serve.sqlite import SqliteStore
+from frameloom.serve.jobs.job import StoreError
+from frameloom.serve.jobs.sqlite import SqliteStore
 
 _PATIENCE_S: Final = 300.0
 _COUNT: Final = """

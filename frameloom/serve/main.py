@@ -14,16 +14,16 @@ from typing import Any, Final
 import uvicorn
 
 from frameloom.errors import FrameloomError, RequestError
-from frameloom.serve.app import make_app
+from frameloom.serve.api.app import make_app
+from frameloom.serve.api.site import Site
 from frameloom.serve.config import ServeConfig
-from frameloom.serve.core import Core
 from frameloom.serve.door import address_of, is_loopback
-from frameloom.serve.folder import DataFolderError
+from frameloom.serve.jobs.core import Core
+from frameloom.serve.jobs.folder import DataFolderError
 from frameloom.serve.keys import read_keys
 from frameloom.serve.metrics import Metrics
-from frameloom.serve.pool import Pool
 from frameloom.serve.protocol import CONNECTIONS, HEAD_BYTES, KEEP_ALIVE_S, PatientProtocol
-from frameloom.serve.site import Site
+from frameloom.serve.workers.pool import Pool
 from frameloom.settings import LOGGER_NAME
 
 _LOG: Final = logging.getLogger(LOGGER_NAME)

@@ -13,7 +13,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from frameloom.serve.jobs import Job
+from frameloom.serve.jobs.job import Job
 from frameloom.types import Stage
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from frameloom.serve.jobs import Ask, Job, Repeat
+from frameloom.serve.jobs.job import Ask, Job, Repeat
 from frameloom.types import Stage
 from frameloom.wire import Card, Foreseen
 

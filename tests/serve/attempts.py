@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from frameloom.serve.config import ServeConfig
-from frameloom.serve.pool import Pauses, Pool, PoolWorker
-from frameloom.serve.workers import Outcome
+from frameloom.serve.workers.pool import Pauses, Pool, PoolWorker
+from frameloom.serve.workers.worker import Outcome
 from frameloom.wire import Foreseen, News, Run
 
 REQUEST = {"prompt": "a red circle moving left", "num_frames": 9, "steps": 4, "seed": 5}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import uvicorn
 
-from frameloom.serve.app import make_app
+from frameloom.serve.api.app import make_app
 from frameloom.serve.config import ServeConfig
-from frameloom.serve.jobs import Job, JobError, Result
+from frameloom.serve.jobs.job import Job, JobError, Result
 from frameloom.serve.service import RefusedError, Standing
 from frameloom.wire import Card, Foreseen
 

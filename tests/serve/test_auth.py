@@ -4,9 +4,9 @@ import httpx2 as httpx
 import pytest
 from memory_service import MemoryService, served
 
-from frameloom.serve.auth import EVERYBODY, Doorkeeper
+from frameloom.serve.api.auth import EVERYBODY, Doorkeeper
+from frameloom.serve.api.errors import ApiError
 from frameloom.serve.config import Key, ServeConfig
-from frameloom.serve.errors import ApiError
 
 KEYS = (Key(name="ann", secret="ann-secret-1234567", priority=5), Key(name="ben", secret="bén-secret-7654321"))
 
@@ -86,7 +86,7 @@ def test_all_keys_are_compared_whichever_it_is(monkeypatch):
         compared.append(one)
         return one == other
 
-    monkeypatch.setattr("frameloom.serve.auth.hmac.compare_digest", compare)
+    monkeypatch.setattr("frameloom.serve.api.auth.hmac.compare_digest", compare)
     door = Doorkeeper(KEYS)
     assert door.caller(f"Bearer {KEYS[0].secret}").name == "ann"
     with pytest.raises(ApiError):

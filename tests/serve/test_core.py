@@ -10,9 +10,9 @@ import pytest
 from toy_workers import CARD, ToyWorkers
 
 from frameloom.serve.config import Keeping, Key, Limits, Patience, ServeConfig
-from frameloom.serve.core import Core
-from frameloom.serve.folder import DataFolderError
-from frameloom.serve.jobs import Ask, Repeat
+from frameloom.serve.jobs.core import Core
+from frameloom.serve.jobs.folder import DataFolderError
+from frameloom.serve.jobs.job import Ask, Repeat
 from frameloom.serve.service import RefusedError
 
 LONG_S = 60.0
@@ -186,7 +186,7 @@ def test_a_cancelled_job_that_waits_never_starts_and_one_that_runs_stops(data):
 
 
 def test_a_worker_that_does_not_stop_is_killed(data, monkeypatch):
-    monkeypatch.setattr("frameloom.serve.dispatch._CANCEL_S", 0.3)
+    monkeypatch.setattr("frameloom.serve.jobs.dispatch._CANCEL_S", 0.3)
 
     async def story():
         async with Server(data) as server:

@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 from frameloom.serve.config import Keeping, Patience, ServeConfig
-from frameloom.serve.core import Core
-from frameloom.serve.jobs import Ask, Job
-from frameloom.serve.pool import Pool
+from frameloom.serve.jobs.core import Core
+from frameloom.serve.jobs.job import Ask, Job
+from frameloom.serve.workers.pool import Pool
 from frameloom.types import EngineConfig
 
 LONG_S = 240.0

@@ -10,10 +10,10 @@ import httpx2 as httpx
 import pytest
 from memory_service import CARD, MemoryService, served
 
-from frameloom.serve.body import BodyReader
+from frameloom.serve.api.body import BodyReader
+from frameloom.serve.api.schemas import ErrorAnswer
 from frameloom.serve.config import Limits, ServeConfig
-from frameloom.serve.jobs import StoreError
-from frameloom.serve.schemas import ErrorAnswer
+from frameloom.serve.jobs.job import StoreError
 from frameloom.serve.service import RefusedError
 
 LIMITS = Limits(body_bytes=200_000, prompt_chars=50, steps=20, pixels_frames=640 * 480 * 81)
@@ -201,7 +201,7 @@ def test_readiness_and_the_model_before_it_is_known(site, monkeypatch):
     service.card = None
     assert client.get("/v1/models").json()["data"][0]["defaults"] is None
     assert client.post("/v1/videos", json={"prompt": "x"}).json()["size"] == "auto"
-    monkeypatch.setattr("frameloom.serve.videos._CARD_S", 0.01)
+    monkeypatch.setattr("frameloom.serve.api.videos._CARD_S", 0.01)
     assert told(client.post("/v1/videos", json={"prompt": "x", "seconds": "4"}), 503).code == "starting"
     assert told(client.get("/v1/estimate?seconds=4"), 503).code == "starting"
 

@@ -7,7 +7,7 @@ import httpx2 as httpx
 import pytest
 from memory_service import MemoryService, served
 
-from frameloom.serve import events
+from frameloom.serve.api import events
 from frameloom.serve.config import ServeConfig
 
 

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from frameloom.serve.errors import ApiError
-from frameloom.serve.fetch import Fetcher, is_public
+from frameloom.serve.api.errors import ApiError
+from frameloom.serve.api.fetch import Fetcher, is_public
 
 
 class Listener:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frameloom.serve.errors import ApiError
-from frameloom.serve.forms import MAX_PARTS, MAX_VALUES, Upload, fields_of
-from frameloom.serve.parameters import PARAMETERS, TAKEN, read_parameters
+from frameloom.serve.api.errors import ApiError
+from frameloom.serve.api.forms import MAX_PARTS, MAX_VALUES, Upload, fields_of
+from frameloom.serve.api.parameters import PARAMETERS, TAKEN, read_parameters
 
 BOUNDARY = "3d2f"
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from frameloom.serve.api.errors import ApiError
+from frameloom.serve.api.inputs import Examiner, bytes_of_data_url, sniff
 from frameloom.serve.config import Limits
-from frameloom.serve.errors import ApiError
-from frameloom.serve.inputs import Examiner, bytes_of_data_url, sniff
 
 LIMITS = Limits(image_pixels=1_000_000, video_frames=12)
 
@@ -150,10 +150,10 @@ def test_videos_with_too_many_frames_or_pixels_are_refused():
 
 
 def test_what_makes_the_reader_run_out_of_its_limits_costs_one_sentence(monkeypatch):
-    monkeypatch.setattr("frameloom.serve.inputs.CPU_S", 0)
+    monkeypatch.setattr("frameloom.serve.api.inputs.CPU_S", 0)
     assert "within the limits" in refusal(image, encoded(gradient(), "PNG"))
     monkeypatch.undo()
-    monkeypatch.setattr("frameloom.serve.inputs._WALL_S", 0.001)
+    monkeypatch.setattr("frameloom.serve.api.inputs._WALL_S", 0.001)
     assert "within the limits" in refusal(image, encoded(gradient(), "PNG"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from frameloom.serve.jobs import Ask, Job, JobError
+from frameloom.serve.jobs.job import Ask, Job, JobError
 from frameloom.serve.logs import TALK
 from frameloom.serve.metrics import Metrics
 from frameloom.serve.observe import Observed

@@ -8,7 +8,7 @@ from memory_service import MemoryService, served
 from PIL import Image
 
 from frameloom.serve.config import Key, ServeConfig
-from frameloom.serve.jobs import JobError
+from frameloom.serve.jobs.job import JobError
 from frameloom.serve.service import RefusedError
 
 SECRET = "a-secret-of-alice-0123456789"

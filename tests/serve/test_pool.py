@@ -13,8 +13,8 @@ from attempts import children, is_alive, order_in, until, workshop
 
 from frameloom import wire
 from frameloom.serve.config import Patience
-from frameloom.serve.pool import Pauses
-from frameloom.serve.workers import Died
+from frameloom.serve.workers.pool import Pauses
+from frameloom.serve.workers.worker import Died
 from frameloom.types import EngineConfig
 from frameloom.wire import Cancelled, Done, Failed, News
 
@@ -230,7 +230,7 @@ SERVER = """
 import asyncio, sys
 from pathlib import Path
 from frameloom.serve.config import ServeConfig
-from frameloom.serve.pool import Pool
+from frameloom.serve.workers.pool import Pool
 from frameloom.types import EngineConfig
 
 async def main():

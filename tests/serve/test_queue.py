@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from toy_workers import CARD
 
 from frameloom.serve.config import Limits
-from frameloom.serve.jobs import Ask, Job
-from frameloom.serve.queue import Bounds, WaitingLine
+from frameloom.serve.jobs.job import Ask, Job
+from frameloom.serve.jobs.line import Bounds, WaitingLine
+from frameloom.serve.jobs.speed import Speed, progress_of, units_of
 from frameloom.serve.service import RefusedError
-from frameloom.serve.speed import Speed, progress_of, units_of
 
 ASKS = st.lists(
     st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.floats(0.0, 500.0, allow_nan=False)), max_size=30

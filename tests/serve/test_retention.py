@@ -10,11 +10,11 @@ from test_core import LONG_S, Server, until
 from test_store import ERROR, RESULT, Clock, job
 
 from frameloom.serve.config import Keeping
-from frameloom.serve.folder import DataFolder, DataFolderError
-from frameloom.serve.keeper import Keeper
-from frameloom.serve.retention import FRESH_S, Retention
+from frameloom.serve.jobs.folder import DataFolder, DataFolderError
+from frameloom.serve.jobs.keeper import Keeper
+from frameloom.serve.jobs.retention import FRESH_S, Retention
+from frameloom.serve.jobs.sqlite import SqliteStore
 from frameloom.serve.service import RefusedError
-from frameloom.serve.sqlite import SqliteStore
 
 DAY_S = 86_400.0
 
@@ -126,7 +126,7 @@ def test_whatever_the_clock_does_no_job_that_has_not_ended_goes(tmp_path, seed):
 
 
 def test_the_server_sweeps_and_refuses_what_no_quota_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr("frameloom.serve.core._SWEEP_S", 0.05)
+    monkeypatch.setattr("frameloom.serve.jobs.core._SWEEP_S", 0.05)
     clock = Clock(1e9)
 
     async def story():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from frameloom.serve.schemas import Estimate, LoraList, ModelList, Video, VideoDeleted, VideoPage
+from frameloom.serve.api.schemas import Estimate, LoraList, ModelList, Video, VideoDeleted, VideoPage
 
 SMALL = {"prompt": "a red circle", "size": "64x64", "num_frames": 5, "steps": 2, "seed": 7}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from frameloom.serve.jobs import Ask, Job, JobError, Repeat, RepeatError, Result, StoreError
-from frameloom.serve.sqlite import SqliteStore
+from frameloom.serve.jobs.job import Ask, Job, JobError, Repeat, RepeatError, Result, StoreError
+from frameloom.serve.jobs.sqlite import SqliteStore
 
 RESULT = Result(
     video="video-1.mp4", thumbnail="thumbnail-1.jpg", sheet="sheet-1.jpg", num_bytes=1234, sha256="ab" * 32, width=256,
@@ -286,8 +286,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_store import RESULT, job
-from frameloom.serve.jobs import Repeat
-from frameloom.serve.sqlite import SqliteStore
+from frameloom.serve.jobs.job import Repeat
+from frameloom.serve.jobs.sqlite import SqliteStore
 store = SqliteStore(Path(sys.argv[1]))
 base = int(sys.argv[2])
 for number in range(base, base + 100_000):
@@ -371,8 +371,8 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_store import job
-from frameloom.serve.jobs import StoreError
-from frameloom.serve.sqlite import SqliteStore
+from frameloom.serve.jobs.job import StoreError
+from frameloom.serve.jobs.sqlite import SqliteStore
 store = SqliteStore(Path(sys.argv[1]))
 store.add(job("first"), None)
 most = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -19,7 +19,7 @@ from PIL import Image
 import frameloom
 from frameloom.engine import jobs
 from frameloom.pipeline.media import Video, read_frames
-from frameloom.serve.workers import Died
+from frameloom.serve.workers.worker import Died
 from frameloom.types import EngineConfig
 from frameloom.wire import Cancelled, Done, Failed
 

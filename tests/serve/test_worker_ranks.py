@@ -6,7 +6,7 @@ import signal
 import pytest
 from attempts import REQUEST, children, is_alive, order_in, until, workshop
 
-from frameloom.serve.workers import Died
+from frameloom.serve.workers.worker import Died
 from frameloom.types import EngineConfig
 from frameloom.wire import Cancelled, Done, Failed
 

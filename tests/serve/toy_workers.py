@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from frameloom import wire
-from frameloom.serve.workers import Died
+from frameloom.serve.workers.worker import Died
 
 CARD = wire.Card(
     model="toy", defaults={"width": 64, "height": 32, "num_frames": 9, "steps": 4, "fps": 16.0, "guidance_scale": 5.0},

@@ -1,0 +1,1 @@
+"""A worker of the server: an engine that carries out orders, `python -m frameloom.engine.worker`."""

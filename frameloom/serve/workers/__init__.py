@@ -1,0 +1,1 @@
+"""Workers: processes that are started, watched, and started again when they die."""
