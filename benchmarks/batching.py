@@ -7,6 +7,7 @@ what is compared is time, and how far the frames are from those made alone is to
 """
 
 import argparse
+import os
 import statistics
 import time
 from typing import Any
@@ -36,8 +37,9 @@ def main() -> None:
         for name, case in CASES.items():
             for count in (2, 4):
                 record = compare(engine, PROMPTS[:count], case, asked.rounds)
-                low, high = record["low"], record["high"]
-                print(f"{name}, {count}: a batch takes {record['ratio']:.2f} ({low:.2f} to {high:.2f}) of the time")
+                low, high, cpu = record["low"], record["high"], record["cpu_ratio"]
+                print(f"{name}, {count}: a batch takes {record['ratio']:.2f} ({low:.2f} to {high:.2f}) of the time,")
+                print(f"  {cpu:.2f} of the cores' time", flush=True)
                 keep({f"{name}, {count} requests": record}, f"batching-{engine.pipeline.device.type}")
 
 
@@ -51,27 +53,29 @@ def compare(engine: Engine, prompts: list[str], case: dict[str, Any], rounds: in
         return [engine.generate(prompt, seed=1, **case).frames for prompt in prompts]
 
     together, alone = batch(), single()  # both ways have run once before the clock counts
-    pairs = []
+    rows = []
     for index in range(rounds):
         ways = (batch, single) if index % 2 else (single, batch)
-        seconds = {way: timed(way) for way in ways}
-        pairs.append((seconds[batch], seconds[single]))
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
+        spent = {way: timed(way) for way in ways}
+        rows.append((*spent[batch], *spent[single]))
+    ratios = sorted(batch_s / single_s for batch_s, _, single_s, _ in rows)
+    batch_s, batch_cpu_s, single_s, single_cpu_s = map(statistics.median, zip(*rows, strict=True))
     apart = max(float(np.abs(a.astype(int) - b.astype(int)).mean()) for a, b in zip(together, alone, strict=True))
     return {
         "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1], "rounds": rounds,
-        "batch_s": statistics.median(ours for ours, _ in pairs), "single_s": statistics.median(one for _, one in pairs),
+        "cpu_ratio": statistics.median(batch_cpu / single_cpu for _, batch_cpu, _, single_cpu in rows),
+        "batch_s": batch_s, "single_s": single_s, "batch_cpu_s": batch_cpu_s, "single_cpu_s": single_cpu_s,
         "requests": len(prompts), "case": case, "mean_levels_apart": apart,
-        "device": device_name(engine.pipeline.device),
+        "device": device_name(engine.pipeline.device), "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(), "torch": str(torch.__version__), "frameloom": frameloom.__version__,
     }  # fmt: skip
 
 
-def timed(way: Any) -> float:
-    """Seconds of one call."""
-    begun = time.perf_counter()
+def timed(way: Any) -> tuple[float, float]:
+    """Seconds of one call, on the clock and of this process's cores: what else runs here delays the first alone."""
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     way()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.process_time() - begun_cpu
 
 
 if __name__ == "__main__":
