@@ -28,7 +28,8 @@ from frameloom.bench.paired import machine
 LONG = {"prompt": "a red circle rising", "size": "128x128", "num_frames": 81, "steps": 200, "seed": 3}
 SMALL = {"prompt": "a red circle rising", "size": "64x64", "num_frames": 9, "steps": 2, "seed": 3}
 EVERY_S = 1.0  # as the official clients poll
-STARTS, CANCELS = 7, 7
+STARTS, CANCELS, STEPS = 7, 7, 4
+CANCELLED = {"short steps": SMALL | {"size": "96x64", "num_frames": 17, "steps": 200}, "long steps": LONG}
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -101,9 +102,9 @@ def latency(server: Served, clients: int, seconds: float) -> dict[str, Any]:
     return {"clients": clients, "each every s": EVERY_S, "idle, ms": idle, "while a job runs, ms": busy}
 
 
-def running_job(server: Served) -> str:
-    """A long job that is being denoised."""
-    job = str(server.ask("POST", "/v1/videos", LONG).json()["id"])
+def running_job(server: Served, request: dict[str, Any] = LONG) -> str:
+    """A job that is being denoised."""
+    job = str(server.ask("POST", "/v1/videos", request).json()["id"])
     end = time.monotonic() + 120
     while not (told := until(server, job, ("in_progress",))).get("step") and time.monotonic() < end:
         time.sleep(0.01)
@@ -111,13 +112,10 @@ def running_job(server: Served) -> str:
     return job
 
 
-def cancelled(server: Served) -> dict[str, float]:
+def cancelled(server: Served, request: dict[str, Any]) -> dict[str, float]:
     """From a cancel to the end of the job, and to the start of the next one, in seconds and in steps of the job."""
-    job = running_job(server)
-    first, begun = server.ask("GET", f"/v1/videos/{job}").json(), time.monotonic()
-    time.sleep(1.0)
-    second = server.ask("GET", f"/v1/videos/{job}").json()
-    step_s = (time.monotonic() - begun) / max(1, second["step"] - first["step"])
+    job = running_job(server, request)
+    step_s = seconds_per_step(server, job)
     waits = server.ask("POST", "/v1/videos", SMALL).json()["id"]
     begun = time.monotonic()
     server.ask("POST", f"/v1/videos/{job}/cancel")
@@ -128,6 +126,18 @@ def cancelled(server: Served) -> dict[str, float]:
     until(server, waits, ("completed",))
     done_s = time.monotonic() - begun
     return {"step_s": step_s, "idle_s": idle_s, "steps": idle_s / step_s, "next_s": next_s, "next_done_s": done_s}
+
+
+def seconds_per_step(server: Served, job: str) -> float:
+    """Of a running job, over some steps."""
+    told: list[tuple[int, float]] = []
+    while not told or told[-1][0] < told[0][0] + STEPS:
+        step = server.ask("GET", f"/v1/videos/{job}").json()["step"]
+        if not told or step > told[-1][0]:
+            told.append((step, time.monotonic()))
+        time.sleep(0.002)
+    del told[0]  # seen in the middle of its step
+    return (told[-1][1] - told[0][1]) / (told[-1][0] - told[0][0])
 
 
 def first_job_s(folder: Path, i: int) -> tuple[float, int]:
@@ -166,11 +176,14 @@ def main() -> None:
         with served(folder / "data", environment={"OMP_NUM_THREADS": "1"}) as server:
             server.wait_for("/health/ready", 120)
             table = latency(server, options.clients, options.seconds)
-            cancels = [cancelled(server) for _ in range(CANCELS)]
+            cancels = {name: [cancelled(server, asked) for _ in range(CANCELS)] for name, asked in CANCELLED.items()}
     record = {
         "machine": machine(torch.device("cpu")),
         "retrieve": table,
-        "cancel": {key: middle_and_most([one[key] for one in cancels]) for key in cancels[0]},
+        "cancel": {
+            name: {key: middle_and_most([one[key] for one in many]) for key in many[0]}
+            for name, many in cancels.items()
+        },
         "first accepted job, s": middle_and_most([seconds for seconds, _ in starts]),
         "torch in the HTTP process": any(count for _, count in starts),
     }

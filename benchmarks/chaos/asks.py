@@ -42,12 +42,16 @@ class Ask:
             return form(fields, {"video": ("source.mp4", source())})
         return form(fields, {}) if as_form else (fields, {})
 
-    def digest(self, server: Served) -> str:
-        """The sha256 of the video that a server makes of it."""
+    def sent(self, server: Served) -> str:
+        """The job that a server makes of it."""
         body, headers = self.body(as_form=False)
         made = server.ask("POST", self.path, body, headers=headers)
         assert made.status == 200, made
-        job = made.json()["id"]
+        return str(made.json()["id"])
+
+    @staticmethod
+    def digest(server: Served, job: str) -> str:
+        """The sha256 of the video of a job, when it is there."""
         ended = server.ended(job)
         assert ended["status"] == "completed", ended
         return hashlib.sha256(server.ask("GET", f"/v1/videos/{job}/content").body).hexdigest()
