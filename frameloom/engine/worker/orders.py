@@ -33,6 +33,8 @@ def work(setup: Setup, line: Line) -> int:
         return error.exit_code
     engine.name = setup.name
     with engine:
+        gc.collect()
+        gc.freeze()  # the engine stays: between two videos only what came since is looked through
         card = card_of(engine, setup.name)
         worker = _Worker(engine, line, card, forecast, is_first=is_first)
         if is_first:
