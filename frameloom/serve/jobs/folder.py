@@ -193,7 +193,6 @@ def _used(path: Path) -> int:
     for folder, _, names in os.walk(path):
         for name in names:
             with suppress(OSError):
-                total += (
-                    os.lstat(os.path.join(folder, name)).st_blocks * 512
-                )  # the unit of st_blocks, whatever the disk's
+                blocks = os.lstat(os.path.join(folder, name)).st_blocks
+                total += 512 * blocks  # the unit of st_blocks, whatever the disk's
     return total

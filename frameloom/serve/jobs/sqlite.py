@@ -6,7 +6,6 @@ Write-ahead log, synchronous=FULL: a commit is one fsync, and survives the loss 
 every row carries a checksum.
 """
 
-import os
 import sqlite3
 import time
 import zlib
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+from frameloom.serve.jobs.folder import sync_folder
 from frameloom.serve.jobs.job import Ask, Job, JobError, Queue, Repeat, RepeatError, Result, StoreError
 
 VERSION: Final = 1
@@ -86,7 +86,7 @@ class SqliteStore:
             except BaseException:
                 self._sql.close()
                 raise
-        _sync(path.parent)
+        sync_folder(path.parent)
 
     def add(self, job: Job, repeat: Repeat | None) -> Job:
         """Keep a new job; or return the one that came before with the same Idempotency-Key. Raises RepeatError."""
@@ -347,11 +347,3 @@ def _json(value: object) -> str:
 
 def _sealed(row: tuple[Any, ...]) -> int:
     return zlib.crc32(msgspec.json.encode(row))
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
