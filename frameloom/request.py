@@ -89,10 +89,11 @@ class GenerationDefaults(Protocol):
 
 def check_request(request: GenerateRequest) -> None:
     """Refuse what no checkpoint could compute, before one is opened. Raises RequestError as `resolve` does."""
-    _prompts(request.prompt)
+    prompts = _prompts(request.prompt)
     for name in LIMITS:
-        if name != "control_strength":
+        if name not in ("control_strength", "seed"):
             _limited(name, getattr(request, name))
+    _seeds(request.seed, len(prompts))
     _control_strength(request.control_strength)
     _references(request.references)
     if request.last_image is not None and request.image is None:
@@ -130,7 +131,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
         guidance_scale_2=_second_scale(request, guidance_scale, defaults),
         flow_shift=_limited("flow_shift", _or(request.flow_shift, defaults.flow_shift)),
         fps=_limited("fps", _or(request.fps, _or(followed and followed.fps, defaults.fps))),
-        seed=_limited("seed", _or(request.seed, 0)),
+        seed=_seeds(request.seed, len(prompts)),
         image=image,
         last_image=last_image,
         video=_beginning(video, num_frames),
@@ -176,6 +177,16 @@ def _references(references: object) -> tuple[Any, ...]:
     if len(references) > MAX_REFERENCES:
         raise RequestError(f"{len(references)} reference images are too many; give up to {MAX_REFERENCES}")
     return tuple(references)
+
+
+def _seeds(given: object, count: int) -> int | tuple[int, ...]:
+    """One for all prompts, 0 without any; or one for each. Raises RequestError."""
+    if isinstance(given, (list, tuple)):
+        if len(given) != count:
+            raise RequestError(f"{len(given)} seeds for {count} prompts; give one for all, or one for each")
+        return tuple(_limited("seed", _or(seed, "None")) for seed in given)  # none may be left out
+    seed: int = _limited("seed", _or(given, 0))
+    return seed
 
 
 def _control_strength(given: object) -> float | tuple[float, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
@@ -49,7 +49,8 @@ VideoInput: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Pictures"
 class GenerateRequest:
     """What a user asks for; None leaves the choice to the checkpoint.
 
-    Sizes in pixels. Several prompts make one batch: they start from one draw of noise, as in the reference pipeline.
+    Sizes in pixels. Several prompts make one batch: with one `seed` they start from one draw of noise, as in the
+    reference pipeline; with as many seeds as prompts each from its own, as if it were made alone.
     `image`, `last_image`: the first and the last frame, each a path, a Pillow image or uint8 (H, W, 3). `video`: a path
     or uint8 (T, H, W, 3), redone from `strength` (0 to 1) of the noise on. The pictures decide the shape of the video
     where the width or the height is left open.
@@ -71,7 +72,7 @@ class GenerateRequest:
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     fps: float | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     image: "ImageInput | None" = None
     last_image: "ImageInput | None" = None
     video: "VideoInput | None" = None
@@ -97,7 +98,7 @@ class GenerateOptions(TypedDict, total=False):
     guidance_scale_2: float | None
     flow_shift: float | None
     fps: float | None
-    seed: int | None
+    seed: int | Sequence[int] | None
     image: "ImageInput | None"
     last_image: "ImageInput | None"
     video: "VideoInput | None"
@@ -117,6 +118,7 @@ class ResolvedRequest:
 
     `keeps_aspect`: pictures are cut to the size of the video, and not squeezed. `strength` None: there is no video to
     start from. `control_video` and `mask` are cut to the frames that count. `window_frames` None: denoised whole.
+    `seed`: one draw of noise for all prompts, or a draw for each.
     """
 
     prompts: tuple[str, ...]
@@ -129,7 +131,7 @@ class ResolvedRequest:
     guidance_scale_2: float | None
     flow_shift: float | None
     fps: float
-    seed: int
+    seed: int | tuple[int, ...]
     image: Pictures | None = None
     last_image: Pictures | None = None
     video: Pictures | None = None
@@ -141,6 +143,15 @@ class ResolvedRequest:
     keeps_aspect: bool = False
     window_frames: int | None = None
     window_overlap: int = 0
+
+    def seed_of(self, index: int) -> int:
+        """The seed of a prompt."""
+        return self.seed if isinstance(self.seed, int) else self.seed[index]
+
+    def alone(self, index: int) -> "ResolvedRequest":
+        """What is asked for one of the prompts that have a seed each."""
+        prompts, negatives = (self.prompts[index],), (self.negative_prompts[index],)
+        return replace(self, prompts=prompts, negative_prompts=negatives, seed=self.seed_of(index))
 
     @property
     def skipped_steps(self) -> int:

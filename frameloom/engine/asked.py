@@ -110,7 +110,7 @@ def told_of(request: ResolvedRequest, index: int) -> dict[str, Any]:
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "guidance_scale_2": request.guidance_scale_2,
-        "seed": request.seed,
+        "seed": request.seed_of(index),
         "fps": request.fps,
         **{name: pictures.name for name, pictures in named.items() if pictures is not None},
     }

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from frameloom.engine.asked import Prompts, check_latents, complete, frames_of, request_of, told_of
+from frameloom.engine.denoised import Denoised
 from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute, absolute_loras, check_unchanged
+from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_of_experts, contents_of, exchange, loras_of, read_alike
 from frameloom.engine.to_file import begin_if_possible, journal_of, working_on, write
 from frameloom.engine.together import Together
@@ -152,8 +154,8 @@ class Engine:
         """Turn a prompt into a Video; a list of prompts into a list of them, made as one batch.
 
         Options, each from the checkpoint's defaults when absent or None: negative_prompt, width and height (pixels),
-        num_frames, steps, guidance_scale, guidance_scale_2 (low-noise expert), flow_shift, fps, seed (0). Pictures to
-        start from: image, last_image, or video with strength, as types.GenerateRequest says.
+        num_frames, steps, guidance_scale, guidance_scale_2 (low-noise expert), flow_shift, fps, seed (0; or one for
+        each prompt). Pictures to start from: image, last_image, or video with strength, as types.GenerateRequest says.
         `output="latents"` returns float32 (B, C, T', H', W'), normalised as the sampler sees them. `progress` is called
         with a types.Progress after every step. Raises RequestError before anything is computed.
         """
@@ -211,6 +213,51 @@ class Engine:
         with working_on(begun):
             return self._make(order, request, progress or _silent, passages, begun)
 
+    def denoise(
+        self, prompts: Prompts, *, progress: ProgressCallback | None = None, **options: Unpack[GenerateOptions]
+    ) -> list[Denoised]:
+        """Denoise several videos as one batch; `write_to` decodes each by itself, when and if it is wanted.
+
+        Options as `generate` takes them; with a seed for each prompt the noise of each is that of a run of its own, and
+        the latents are equal to that run's but for rounding. Nothing is kept on the way: a batch is begun anew, not
+        resumed. Raises RequestError before anything is computed.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("a batch is made of a list of prompts; give a list, or call generate_to")
+        request = self._together.agreed(self.resolve(prompts, **options))
+        clock = StageClock(device=self._open.device)
+        each = [request.alone(index) for index in range(len(request.prompts))]
+        self._open.plan(each[0])  # what could not be decoded is refused before it is denoised
+        with self._answering(request):
+            latents = self._together.equal(self._open.latents(request, clock, progress or _silent))
+        return [
+            Denoised(request=own, latents=latents[index : index + 1], clock=clock.copy(), together=len(each))
+            for index, own in enumerate(each)
+        ]
+
+    def write_to(
+        self,
+        path: str | os.PathLike[str],
+        video: Denoised,
+        *,
+        quality: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> dict[str, Any]:
+        """Decode one video of `denoise` straight into a file; the file, what is returned and raised as `generate_to`.
+
+        Its seconds of text and denoising are those of the whole batch, of which `together` tells the number.
+        """
+        request, clock = video.request, video.clock.copy()
+        order = Order(output=os.fspath(path), quality=quality)
+        if self._together.writes:
+            target = check_output(path, fps=request.fps, quality=quality)
+            order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
+        passages = self._open.plan(request)
+        with self._answering(request):
+            self._decode_to(order, request, video.latents, passages, clock, progress or _silent)
+        made = {**self._metadata(request, 0, clock), "output": order.output.rstrip("/")}
+        return made | ({"together": video.together} if video.together > 1 else {})
+
     def finish(
         self,
         job: Job,
@@ -267,22 +314,36 @@ class Engine:
                 return {LATENTS: together.equal(self._open.latents(request, clock, report, journal, preview=shown))}
 
             latents = journal.on_disk(LATENTS, computed)[LATENTS]
-
-            def decoded(done: int) -> Iterator[Frames]:
-                skipped = together.of_first(done)
-                if skipped < request.num_frames:
-                    yield from self._open.decode(latents, passages, clock, report, skipped=skipped)
-
-            if together.writes:
-                clock.seconds["encode"] = write(order, request, journal, decoded)
-            else:
-                for _ in decoded(0):
-                    raise InternalError("frames came to a rank that does not write")
+            self._decode_to(order, request, latents, passages, clock, report, journal)
         made = {**self._metadata(request, 0, clock), "output": order.output.rstrip("/")}
         if job is not None:
             made["journal_seconds"] = job.journal.seconds
             job.finish(made)
         return made
+
+    def _decode_to(
+        self,
+        order: Order,
+        request: ResolvedRequest,
+        latents: Tensor,
+        passages: Iterator[Passage],
+        clock: StageClock,
+        report: ProgressCallback,
+        journal: Journal | NoJournal = NO_JOURNAL,
+    ) -> None:
+        """The frames of latents into the file, with those that the journal has; all but the first rank help."""
+        together = self._together
+
+        def decoded(done: int) -> Iterator[Frames]:
+            skipped = together.of_first(done)
+            if skipped < request.num_frames:
+                yield from self._open.decode(latents, passages, clock, report, skipped=skipped)
+
+        if together.writes:
+            clock.seconds["encode"] = write(order, request, journal, decoded)
+        else:
+            for _ in decoded(0):
+                raise InternalError("frames came to a rank that does not write")
 
     def decode(self, latents: Tensor, *, progress: ProgressCallback | None = None) -> Frames:
         """Frames uint8 (T, H, W, 3) of latents (1, C, T', H', W'); (B, T, H, W, 3) of a batch of several.

@@ -35,11 +35,14 @@ FROM_TEXT = Condition()
 Result = TypeVar("Result")
 
 
-def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+def initial_noise(shape: tuple[int, ...], seed: int | Sequence[int], device: torch.device) -> Tensor:
     """Standard normal latents float32, drawn on the CPU so that a seed means the same noise on every machine.
 
-    The draw equals Diffusers' with `torch.Generator("cpu").manual_seed(seed)`.
+    The draw equals Diffusers' with `torch.Generator("cpu").manual_seed(seed)`; of several seeds each draws the noise of
+    one sample of `shape`, the same as for that sample alone.
     """
+    if not isinstance(seed, int):
+        return torch.cat([initial_noise((1, *shape[1:]), own, device) for own in seed])
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 

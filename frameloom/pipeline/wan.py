@@ -58,6 +58,10 @@ class StageClock:
     seconds: dict[str, float] = field(default_factory=dict)
     marks: list[Any] = field(default_factory=list)
 
+    def copy(self) -> "StageClock":
+        """One that goes on from here by itself."""
+        return StageClock(device=self.device, seconds=dict(self.seconds), marks=list(self.marks))
+
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
         """Time one stage."""
