@@ -24,9 +24,8 @@ PROMPTS = ["a red circle moving left", "a blue square moving up", "a green trian
 CASES: dict[str, dict[str, Any]] = {
     "built-in defaults": {"num_frames": 17, "steps": 25},
     "few tiny steps": {"width": 32, "height": 32, "num_frames": 9, "steps": 2},
-    "320 tokens": {"width": 128, "height": 128, "num_frames": 17, "steps": 8},
-    "900 tokens": {"width": 160, "height": 160, "num_frames": 33, "steps": 8},
-    "1728 tokens": {"width": 256, "height": 192, "num_frames": 33, "steps": 6},
+    "320 tokens": {"width": 128, "height": 128, "num_frames": 17, "steps": 3},
+    "900 tokens": {"width": 160, "height": 160, "num_frames": 33, "steps": 3},
 }
 
 

@@ -59,6 +59,16 @@ class Run(Message, frozen=True, kw_only=True):
     extends: str | None = None
 
 
+class Together(Message, frozen=True, kw_only=True):
+    """Make several videos as one batch: requests that differ in prompts and seeds alone, with the same LoRAs.
+
+    Each is an attempt of its own, and everything is said of each by itself, `Cancel`, `News` and the outcome. There are
+    no previews and no journals: a batch is small, and begun anew. What fails in a batch is told with `together`.
+    """
+
+    runs: tuple[Run, ...]
+
+
 class Cancel(Message, frozen=True, kw_only=True):
     """Stop an attempt within one step, and say `Cancelled`; nothing happens if it is over."""
 
@@ -82,6 +92,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
 
     Width, height: multiples of; frames are 1 + `temporal` x k. `takes`: the pictures that it starts from, by the names
     of the request. `previews`: whether a preview can be drawn. `device`, `dtype`, `torch`: where and how it computes.
+    `small_tokens`: of the denoiser; videos up to so many may be made together, see `Together`.
     """
 
     model: str
@@ -96,6 +107,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     torch: str
     ranks: int = 1
+    small_tokens: int = 0
 
 
 class Ready(Message, frozen=True, kw_only=True):
@@ -146,7 +158,10 @@ class Done(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """An attempt has failed. `again`: another attempt may do better. `ends`: this worker cannot make it, it ends."""
+    """An attempt has failed. `again`: another attempt may do better. `ends`: this worker cannot make it, it ends.
+
+    `together`: it was made in a batch, and what went wrong may be another's fault: it is to be made alone.
+    """
 
     job: str
     fence: int
@@ -154,6 +169,11 @@ class Failed(Message, frozen=True, kw_only=True):
     message: str
     again: bool = False
     ends: bool = False
+    together: bool = False
+
+    def of_batch(self) -> "Failed":
+        """The same of an attempt that was made with others."""
+        return msgspec.structs.replace(self, again=True, together=True)
 
 
 class Cancelled(Message, frozen=True, kw_only=True):
@@ -207,7 +227,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, pairs=tuple(pairs))
 
 
-ToWorker: TypeAlias = Run | Cancel | Foresee | Stop
+ToWorker: TypeAlias = Run | Together | Cancel | Foresee | Stop
 ToServer: TypeAlias = Ready | Unable | Beat | News | Done | Failed | Cancelled | Foreseen
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -48,6 +48,7 @@ _EXTRA: Final = (
     "prometheus_client",
 )
 _MOST_WORKERS: Final = 64
+_MOST_TOGETHER: Final = 16
 
 
 @with_parts
@@ -71,6 +72,13 @@ def serve(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes with an engine each; so many jobs run at a time.")] = 1,
     gpus_per_worker: Annotated[int, typer.Option(help="Devices over which a worker shares one video.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Small videos at most that a worker makes together where that is faster; then bits may differ by "
+            "rounding from those of a run alone."
+        ),
+    ] = 1,
     lora_file: Annotated[
         list[str] | None,
         typer.Option("--lora", help="A LoRA that clients may ask for: NAME=FILE or NAME=FILE:0.8. May be repeated."),
@@ -134,6 +142,7 @@ def serve(
         port=_whole("port", port, 0, 65_535),
         workers=_whole("workers", workers, 1, _MOST_WORKERS),
         gpus_per_worker=_whole("gpus-per-worker", gpus_per_worker, 1, _MOST_WORKERS),
+        batch=_whole("batch", batch, 1, _MOST_TOGETHER),
         keys_file=keys.absolute() if keys else None,
         is_public=insecure_public,
         url_hosts=_hosts(allow_url or ()),

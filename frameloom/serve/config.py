@@ -82,6 +82,7 @@ class ServeConfig:
 
     `loras`: files by the name that they are registered under. `keys`: none, and everybody on this machine may ask, or
     with `is_public` everybody who reaches it. `keys_file`: where they come from, and are read again on SIGHUP.
+    `batch`: small jobs at most that a worker makes together; 1: one at a time, whose bytes are those of a run alone.
     `url_hosts`: from where pictures may be fetched, none by default; ("*",) for all that are public.
     """
 
@@ -95,6 +96,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
+    batch: int = 1
     gpus_per_worker: int = 1
     keys: tuple[Key, ...] = ()
     keys_file: Path | None = None

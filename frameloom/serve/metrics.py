@@ -4,7 +4,7 @@ Every name begins with frameloom_, but for those of the process. Nothing in it n
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -49,6 +49,8 @@ class Metrics:
         self._failed = Counter("frameloom_jobs_failed", "Jobs failed, by code.", ["code"], registry=registry)
         self._attempts = Counter("frameloom_attempts", "Attempts begun.", registry=registry)
         self._lost = Counter("frameloom_attempts_lost", "Attempts in vain, by reason.", ["reason"], registry=registry)
+        self._batches = Counter("frameloom_batches", "Batches of small jobs begun.", registry=registry)
+        self._together = Counter("frameloom_jobs_together", "Attempts begun in a batch.", registry=registry)
         self._wait_s = _seconds("frameloom_job_wait_seconds", "From acceptance to the start.", _WORK_S, registry)
         self._run_s = _seconds("frameloom_job_run_seconds", "From the last start to completion.", _WORK_S, registry)
         self._step_s = _seconds("frameloom_step_seconds", "One denoising step.", _STEP_S, registry)
@@ -79,6 +81,11 @@ class Metrics:
         self._attempts.inc()
         if job.attempts <= 1 and job.started_at is not None:
             self._wait_s.observe(max(0.0, job.started_at - job.created_at))
+
+    def together(self, jobs: Sequence[Job]) -> None:
+        """Attempts of these have begun as one batch."""
+        self._batches.inc()
+        self._together.inc(len(jobs))
 
     def advanced(self, job: Job, stage: Stage, step: int) -> None:
         """A running job is so far; the time of a step is that between two of them."""

@@ -1,6 +1,6 @@
 """What the routes call: accepts jobs, says how they stand, ends them. The queue and the workers are behind it."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,12 +54,16 @@ class Witness(Protocol):
         """An attempt has begun."""
         ...
 
+    def together(self, jobs: Sequence[Job]) -> None:
+        """Attempts of these have begun as one batch; each is told to `started`, too."""
+        ...
+
     def advanced(self, job: Job, stage: Stage, step: int) -> None:
         """A running job is so far."""
         ...
 
     def lost(self, job: Job, reason: str) -> None:
-        """An attempt came to nothing, and the job may have another: `died`, `failed` or `interrupted`."""
+        """An attempt came to nothing, and the job may have another: `died`, `failed`, `together` or `interrupted`."""
         ...
 
     def ended(self, job: Job) -> None:
@@ -77,6 +81,9 @@ class Nobody:
         """Nothing is kept."""
 
     def started(self, job: Job) -> None:
+        """Nothing is kept."""
+
+    def together(self, jobs: Sequence[Job]) -> None:
         """Nothing is kept."""
 
     def advanced(self, job: Job, stage: Stage, step: int) -> None:

@@ -56,6 +56,14 @@ def test_all_go_once_by_priority_and_each_key_in_its_order(asks):
             assert mine == sorted(mine, key=lambda name: int(name[1:]))
 
 
+def test_who_goes_with_another_lets_nobody_else_wait_longer():
+    line = line_of([job(1, "a"), job(2, "a"), job(3, "b", work_s=100.0), job(4, "b"), job(5, "c"), job(6, "c")])
+    line.begin("j1")
+    line.begin("j3", in_turn=False)
+    line.add(job(7, "d"))  # begins where the turn is, and not where b is, who has had 100 s
+    assert emptied(line) == ["j5", "j7", "j2", "j6", "j4"]
+
+
 @given(
     st.lists(st.floats(1.0, 100.0), min_size=1, max_size=15), st.lists(st.floats(1.0, 100.0), min_size=1, max_size=15)
 )

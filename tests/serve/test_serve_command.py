@@ -48,6 +48,7 @@ finally:
 BAD = {
     ("--port", "70000"): "--port 70000 is not possible; use a whole number from 0 to 65535",
     ("--workers", "0"): "--workers 0",
+    ("--batch", "0"): "--batch 0",
     ("--gpus-per-worker", "1000"): "--gpus-per-worker 1000",
     ("--max-queue", "0"): "--max-queue 0",
     ("--max-queue-seconds", "nan"): "--max-queue-seconds nan",

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,15 +35,23 @@ class CancelledError(Exception):
     """The attempt was asked to stop."""
 
 
+def _nothing() -> None:
+    """What is called beside an attempt that is made alone."""
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Attempt:
-    """`is_first`: this process writes and speaks; the other ranks compute with it. `draws`: previews can be drawn."""
+    """`is_first`: this process writes and speaks; the other ranks compute with it. `draws`: previews can be drawn.
+
+    `beside`: is called whenever this one has come a little further.
+    """
 
     engine: Engine
     line: Line
     order: Run
     draws: bool
     is_first: bool
+    beside: Callable[[], object] = _nothing
     _told: tuple[str, float] = ("", 0.0)
     _previewed: int = 0
     _preview: tuple[int, ...] = field(default=())
@@ -52,24 +60,24 @@ class Attempt:
         """Make the video; what is told of it, by the first rank. Raises CancelledError, FrameloomError and others."""
         order = self.order
         self._preview = _seen(order.preview)
-        options = self._options()
-        self._set_loras()
+        options = self.options()
+        self.set_loras()
         way = self._agreed(self._way() if self.is_first else "")
         if way == "copy":
             made = self._copied() if self.is_first else {}
         elif way == "finish":
             log.info("going on from what an earlier attempt of this job has left")
-            made = self.engine.finish(find(order.journal), progress=self._progress, output=order.output)
+            made = self.engine.finish(find(order.journal), progress=self.progress, output=order.output)
         else:
             made = self.engine.generate_to(
-                order.output, options.pop("prompt"), quality=order.quality, progress=self._progress, job=order.journal,
+                order.output, options.pop("prompt"), quality=order.quality, progress=self.progress, job=order.journal,
                 preview=order.preview if self.draws else None, extends=order.extends, **options,
             )  # fmt: skip
-        return self._finished(made) if self.is_first else None
+        return self.finished(made) if self.is_first else None
 
     def check(self) -> None:
         """Raise RequestError, before any rank begins, for a request that cannot be computed."""
-        options = self._options()
+        options = self.options()
         self.engine.resolve(options.pop("prompt"), **options)
 
     def tidy(self) -> None:
@@ -80,7 +88,7 @@ class Attempt:
                 Path(path).unlink(missing_ok=True)
         sweep(folder)
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The request, which a video that is gone on with adds to."""
         options = dict(self.order.request)
         if self.order.extends is None:
@@ -94,7 +102,8 @@ class Attempt:
         own = {"image": last_frame(self.order.extends), "width": front.width, "height": front.height, "fps": front.fps}
         return options | own
 
-    def _set_loras(self) -> None:
+    def set_loras(self) -> None:
+        """Have the engine compute with what this one asks for."""
         loras = absolute_loras(tuple(Lora(path=x.path, strength=x.strength, expert=x.expert) for x in self.order.loras))
         if loras != self.engine.loras:
             self.engine.set_loras(loras)
@@ -149,18 +158,22 @@ class Attempt:
             sync(output.parent)
         return made
 
-    def _progress(self, progress: Progress) -> None:
+    def progress(self, progress: Progress) -> None:
+        """It is so far. Raises CancelledError where it was asked to stop."""
         self.line.work += 1
+        self.beside()
         if self._is_cancelled():
             raise CancelledError
         if self.is_first:
-            self._tell(progress)
+            self.tell(progress)
 
     def _is_cancelled(self) -> bool:
         team = self.engine.team
-        return self.line.is_cancelled if team is None else bool(team.agree(self.line.is_cancelled))
+        is_cancelled = self.line.is_cancelled(self.order)
+        return is_cancelled if team is None else bool(team.agree(is_cancelled))
 
-    def _tell(self, progress: Progress) -> None:
+    def tell(self, progress: Progress) -> None:
+        """Send the news, unless there were some just now."""
         stage, told_at = self._told
         now = time.monotonic()
         if progress.stage == stage and progress.step < progress.total and now - told_at < _NEWS_S:
@@ -175,7 +188,7 @@ class Attempt:
             )
         )  # fmt: skip
 
-    def _finished(self, made: Mapping[str, Any]) -> Done:
+    def finished(self, made: Mapping[str, Any]) -> Done:
         """Draw the small pictures of the video, and say what there is."""
         order, output = self.order, Path(self.order.output)
         front = facts_of(output)
@@ -185,9 +198,10 @@ class Attempt:
             nonlocal drawn
             self.line.work += 1
             drawn += 1
-            if self.line.is_cancelled:
+            self.beside()
+            if self.line.is_cancelled(order):
                 raise CancelledError
-            self._tell(Progress(stage="encode", step=drawn, total=front.num_frames))
+            self.tell(Progress(stage="encode", step=drawn, total=front.num_frames))
 
         seen = draw_stills(
             output, front.num_frames, thumbnail=Path(order.thumbnail), sheet=Path(order.sheet), each=each

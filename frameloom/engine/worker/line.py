@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from frameloom.wire import Beat, Cancel, Foresee, FrameError, Frames, Message, Run, Stop, frame
+from frameloom.wire import Beat, Cancel, Foresee, FrameError, Frames, Message, Run, Stop, Together, frame
 
 _BEAT_S: Final = 1.0
 _PIECE: Final = 65_536
@@ -26,10 +26,9 @@ class Line:
 
     def __init__(self, own: socket.socket, *, further: Sequence[socket.socket] = (), beats: bool) -> None:
         self._own, self._further, self._beats = own, tuple(further), beats
-        self._orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Run | Together | None] = queue.SimpleQueue()
         self._sending, self._changing = threading.Lock(), threading.Lock()
-        self._current: tuple[str, int] | None = None
-        self._cancelled = False
+        self._current: dict[tuple[str, int], bool] = {}  # whether each was asked to stop
         self._foresee: Callable[[Foresee], object] | None = None
         self.work = 0
 
@@ -43,7 +42,7 @@ class Line:
         """Who is asked what requests would take; it must not wait. Questions before are not answered."""
         self._foresee = foresee
 
-    def next_order(self) -> Run | None:
+    def next_order(self) -> Run | Together | None:
         """Wait for the next order; None: end."""
         return self._orders.get()
 
@@ -60,19 +59,17 @@ class Line:
     def done_with(self, order: Run) -> None:
         """An attempt is over: what is said of it now comes too late."""
         with self._changing:
-            if self._current == (order.job, order.fence):
-                self._current, self._cancelled = None, False
+            self._current.pop((order.job, order.fence), None)
 
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether the current attempt was asked to stop."""
-        return self._cancelled
+    def is_cancelled(self, order: Run) -> bool:
+        """Whether an attempt that is under way was asked to stop."""
+        return self._current.get((order.job, order.fence), False)
 
     @property
     def job(self) -> str | None:
-        """The job that is worked on."""
-        current = self._current
-        return None if current is None else current[0]
+        """The job that is worked on; several, with commas between them."""
+        with self._changing:
+            return ",".join(job for job, _ in self._current) or None
 
     def tell(self, message: Message) -> None:
         """Send a message. If nobody is there to read it, this process ends."""
@@ -94,13 +91,15 @@ class Line:
 
     def _take(self, message: Message) -> None:
         match message:
-            case Run():
+            case Run() | Together():
+                runs = (message,) if isinstance(message, Run) else message.runs
                 with self._changing:
-                    self._current, self._cancelled = (message.job, message.fence), False
+                    self._current = {(run.job, run.fence): False for run in runs}
                 self._orders.put(message)
             case Cancel():
                 with self._changing:
-                    self._cancelled |= self._current == (message.job, message.fence)
+                    if (message.job, message.fence) in self._current:
+                        self._current[message.job, message.fence] = True
             case Foresee():
                 if self._foresee is not None:
                     self._foresee(message)

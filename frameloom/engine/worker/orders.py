@@ -8,6 +8,7 @@ from frameloom.engine.build import build_engine
 from frameloom.engine.engine import Engine
 from frameloom.engine.plan import Place, planner_for
 from frameloom.engine.worker.attempt import Attempt, CancelledError
+from frameloom.engine.worker.batch import Batch
 from frameloom.engine.worker.card import card_of
 from frameloom.engine.worker.failure import failed
 from frameloom.engine.worker.forecast import Forecast
@@ -15,7 +16,7 @@ from frameloom.engine.worker.line import Line
 from frameloom.errors import FrameloomError, InputError
 from frameloom.parallel.heart import is_lost
 from frameloom.settings import LOGGER_NAME, launched
-from frameloom.wire import Cancelled, Card, Done, Failed, Foresee, Foreseen, Ready, Run, Setup, Unable
+from frameloom.wire import Cancelled, Card, Done, Failed, Foresee, Foreseen, Ready, Run, Setup, Together, Unable
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -60,8 +61,12 @@ class _Worker:
     def serve(self) -> int:
         """Carry out orders until there are no more."""
         while (order := self._line.next_order()) is not None:
-            is_well = self._carry_out(order)
-            self._line.done_with(order)
+            is_well = True
+            if isinstance(order, Together):
+                Batch(self._engine, self._line, order).run()
+            else:
+                is_well = self._carry_out(order)
+                self._line.done_with(order)
             gc.collect()
             if not is_well:
                 return 1

@@ -24,8 +24,9 @@ _TELLING: Final = 3  # percent after which the time since the start foretells th
 class Live:
     """A job that has not ended. `phase`: it waits in line, a worker's lane has it, or it is being ended.
 
-    `ending`: why it is to stop. `reasons`: what became of its attempts. `gap_s`: the longest between two signs of
-    progress of this attempt. Times are those of the event loop.
+    `company`: how many are made together with it, itself included. `ending`: why it is to stop. `reasons`: what became
+    of its attempts. `gap_s`: the longest between two signs of progress of this attempt. Times are those of the event
+    loop.
     """
 
     job: Job
@@ -36,6 +37,7 @@ class Live:
     progress: int = 0
     began: float = 0.0
     heard: float = 0.0
+    company: int = 1
     gap_s: float = 0.0
     reasons: list[str] = field(default_factory=list)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Live:
         """A worker begins an attempt."""
         self.job, self.worker, self.news, self.progress = job, worker, None, 0
         self.began = self.heard = now
-        self.gap_s = 0.0
+        self.gap_s, self.company = 0.0, 1
         self.tell()
 
     def hear(self, news: News, now: float) -> None:
@@ -152,7 +154,7 @@ class Board:
 
     def running_s(self) -> float:
         """Seconds that are left of the jobs that run, as foreseen."""
-        return sum(self._left_s(live) or 0.0 for live in self._live.values() if live.phase == "taken")
+        return sum((self._left_s(live) or 0.0) / live.company for live in self._live.values() if live.phase == "taken")
 
     def _of_live(self, live: Live) -> Standing:
         job, news = live.job, live.news

@@ -11,6 +11,7 @@ from typing import Any, Final, Self, TypeVar
 
 from frameloom.serve.config import ServeConfig
 from frameloom.serve.jobs.board import Board, End, Live
+from frameloom.serve.jobs.company import Companions
 from frameloom.serve.jobs.dispatch import Desk, Dispatcher
 from frameloom.serve.jobs.folder import DataFolder, DataFolderError
 from frameloom.serve.jobs.job import JOB_ID, Ask, Job, JobStore, Repeat, RepeatError, StoreError
@@ -101,7 +102,15 @@ class Core:
             witness=self._witness,
             clock=self._clock,
         )
-        self._dispatcher = Dispatcher(self._desk, on_ready=self._met, on_done=self._learn)
+        if config.batch > 1 and config.gpus_per_worker > 1:
+            _LOG.warning("small jobs are made one at a time: only workers of one device make several together")
+        self._dispatcher = Dispatcher(
+            self._desk,
+            companions=Companions(config, self._known, self._line, self._board, self._clock),
+            on_ready=self._met,
+            on_done=self._learn,
+            on_together=self._learn_together,
+        )
         self._retention = Retention(keeper, folder, config.keeping, clock=self._clock, remove=self._remove)
 
     def drain(self) -> None:
@@ -374,6 +383,10 @@ class Core:
         if job.attempts == 1 and job.fence == 1:  # another one may have gone on from what was computed before
             self._known.learn(job, seconds)
             self._spawn(self._keep_known())
+
+    def _learn_together(self, job: Job, number: int, seconds: float | None) -> None:
+        self._known.learn_together(job, number, seconds)
+        self._spawn(self._keep_known())
 
     async def _keep_known(self) -> None:
         try:

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from frameloom.serve.config import MAX_ATTEMPTS, ServeConfig
 from frameloom.serve.jobs.board import Board, End, Live
+from frameloom.serve.jobs.company import Companions, Party
 from frameloom.serve.jobs.folder import DataFolder
 from frameloom.serve.jobs.job import Job, JobError, JobStore, Result, StoreError
 from frameloom.serve.jobs.keeper import Keeper
@@ -50,13 +51,22 @@ class Desk:
 class Dispatcher:
     """One lane for each worker, which takes the next job whenever its worker is ready.
 
-    `on_ready`: called when a worker is ready; `on_done`: when a job is completed, with the seconds that it took.
+    `companions`: finds jobs that are made together with another. `on_ready`: called when a worker is ready; `on_done`:
+    when a job is completed that was made alone, with the seconds that it took; `on_together`: when a batch is over,
+    with one of its jobs, their number, and the seconds, or None where none was completed.
     """
 
     def __init__(
-        self, desk: Desk, *, on_ready: Callable[[Worker], None], on_done: Callable[[Job, float], None]
+        self,
+        desk: Desk,
+        *,
+        companions: Companions,
+        on_ready: Callable[[Worker], None],
+        on_done: Callable[[Job, float], None],
+        on_together: Callable[[Job, int, float | None], None],
     ) -> None:
-        self._desk, self._on_ready, self._on_done = desk, on_ready, on_done
+        self._desk, self._companions = desk, companions
+        self._on_ready, self._on_done, self._on_together = on_ready, on_done, on_together
         self._lanes: list[asyncio.Task[None]] = []
         self._busy: set[int] = set()
         self._moved = asyncio.Event()
@@ -120,8 +130,9 @@ class Dispatcher:
             if live is None:
                 await moved.wait()
             else:
+                company = self._company(live)
                 self._busy.add(worker.number)
-                await self._take_safely(worker, live)
+                await (self._take_together(worker, [live, *company]) if company else self._take_safely(worker, live))
                 self._busy.discard(worker.number)
 
     def _next(self) -> Live | None:
@@ -135,28 +146,61 @@ class Dispatcher:
                 return live
         return None
 
-    async def _take_safely(self, worker: Worker, live: Live) -> None:
+    def _company(self, lead: Live) -> list[Live]:
+        """Those that are made together with a job; they wait no longer."""
+        desk = self._desk
+        free = sum(worker.is_ready and worker.number not in self._busy for worker in desk.workers.all)
+        found = self._companions.of(lead, free=max(1, free)) if self._takes else []
+        for live in found:
+            desk.line.begin(live.job.id, in_turn=False)
+            live.phase = "taken"
+        if found:
+            desk.board.tell_waiting()
+        return found
+
+    async def _take_together(self, worker: Worker, lives: Sequence[Live]) -> None:
+        party = Party(worker=worker, lives=lives, begun=self._begun_together)
+
+        async def take(live: Live) -> None:
+            try:
+                await self._take_safely(worker, live, party)
+            finally:
+                party.leave(live)
+
+        await asyncio.gather(*map(take, lives))
+        stands = {live.job.status for live in lives}
+        seconds = asyncio.get_running_loop().time() - party.began
+        if party.number == len(lives) and self._takes and stands in ({"completed"}, {"queued"}):
+            self._on_together(lives[0].job, party.number, seconds if stands == {"completed"} else None)
+
+    def _begun_together(self, jobs: Sequence[Job]) -> None:
+        _LOG.info("%d jobs are made together", len(jobs), extra={"job": ",".join(job.id for job in jobs)})
+        self._desk.witness.together(jobs)
+
+    async def _take_safely(self, worker: Worker, live: Live, party: Party | None = None) -> None:
         """An error of ours costs the job an attempt, and not the server a worker."""
         try:
-            await self._take(worker, live)
+            await self._take(worker, live, party)
         except Exception:
             _LOG.exception("an error of the server in an attempt", extra=_of(live.job, worker))
             live.worker = None
             if not live.ended.is_set() and live.job.status == "in_progress":
                 await self._again(live, Died(reason="was let down by the server, see its log"))
 
-    async def _take(self, worker: Worker, live: Live) -> None:
+    async def _take(self, worker: Worker, live: Live, party: Party | None) -> None:
         try:
             started = await self._desk.keeper.do(lambda store: store.start(live.job.id, self._desk.clock()))
         except StoreError as error:
             _LOG.error("a start cannot be kept: %s", error, extra=_of(live.job))
             started = None
         if started is None:
+            if party is not None:
+                party.leave(live)
             await asyncio.sleep(_PAUSE_S)
             await self._wait_again(live)
             return
         live.begin(started, worker, asyncio.get_running_loop().time())
-        outcome = await self._attempt(worker, live)
+        outcome = await self._attempt(worker, live, party)
         live.worker = None
         if outcome is None:
             await self._requeue(live, counts=False)
@@ -164,20 +208,23 @@ class Dispatcher:
             await self._settle(live, outcome)
         self.wake()
 
-    async def _attempt(self, worker: Worker, live: Live) -> Outcome | None:
+    async def _attempt(self, worker: Worker, live: Live, party: Party | None) -> Outcome | None:
         """What becomes of an attempt; None of one that did not begin. It never raises: how it went has to be kept."""
         job, desk = live.job, self._desk
         order = await self._order(job)
         if isinstance(order, Failed):
+            if party is not None:
+                party.leave(live)
             return order
-        if live.ending is not None:
+        over = None if party is None else await party.come(live, order, lambda news: self._hear(live, news))
+        if over is None and live.ending is not None:
             return Cancelled(job=job.id, fence=job.fence)
-        if not worker.is_ready:
+        if over is None and not worker.is_ready:
             return None
         _LOG.info("attempt %d begun", job.attempts, extra=_of(job, worker))
         desk.witness.started(job)
         try:
-            return await worker.run(order, lambda news: self._hear(live, news))
+            return await (over or worker.run(order, lambda news: self._hear(live, news)))
         except Exception:
             _LOG.exception("an attempt came to nothing", extra=_of(job, worker))
             return Died(reason="could not be asked, see the log of the server")
@@ -238,12 +285,18 @@ class Dispatcher:
 
         kept = await desk.keeper.insist(finish, what="the end of a job")
         if kept is not None:
-            self._on_done(kept, asyncio.get_running_loop().time() - live.began)
+            if live.company == 1:
+                self._on_done(kept, asyncio.get_running_loop().time() - live.began)
             self._ended(live, kept)
             await self._tidy(job.id, job.fence)
 
     async def _again(self, live: Live, outcome: Outcome) -> None:
-        """Another attempt, if the job may have one."""
+        """Another attempt, if the job may have one. One that failed in a batch does not count: the next is alone."""
+        if isinstance(outcome, Failed) and outcome.together:
+            _LOG.warning("failed with others, and is made alone next: %s", outcome.message, extra=_of(live.job))
+            self._desk.witness.lost(live.job, "together")
+            await self._requeue(live, counts=False)
+            return
         if isinstance(outcome, Failed):
             why, reason = "failed", outcome.message
         elif isinstance(outcome, Died):

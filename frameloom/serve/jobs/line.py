@@ -81,12 +81,16 @@ class WaitingLine:
         """Who goes next."""
         return next(iter(self.order()), None)
 
-    def begin(self, job_id: str) -> None:
-        """A job waits no longer since it is begun: its work counts for its key."""
+    def begin(self, job_id: str, *, in_turn: bool = True) -> None:
+        """A job waits no longer since it is begun: its work counts for its key.
+
+        `in_turn` False: it goes with another whose turn it is, and the turn of those that were passed is still to come.
+        """
         waiting = self._waiting.get(job_id)
         if waiting is None:
             return
-        self._now = max(self._now, self._clocks[waiting.key])
+        if in_turn:
+            self._now = max(self._now, self._clocks[waiting.key])
         self._clocks[waiting.key] += waiting.counts_s
         self.remove(job_id)
 

@@ -7,10 +7,17 @@ from typing import Any, Final
 
 import msgspec
 
+from frameloom.serve.jobs.job import Job
 from frameloom.wire import Card
 
 _KEPT: Final = 15
 _STRENGTH: Final = 0.8  # of a request that starts from a video and names none
+_SIZES: Final = ("width", "height", "num_frames", "steps", "fps")
+_OWN: Final = ("prompt", "negative_prompt", "seed")  # of each video, however many are made together
+_ALONE: Final = (
+    "image", "last_image", "video", "control_video", "mask", "references", "extends", "windows", "window_frames",
+    "window_overlap",
+)  # fmt: skip
 _STAGES: Final = {"text": (0, 2), "image": (2, 4), "denoise": (4, 88), "decode": (88, 99), "encode": (88, 99)}
 
 
@@ -52,6 +59,29 @@ def units_of(request: Mapping[str, Any], card: Card | None) -> float:
         return float(size * guided * share)
     except (KeyError, TypeError):
         return 0.0
+
+
+def alike_of(job: Job, card: Card | None) -> tuple[str, str] | None:
+    """The shape of a small video in words, and all that must be equal of those that are made together.
+
+    None of a job that is made alone: it is large, begins with pictures, goes on from a video or goes in windows, or
+    nothing is known of the model.
+    """
+    asked = {name: value for name, value in job.ask.request.items() if value is not None}
+    if card is None or not asked.keys().isdisjoint(_ALONE):
+        return None
+    known = {**asked, **job.ask.resolved}
+    sizes = {name: known.get(name, card.defaults.get(name)) for name in _SIZES}
+    width, height, frames, steps, rate = sizes.values()
+    if width is None or height is None or frames is None or steps is None or rate is None:
+        return None
+    tokens = width // card.width_multiple * (height // card.height_multiple) * (1 + (frames - 1) // card.temporal)
+    if tokens > card.small_tokens or frames > card.defaults.get("num_frames", 0):
+        return None
+    is_guided = known.get("guidance_scale", card.defaults.get("guidance_scale", 1.0)) > 1
+    shape = f"{width}x{height}, {frames} frames, {steps} steps, {'with' if is_guided else 'without'} guidance"
+    rest = {name: value for name, value in asked.items() if name not in (*_SIZES, *_OWN)}
+    return shape, repr((sizes, sorted(rest.items()), job.ask.loras, job.ask.quality))
 
 
 def progress_of(stage: str, step: int, total: int) -> int:

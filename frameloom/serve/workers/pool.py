@@ -85,6 +85,16 @@ class PoolWorker:
             return Died(reason="was gone before it could begin")
         return await self._process.run(order, on_news)
 
+    def begin_together(
+        self, orders: Sequence[Run], on_news: Callable[[News], None]
+    ) -> "Sequence[asyncio.Future[Outcome]]":
+        """Make several videos as one batch, of a worker that is ready; the outcome of each comes by itself."""
+        if self._process is None or self._process.state != "idle":
+            gone: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            gone.set_result(Died(reason="was gone before it could begin"))
+            return [gone] * len(orders)
+        return self._process.begin_together(orders, on_news)
+
     def cancel(self, job: str, fence: int) -> None:
         """Ask for the end of this attempt; nothing happens if it is over."""
         if self._process is not None and self._process.makes(job, fence):

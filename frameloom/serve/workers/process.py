@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -31,6 +31,7 @@ from frameloom.wire import (
     Ready,
     Run,
     Setup,
+    Together,
     Unable,
     frame,
 )
@@ -45,14 +46,12 @@ _PIECE: Final = 65_536
 _MAX_LINE: Final = 65_536  # characters of the log
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Attempt:
-    """What is being made; `work` as last heard of, at `worked_at`."""
+    """What is being made."""
 
-    order: Run
     on_news: Callable[[News], object]
     over: "asyncio.Future[Outcome]"
-    worked_at: float
 
 
 class Process:
@@ -70,10 +69,11 @@ class Process:
         self.unable = ""
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._attempt: _Attempt | None = None
+        self._attempts: dict[tuple[str, int], _Attempt] = {}
         self._foreseen: dict[int, asyncio.Future[Foreseen | None]] = {}
         self._killed_for, self._said = "", ""
         self._heard_at, self._work = time.monotonic(), 0
+        self._worked_at = self._heard_at  # when `_work` has changed, or an order was given
 
     @property
     def is_ready(self) -> bool:
@@ -125,17 +125,30 @@ class Process:
 
     async def run(self, order: Run, on_news: Callable[[News], object]) -> Outcome:
         """Have an idle worker carry out an order; `on_news` is told of its steps."""
-        now = time.monotonic()
-        over: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._attempt = _Attempt(order=order, on_news=on_news, over=over, worked_at=now)
-        self._become("busy")
-        self._send(order)
+        (over,) = self._begin(order, (order,), on_news)
         return await over
+
+    def begin_together(
+        self, orders: Sequence[Run], on_news: Callable[[News], object]
+    ) -> "Sequence[asyncio.Future[Outcome]]":
+        """Have an idle worker make several as one batch; the outcome of each comes by itself."""
+        return self._begin(Together(runs=tuple(orders)), orders, on_news)
+
+    def _begin(
+        self, message: Run | Together, orders: Sequence[Run], on_news: Callable[[News], object]
+    ) -> "Sequence[asyncio.Future[Outcome]]":
+        loop = asyncio.get_running_loop()
+        self._attempts = {
+            (order.job, order.fence): _Attempt(on_news=on_news, over=loop.create_future()) for order in orders
+        }
+        self._worked_at = time.monotonic()
+        self._become("busy")
+        self._send(message)
+        return [attempt.over for attempt in self._attempts.values()]
 
     def makes(self, job: str, fence: int) -> bool:
         """Whether this attempt is under way here."""
-        order = None if self._attempt is None else self._attempt.order
-        return order is not None and (order.job, order.fence) == (job, fence)
+        return (job, fence) in self._attempts
 
     def cancel(self, job: str, fence: int) -> None:
         """Ask it to stop an attempt."""
@@ -184,27 +197,31 @@ class Process:
                 self._become("idle" if self.state == "starting" else self.state)
             case Unable():
                 self.unable = message.message
-            case Beat() if self._attempt is not None and message.work != self._work:
-                self._work, self._attempt.worked_at = message.work, time.monotonic()
-            case News() if self._attempt is not None and self.makes(message.job, message.fence):
-                self._attempt.on_news(message)
+            case Beat() if message.work != self._work:
+                self._work, self._worked_at = message.work, time.monotonic()
+            case News() if (attempt := self._attempts.get((message.job, message.fence))) is not None:
+                attempt.on_news(message)
             case Done() | Failed() | Cancelled() if self.makes(message.job, message.fence):
                 self._over(message)
             case Foreseen() if (answer := self._foreseen.get(message.number)) is not None and not answer.done():
                 answer.set_result(message)
 
-    def _over(self, outcome: Outcome) -> None:
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None and not attempt.over.done():
-            attempt.over.set_result(outcome)
-        ends = isinstance(outcome, Died) or (isinstance(outcome, Failed) and outcome.ends)
-        self._become("dead" if ends else "idle")
+    def _over(self, outcome: Done | Failed | Cancelled) -> None:
+        """One attempt is; with the last of those that were asked for the worker is idle, unless it ends."""
+        _set(self._attempts.pop((outcome.job, outcome.fence)), outcome)
+        if isinstance(outcome, Failed) and outcome.ends:
+            self._become("dead")
+        elif not self._attempts:
+            self._become("idle")
 
     def _end(self, reason: str) -> None:
         for answer in self._foreseen.values():
             if not answer.done():
                 answer.set_result(None)
-        self._over(Died(reason=reason))
+        attempts, self._attempts = self._attempts, {}
+        for attempt in attempts.values():
+            _set(attempt, Died(reason=reason))
+        self._become("dead")
 
     def _become(self, state: State) -> None:
         self.state = state
@@ -218,8 +235,7 @@ class Process:
             now = time.monotonic()
             if (paused_s := now - looked_at - _LOOK_S) > _PAUSED_S:
                 started_at, self._heard_at = started_at + paused_s, self._heard_at + paused_s
-                if self._attempt is not None:
-                    self._attempt.worked_at += paused_s
+                self._worked_at += paused_s
             looked_at = now
             if reason := self._fault(now, started_at):
                 self.kill(reason)
@@ -230,7 +246,7 @@ class Process:
             return f"did not start within {patience.start_s:g} s" if now - started_at > patience.start_s else ""
         if now - self._heard_at > patience.beat_s:
             return f"gave no sign of life for {patience.beat_s:g} s"
-        if self._attempt is not None and now - self._attempt.worked_at > patience.progress_s:
+        if self._attempts and now - self._worked_at > patience.progress_s:
             return f"made no progress for {patience.progress_s:g} s"
         return ""
 
@@ -257,6 +273,11 @@ class Process:
         known = logging.getLevelNamesMapping().get(str(level).upper(), logging.WARNING)
         text = f"{message}\n{trace}" if trace else message
         log.log(known, "%s", text, extra={"worker": self.number, "job": job})
+
+
+def _set(attempt: _Attempt, outcome: Outcome) -> None:
+    if not attempt.over.done():
+        attempt.over.set_result(outcome)
 
 
 def _death(code: int, said: str) -> str:

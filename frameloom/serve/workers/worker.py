@@ -1,5 +1,6 @@
 """What the service needs of its workers, whoever starts them."""
 
+from asyncio import Future
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -51,6 +52,10 @@ class Worker(Protocol):
 
     async def run(self, order: Run, on_news: Callable[[News], None]) -> Outcome:
         """Make a video; `on_news` is called on the event loop. One at a time, of a worker that is ready."""
+        ...
+
+    def begin_together(self, orders: Sequence[Run], on_news: Callable[[News], None]) -> "Sequence[Future[Outcome]]":
+        """Make several videos as one batch, of a worker that is ready; the outcome of each comes by itself."""
         ...
 
     def cancel(self, job: str, fence: int) -> None:
