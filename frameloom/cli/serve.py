@@ -64,7 +64,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: a free one, which is said.")] = 8000,
     data_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Where jobs and videos are kept. Default: FRAMELOOM_DATA, else your state folder."),
     ] = None,
     keys: Annotated[
@@ -127,7 +127,7 @@ def serve(
         if source is not None:
             _check_source(f"--{option.replace('_', '-')}", source)
     config = ServeConfig(
-        data=(data_dir or data_folder()).expanduser().absolute(),
+        data=_data(data_dir),
         model=model,
         variant=variant,
         parts=parts,
@@ -204,6 +204,13 @@ def _name(name: str | None, model: str | None, parts: dict[str, str]) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:/@-]{0,127}", name):
         raise RequestError(f"name {name!r} is not possible; use up to 128 letters, digits and ._:/@-, such as wan2.1")
     return name
+
+
+def _data(given: str | None) -> Path:
+    """The data folder. An empty name, as of a variable that is not set, is none."""
+    if given is not None and not given.strip():
+        raise RequestError("--data-dir is empty; name a folder, or leave it out")
+    return (data_folder() if given is None else Path(given).expanduser()).absolute()
 
 
 def _check_source(option: str, source: str) -> None:

@@ -46,6 +46,7 @@ finally:
 
 
 BAD = {
+    ("--data-dir", ""): "--data-dir is empty",
     ("--port", "70000"): "--port 70000 is not possible; use a whole number from 0 to 65535",
     ("--workers", "0"): "--workers 0",
     ("--batch", "0"): "--batch 0",

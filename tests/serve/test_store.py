@@ -264,6 +264,27 @@ def test_flipped_bytes_are_refused_or_changed_nothing(path, tmp_path):
     assert refused > 20
 
 
+def test_words_of_sqlite_that_are_no_text_are_damage_too(path):
+    SqliteStore(path).close()
+    data = bytearray(path.read_bytes())
+    data[data.index(b"tablenotes") + len("table")] ^= 0x80  # a name, which SQLite quotes when it complains
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged"):
+        SqliteStore(path)
+
+
+def test_only_its_owner_reads_the_store(tmp_path):
+    folder = tmp_path / "open to all"
+    folder.mkdir(mode=0o755)
+    path = folder / "jobs.sqlite"
+    store = SqliteStore(path)
+    store.note("a", "b")
+    assert {file.name: file.stat().st_mode & 0o077 for file in folder.iterdir()} == dict.fromkeys(
+        ("jobs.sqlite", "jobs.sqlite-wal"), 0
+    )
+    store.close()
+
+
 def test_a_truncated_store_is_refused(path):
     filled(path)
     whole = path.read_bytes()

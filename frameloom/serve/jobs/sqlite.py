@@ -6,6 +6,7 @@ Write-ahead log, synchronous=FULL: a commit is one fsync, and survives the loss 
 every row carries a checksum.
 """
 
+import os
 import sqlite3
 import time
 import zlib
@@ -80,6 +81,7 @@ class SqliteStore:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, expects_jobs: bool = False) -> None:
         self._path, self._clock, self._lock = path, clock, Lock()
         with self._told():
+            _keep_private(path)
             self._sql = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
             try:
                 self._open(expects_jobs)
@@ -294,6 +296,8 @@ class SqliteStore:
                 yield
             except sqlite3.Error as error:
                 raise self._in_words(error) from error
+            except UnicodeDecodeError as error:  # of SQLite's own words about bytes that are no text
+                raise self._damage("what should be text is none") from error
 
     def _in_words(self, error: sqlite3.Error) -> StoreError:
         name = getattr(error, "sqlite_errorname", "")
@@ -347,3 +351,15 @@ def _json(value: object) -> str:
 
 def _sealed(row: tuple[Any, ...]) -> int:
     return zlib.crc32(msgspec.json.encode(row))
+
+
+def _keep_private(path: Path) -> None:
+    """Prompts are in the store: others on this machine do not read it, whoever has made its folder."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.fchmod(number, 0o600)
+        finally:
+            os.close(number)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read or written ({error.strerror})") from None
