@@ -1,6 +1,9 @@
 """The page in a browser, in front of real routes whose service does as the test wishes: full, ending, failing, gone."""
 
 import io
+import json
+import urllib.request
+from pathlib import Path
 
 import pytest
 from browsing import AUDIT, chromium, opened
@@ -12,6 +15,7 @@ from frameloom.serve.jobs.job import JobError
 from frameloom.serve.service import RefusedError
 
 SECRET = "a-secret-of-alice-0123456789"
+GUIDE = Path(__file__).parents[2] / "docs" / "serve.md"
 HOSTILE = '<img src=x onerror=alert(1)><b>bold</b> & "quoted"'
 
 
@@ -252,3 +256,150 @@ def test_a_key_is_asked_for_kept_for_the_tab_and_never_in_an_address(browser, se
         assert not page.locator("#key-dialog").is_visible()
         assert page.evaluate("localStorage.getItem('frameloom.key')") is None
         assert not [url for url in addresses if SECRET in url]
+
+
+def by_program(address, prompt):
+    """The id of a job that is asked for without the page."""
+    body = json.dumps({"prompt": prompt}).encode()
+    request = urllib.request.Request(f"{address}/v1/videos", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["id"]
+
+
+def card(prompt):
+    return f".card:has-text('{prompt}')"
+
+
+def test_an_open_page_notices_what_others_do_and_leaves_the_rest_alone(browser, address, service):
+    kept, lost = by_program(address, "it stays"), by_program(address, "it goes")
+    for job_id in (kept, lost):
+        service.fail(job_id, "cancelled")  # nothing is active: nothing else makes the page look again
+    with opened(browser, f"{address}/#{kept}") as page:
+        page.wait_for_selector(card("it goes"))
+        page.focus(card("it stays"))
+        page.evaluate("window.nodes = [document.activeElement, document.querySelector('#stage .prompt')]")
+        new = by_program(address, "it came")
+        del service.jobs[lost]
+        page.wait_for_selector(card("it came"))
+        page.wait_for_selector(card("it goes"), state="detached")
+        assert page.locator(".card .caption").all_inner_texts() == ["it came", "it stays"]
+        assert page.evaluate(
+            "window.nodes[0] === document.activeElement && window.nodes[1] === document.querySelector('#stage .prompt')"
+        )
+        service.fail(new, "cancelled")
+        page.wait_for_selector(f"{card('it came')} .failed")
+
+
+def test_the_chosen_video_deleted_elsewhere_gives_way_to_another(browser, address, service):
+    first, second = by_program(address, "the first"), by_program(address, "the second")
+    for job_id in (first, second):
+        service.fail(job_id, "cancelled")
+    with opened(browser, f"{address}/#{first}") as page:
+        page.wait_for_selector("#stage .prompt:has-text('the first')")
+        page.focus(card("the first"))
+        del service.jobs[first]
+        page.wait_for_selector("#stage .prompt:has-text('the second')")
+        assert page.url.endswith(f"#{second}")
+        assert page.inner_text("#toast") == "The video was deleted elsewhere."
+        assert page.evaluate("document.activeElement === document.querySelector('.card')")
+        del service.jobs[second]
+        page.wait_for_selector(".example")
+        assert page.locator(".card").count() == 0
+
+
+def test_a_page_that_is_looked_at_again_catches_up_at_once_however_much_came(browser, address, service):
+    """The clock of the page stands still: what it notices it notices by being looked at."""
+    for number in range(30):
+        service.fail(by_program(address, f"early {number}"), "cancelled")
+    with opened(browser, address) as page:
+        page.wait_for_selector("#more:not([hidden])")
+        page.wait_for_selector(card("early 29"))
+        page.clock.install()
+        page.clock.pause_at("2100-01-01")
+        for number in range(130):  # more than one page of the list
+            service.fail(by_program(address, f"late {number}"), "cancelled")
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        page.wait_for_selector(card("late 129"))
+        names = page.locator(".card .caption").all_inner_texts()
+        expected = [f"late {n}" for n in reversed(range(130))] + [f"early {n}" for n in reversed(range(30))]
+        assert len(names) >= 130 + 24
+        assert names == expected[: len(names)]
+
+
+def test_a_page_out_of_sight_asks_for_nothing_by_itself(browser, address, service):
+    service.fail(by_program(address, "one"), "cancelled")
+    with opened(browser, address) as page:
+        page.wait_for_selector(card("one"))
+        page.evaluate("""() => {
+          Object.defineProperty(document, "hidden", { get: () => window.away, configurable: true });
+          window.away = true;
+          document.dispatchEvent(new Event("visibilitychange"));
+        }""")
+        page.clock.install()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if "/v1/videos?" in request.url else None)
+        by_program(address, "two")
+        page.clock.run_for(60_000)
+        assert asked == []
+        page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_selector(card("two"))
+
+
+def test_an_error_about_a_model_that_opens_is_over_when_it_is_open(browser, address, service):
+    model, service.card = service.card, None
+    service.is_ready, service.trouble = False, "the model is being opened"
+    with opened(browser, address) as page:
+        page.wait_for_selector("#banner:has-text('the model is being opened')")
+        page.fill("#prompt", "a star")
+        page.press("#prompt", "Control+Enter")
+        page.wait_for_selector("#error-form:has-text('wait a moment')")
+        service.card, service.is_ready = model, True
+        page.wait_for_selector("#form.ready")
+        assert page.inner_text("#error-form") == ""
+        assert page.input_value("#prompt") == "a star"
+
+
+def test_an_error_about_a_lost_connection_is_over_when_it_is_back(browser, address):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        page.context.set_offline(True)
+        ask(page, "a star")
+        page.wait_for_selector("#error-form:has-text('does not answer')")
+        page.evaluate("dispatchEvent(new Event('online'))")  # it looks, and finds nobody
+        page.wait_for_selector("#banner:has-text('does not answer')")
+        page.context.set_offline(False)
+        page.wait_for_selector("#banner", state="hidden")
+        page.wait_for_selector("#error-form:empty", state="attached")
+
+
+def test_the_guide_names_the_keys_that_the_page_names(browser, address, service):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        assert page.inner_text("#prompt-help").startswith("Enter generates")
+        assert "Enter generates, Shift+Enter begins a new line" in GUIDE.read_text()
+        page.focus("#prompt")
+        page.keyboard.type("one")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("two")
+        assert page.input_value("#prompt") == "one\ntwo"
+        assert not service.jobs
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#stage .prompt:has-text('two')")
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "told", "shown"),
+    [(17, 8, "2", "2 s"), (33, 16, "2", "2 s"), (21, 16, "1.25", "1.3 s"), (1, 16, "0.062", "0.06 s")],
+)
+def test_a_length_is_the_one_of_the_api(browser, address, service, frames, fps, told, shown):
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        page.locator("summary").click()
+        page.fill("#fps", str(fps))
+        page.fill("#num_frames", str(frames))
+        page.locator("#prompt").focus()
+        assert page.inner_text("#length-out") == shown
+        job = asked(page, service, "a star")
+        with urllib.request.urlopen(f"{address}/v1/videos/{job.id}") as answer:
+            assert json.load(answer)["seconds"] == told
+        assert shown in page.locator("#stage .facts li").all_inner_texts()

@@ -8,6 +8,7 @@ import { Settings } from "./settings.js";
 import { bytes, duration } from "./words.js";
 
 const FORECAST_MS = 250; // after the last touch
+const NOT_READY = "The server has not said yet what its model can do; wait a moment.";
 const PLACES = {
   prompt: "prompt", input_reference: "input_reference", last_image: "input_reference",
   size: "size", width: "size", height: "size", num_frames: "num_frames", seconds: "num_frames", steps: "steps",
@@ -22,6 +23,7 @@ export class Composer {
   #busy = false;
   #sent = null; // the token and the seed of a request whose answer was lost: the server makes it once
   #countdown = 0;
+  #passing = ""; // a sentence about the server, which is true only as long as the server stands so
 
   constructor(api, submitted) {
     Object.assign(this, { api, submitted });
@@ -54,8 +56,15 @@ export class Composer {
     this.#card = card;
     this.settings.set(draft.load().values ?? {});
     byId("form").classList.add("ready");
+    this.relieve();
     await this.pictures.offer(card.takes ?? []);
     this.#changed();
+  }
+
+  /** The server is well again: what was said of its state is over. */
+  relieve() {
+    if (this.#passing && byId("error-form").textContent === this.#passing) this.#say("form", "");
+    this.#passing = "";
   }
 
   /** Ask for another video like this one. */
@@ -150,7 +159,7 @@ export class Composer {
       this.#say("prompt", "Say what the video should show.");
       return byId("prompt").focus();
     }
-    if (!this.#card) return this.#say("form", "The server has not said yet what its model can do; wait a moment.");
+    if (!this.#card) return this.#say("form", (this.#passing = NOT_READY));
     this.#setBusy(true);
     this.#sent ??= { token: newToken(), seed: this.settings.seed }; // the same again after a lost answer
     const { token, seed } = this.#sent;
@@ -178,6 +187,7 @@ export class Composer {
     const base = (error.param ?? "").split(/[.[]/)[0];
     const place = PLACES[base] ?? (base && byId(`error-${base}`) ? base : "form");
     this.#say(place, sentence(error));
+    if (error instanceof OfflineError || error.status === 503) this.#passing = sentence(error);
     const field = byId(place === "size" ? "tier" : place);
     if (field?.closest("details")) byId("advanced").open = true;
     if (field && document.activeElement === byId("generate")) field.focus();

@@ -16,18 +16,23 @@ export class Gallery {
     }, { rootMargin: "400px" });
   }
 
-  /** Show these, in this order. */
+  /** Show these, in this order. Cards that stay are left alone; the focus of one that goes passes to its neighbour. */
   list(videos) {
+    const list = byId("cards");
+    const focused = [...list.children].findIndex((item) => item.contains(document.activeElement));
     const ids = new Set(videos.map(({ id }) => id));
     for (const [id, { item }] of this.#cards) {
       if (!ids.has(id)) item.remove(), this.#cards.delete(id);
     }
-    const list = byId("cards");
     videos.forEach((video, index) => {
       if (!this.#cards.has(video.id)) this.#cards.set(video.id, this.#card(video));
       const { item } = this.#cards.get(video.id);
       if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
     });
+    if (focused >= 0 && !list.contains(document.activeElement)) {
+      const near = list.children[Math.min(focused, list.children.length - 1)];
+      (near?.firstChild ?? byId("prompt")).focus({ preventScroll: true });
+    }
   }
 
   /** One of them stands otherwise now. */

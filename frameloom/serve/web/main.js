@@ -40,6 +40,7 @@ let chosen = location.hash.slice(1) || null;
 let model = null;
 let loaded = false;
 let offline = false;
+let ill = false; // by the last answer about the server's health
 let health = 0;
 
 const isSmall = () => model?.id === BUILT_IN;
@@ -132,7 +133,7 @@ async function attempt(work) {
 
 function nowOffline() {
   if (offline) return;
-  offline = true;
+  offline = ill = true;
   banner(OFFLINE);
   clearTimeout(health);
   health = setTimeout(checkHealth, HEALTH_MS.ill / 2);
@@ -158,6 +159,8 @@ async function checkHealth() {
   }
   clearTimeout(health);
   trouble = offline ? OFFLINE : trouble;
+  if (ill && !trouble) composer.relieve();
+  ill = Boolean(trouble);
   banner(trouble);
   health = setTimeout(checkHealth, trouble ? HEALTH_MS.ill : HEALTH_MS.well);
 }
@@ -180,8 +183,13 @@ async function begin() {
 
 videos.addEventListener("list", () => {
   gallery.list(videos.all);
-  gallery.mark(chosen);
-  show();
+  if (loaded && chosen && !videos.get(chosen)) {
+    toast("The video was deleted elsewhere.");
+    choose(videos.all[0]?.id ?? null, false);
+  } else {
+    gallery.mark(chosen);
+    show();
+  }
 });
 videos.addEventListener("video", ({ detail }) => {
   gallery.update(detail);
@@ -189,6 +197,7 @@ videos.addEventListener("video", ({ detail }) => {
 });
 videos.addEventListener("offline", () => nowOffline());
 addEventListener("frameloom-key", () => {
+  loaded = false;
   videos.forgetAll();
   begin();
 });

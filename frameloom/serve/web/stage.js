@@ -39,6 +39,7 @@ export class Stage {
 
   /** There is nothing yet. */
   showEmpty(isSmall) {
+    const focused = this.box.contains(document.activeElement);
     if (!this.#frame(`empty ${isSmall}`)) return;
     const examples = EXAMPLES[isSmall ? "small" : "large"];
     this.box.replaceChildren(
@@ -47,6 +48,7 @@ export class Stage {
         make("p", {}, "Write what it should show, or begin with one of these:"),
         make("ul", { class: "examples" }, ...examples.map((text) =>
           make("li", {}, make("button", { type: "button", class: "example", onclick: () => this.actions.suggest(text) }, text))))));
+    if (focused) this.box.focus({ preventScroll: true });
   }
 
   /** A video, as it stands. */

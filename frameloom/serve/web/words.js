@@ -10,8 +10,11 @@ export function duration(seconds) {
   return minutes ? `${hours} h ${minutes} min` : `${hours} h`;
 }
 
-/** The length of a video: "2.1 s". */
-export const length = (frames, fps) => `${(frames / fps).toFixed(1).replace(/\.0$/, "")} s`;
+/** Seconds of a video: "2 s", "2.5 s", "0.06 s". */
+const playing = (seconds) => `${Number(seconds < 0.1 ? seconds.toPrecision(1) : seconds.toFixed(1))} s`;
+
+/** The length of a video as the API has it, from the first frame to the last: 17 frames, 8 each second, are "2 s". */
+export const length = (frames, fps) => playing(Math.max(frames - 1, 1) / fps);
 
 /** Bytes in the unit people buy memory in. */
 export function bytes(count) {
@@ -74,9 +77,8 @@ export function shape(video) {
   };
 }
 
-/** The length of a job's video as the cards show it. */
+/** The length of a job's video as the cards show it; nothing while the server cannot tell. */
 export function lengthOf(video) {
-  const { frames, fps } = shape(video);
-  if (frames && fps) return length(frames, fps);
-  return video.seconds ? `${Number(video.seconds)} s` : "";
+  const seconds = Number(video.seconds);
+  return seconds > 0 ? playing(seconds) : ""; // "auto" while nobody can tell
 }
