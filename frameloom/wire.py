@@ -93,6 +93,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     Width, height: multiples of; frames are 1 + `temporal` x k. `takes`: the pictures that it starts from, by the names
     of the request. `previews`: whether a preview can be drawn. `device`, `dtype`, `torch`: where and how it computes.
     `small_tokens`: of the denoiser; videos up to so many may be made together, see `Together`.
+    `experts`: denoisers that share the steps; None where a card of an earlier version does not tell.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
     ranks: int = 1
     small_tokens: int = 0
+    experts: int | None = None
 
 
 class Ready(Message, frozen=True, kw_only=True):

@@ -125,6 +125,10 @@ class Service(Protocol):
         """
         ...
 
+    async def repeated(self, key: str, repeat: Repeat) -> Standing | None:
+        """The job that came with an Idempotency-Key before; None where none did. Raises RefusedError for another."""
+        ...
+
     def check_room(self, key: str, work_s: float) -> None:
         """Raise RefusedError where `accept` would, for the queue or the disk, before a body is read."""
         ...

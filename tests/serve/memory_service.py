@@ -19,7 +19,7 @@ from frameloom.wire import Card, Foreseen
 
 CARD = Card(
     model="small", width_multiple=16, height_multiple=16, temporal=4, takes=("image", "video", "references"),
-    needs_image=False, previews=True, device="cpu", dtype="float32", torch="2",
+    needs_image=False, previews=True, device="cpu", dtype="float32", torch="2", experts=1,
     defaults={
         "width": 96, "height": 64, "num_frames": 33, "fps": 16.0, "steps": 8, "guidance_scale": 3.0,
         "guidance_scale_2": None, "flow_shift": 3.0, "negative_prompt": "",
@@ -43,6 +43,12 @@ class MemoryService:
     def check_room(self, key, work_s):
         if self.refusal is not None:
             raise self.refusal
+
+    async def repeated(self, key, repeat):
+        known, digest = self.repeats.get((key, repeat.name), ("", repeat.digest))
+        if digest != repeat.digest:
+            raise RefusedError("idempotency_mismatch", "that key came before with another request")
+        return self.jobs.get(known)
 
     async def accept(self, job_id, ask, inputs, repeat):
         if repeat is not None:
@@ -78,6 +84,7 @@ class MemoryService:
         return self.jobs.get(job_id)
 
     async def delete(self, job_id):
+        self.repeats = {name: repeat for name, repeat in self.repeats.items() if repeat[0] != job_id}
         return self.jobs.pop(job_id, None) is not None
 
     async def watch(self, job_id):

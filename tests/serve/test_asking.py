@@ -1,5 +1,6 @@
 """What becomes of a request before it is kept: numbers worked out, pictures named, and everything in its place."""
 
+import base64
 import io
 import json
 
@@ -156,6 +157,36 @@ def test_pictures_that_change_make_another_request_of_the_same_key(site):
     assert client.post("/v1/videos", files=request, headers=headers).json()["id"] == first["id"]
     changed = {**request, "input_reference": ("a", picture(64, 96))}
     assert client.post("/v1/videos", files=changed, headers=headers).status_code == 409
+    url = "DATA:image/png;base64," + base64.b64encode(picture()).decode()
+    for same in (url, {"image_url": url}):
+        again = client.post("/v1/videos", json={"prompt": "x", "input_reference": same}, headers=headers)
+        assert again.json()["id"] == first["id"]
+    odd = {"prompt": "x", "input_reference": "data:image/png;base64,!"}
+    assert client.post("/v1/videos", json=odd, headers=headers).json()["error"]["param"] == "input_reference"
+
+
+def test_the_same_key_of_an_edit_whose_source_is_gone(site):
+    _, service = site
+    source, _ = ask(site, json={"prompt": "x"})
+    service.complete(source.id, clip())
+    for path in ("/edits", "/extensions"):
+        asked = {"json": {"prompt": "y", "video": {"id": source.id}}, "headers": {"idempotency-key": path}}
+        first, _ = ask(site, path, **asked)
+        kept = service.jobs.pop(source.id)
+        assert ask(site, path, **asked)[0].id == first.id
+        service.jobs[source.id] = kept
+
+
+def test_numbers_of_parts_that_the_model_has_are_taken(site):
+    client, service = site
+    assert ask(site, json={"prompt": "x", "control_strength": 0.5})[0].ask.request["control_strength"] == 0.5
+    for experts, status in ((1, 400), (2, 200), (None, 200)):
+        service.card = msgspec.structs.replace(ALL, experts=experts)
+        answer = client.post("/v1/videos", json={"prompt": "x", "guidance_scale_2": 2})
+        assert answer.status_code == status
+        estimate = client.get("/v1/estimate?guidance_scale_2=2")
+        assert estimate.status_code == status
+    service.card = ALL
 
 
 def test_an_unfinished_video_cannot_be_made_from(site):

@@ -73,6 +73,13 @@ def head(length):
         ({"prompt": "x", "seconds": "4", "num_frames": 9}, "seconds", "twice"),
         ({"prompt": "x", "num_frames": 10}, "num_frames", "use 9 or 13"),
         ({"prompt": "x", "steps": 21}, "steps", "more than the 20"),
+        ({"prompt": "x", "steps": 1001}, "steps", "more than the 20"),
+        ({"prompt": "x", "steps": 0}, "steps", "from 1 to 20"),
+        ({"prompt": "x", "strength": 0.5}, "strength", "cannot be given here"),
+        ({"prompt": "x", "control_strength": 0.5}, "control_strength", "leave control_strength out"),
+        ({"prompt": "x", "guidance_scale_2": 2}, "guidance_scale_2", "has one"),
+        ({"prompt": "x", "mask": "data:,"}, "mask", "takes no mask"),
+        ({"id": "video_1"}, "id", "there are prompt, "),
         ({"prompt": "x", "size": "4096x4096"}, "size", "ask for less"),
         ({"prompt": "x", "seconds": "3600"}, "seconds", "frames 57601"),
         ({"prompt": "x", "loras": [{"name": "oil"}]}, "loras", "registered are: ink"),
@@ -167,6 +174,62 @@ def test_a_full_queue_is_told_before_the_body_is_read(site):
         assert connection.recv(100).startswith(b"HTTP/1.1 429")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/v1/videos",
+        "/v1/videos/ID",
+        "/v1/loras",
+        "/metrics",
+        "/health/live",
+        "/health/ready",
+        "/v1/estimate",
+        "/openapi.json",
+        "/",
+    ],
+)
+def test_head_is_get_without_its_body(site, path):
+    client, _, _ = site
+    path = path.replace("ID", client.post("/v1/videos", json={"prompt": "x"}).json()["id"])
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":
+        assert head.headers["content-length"] == str(len(get.content))
+    assert client.head("/v1/videos/video_1").status_code == 404
+    assert client.head("/nothing").status_code == 404
+
+
+def test_the_same_key_when_the_source_is_gone(site):
+    client, _, _ = site
+    source = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
+    path, headers = f"/v1/videos/{source}/remix", {"idempotency-key": "remix"}
+    first = client.post(path, json={"prompt": "y"}, headers=headers).json()["id"]
+    assert told(client.post(path, json={"prompt": "z"}, headers=headers), 409).code == "idempotency_mismatch"
+    client.delete(f"/v1/videos/{source}")
+    assert client.post(path, json={"prompt": "y"}, headers=headers).json()["id"] == first
+    assert told(client.post(path, json={"prompt": "z"}, headers=headers), 409).code == "idempotency_mismatch"
+    assert told(client.post(path, json={"prompt": "y"}, headers={"idempotency-key": "new"}), 404)
+    other = f"/v1/videos/video_{'0' * 32}/remix"
+    assert told(client.post(other, json={"prompt": "y"}, headers=headers), 409)
+    client.delete(f"/v1/videos/{first}")
+    assert told(client.post(path, json={"prompt": "y"}, headers=headers), 404).code == "video_not_found"
+
+
+def test_a_remix_needs_a_prompt_too(site):
+    client, service, _ = site
+    source = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
+    before = len(service.jobs)
+    for prompt in ("", " \n"):
+        error = told(client.post(f"/v1/videos/{source}/remix", json={"prompt": prompt}), 400)
+        assert (error.param, "empty" in error.message) == ("prompt", True)
+    service.card = None
+    assert told(client.post("/v1/videos", json={"prompt": " "}), 400).param == "prompt"
+    assert told(client.post("/v1/videos", json={"prompt": "x", "windows": False, "window_frames": 9}), 400)
+    assert len(service.jobs) == before
+
+
 def test_the_same_key_with_another_request(site):
     client, _, _ = site
     headers = {"idempotency-key": "once"}
@@ -185,11 +248,13 @@ def test_what_goes_wrong_inside_has_the_shape_and_says_nothing_of_it(site, monke
     assert "division" not in error.message
 
     async def broken(*_, **__):
-        raise StoreError("the disk is full")
+        raise StoreError("the disk with /srv/data/jobs.sqlite is full")
 
     monkeypatch.setattr(service, "page", broken)
     answer = client.get("/v1/videos")
-    assert told(answer, 503).code == "store_unavailable"
+    error = told(answer, 503)
+    assert error.code == "store_unavailable"
+    assert "/srv" not in error.message
     assert answer.headers["retry-after"] == "5"
 
 
@@ -225,6 +290,26 @@ def test_bodies_that_are_too_large(site):
     assert "no JSON" in error.message
 
 
+def test_a_body_that_says_it_is_too_large_is_not_waited_for(site, monkeypatch):
+    client, _, app = site
+    for name in ("_LISTEN_S", "_SILENT_S"):
+        monkeypatch.setattr(f"frameloom.serve.api.body.{name}", 600.0)
+    answer = b""
+    with connected(client) as connection:
+        connection.settimeout(60)
+        connection.sendall(head(99999999999999))
+        while not answer.endswith(b"}"):
+            piece = connection.recv(1000)
+            assert piece
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"connection: close" in answer.lower()
+        connection.sendall(b"x" * 100_000)  # it is still listened to, so that the answer is not lost
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000) == b""
+    assert app.state.site.bodies.held == 0
+
+
 def test_bodies_that_come_too_slowly(site, monkeypatch):
     client, _, app = site
     monkeypatch.setattr(app.state.site.bodies, "grace_s", 0.2)
@@ -255,7 +340,7 @@ def test_half_a_body_makes_no_job_and_holds_nothing(site):
 def test_many_large_bodies_share_what_may_be_held():
     class Sent:
         def __init__(self, pieces):
-            self.pieces = pieces
+            self.headers, self.pieces = {}, pieces
 
         async def stream(self):
             for piece in self.pieces:
@@ -287,6 +372,9 @@ def test_all_errors_are_declared(site):
     for status, answer in post["responses"].items():
         name = answer["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1]
         assert name == ("Video" if status == "200" else "ErrorAnswer")
+    assert set(described["paths"]["/health/live"]["get"]["responses"]) == {"200", "403", "500", "503"}
+    assert {"206", "416"} <= set(described["paths"]["/v1/videos/{video_id}/preview"]["get"]["responses"])
+    assert not any("head" in methods for methods in described["paths"].values())
     paths = {
         "/v1/videos/{video_id}/content",
         "/v1/videos/{video_id}/events",

@@ -1,6 +1,8 @@
 """How a video stands, told as it changes."""
 
+import contextlib
 import json
+import socket
 import time
 
 import httpx2 as httpx
@@ -98,3 +100,29 @@ def test_there_are_only_so_many_streams(site, monkeypatch):
     answer = client.get(f"/v1/videos/{job_id}/events")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_streams")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_burst_finds_no_gap_between_the_check_and_the_count(site, monkeypatch):
+    client, _, app = site
+    monkeypatch.setattr(events, "MAX_STREAMS", 5)
+    path = f"/v1/videos/{client.post('/v1/videos', json={'prompt': 'x'}).json()['id']}/events"
+    address = (client.base_url.host, client.base_url.port)
+    asked = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address)) for _ in range(40)]
+        for connection in connections:
+            connection.sendall(asked)
+        statuses = [connection.recv(12)[-3:] for connection in connections]
+        assert (statuses.count(b"200"), statuses.count(b"503")) == (5, 35)
+        assert app.state.site.streams == 5
+    until(lambda: app.state.site.streams == 0)
+    with client.stream("GET", path) as answer:
+        assert answer.status_code == 200
+
+
+def test_head_of_events_ends_at_once(site):
+    client, _, app = site
+    job_id = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
+    answer = client.head(f"/v1/videos/{job_id}/events")
+    assert (answer.status_code, answer.headers["content-type"][:17]) == (200, "text/event-stream")
+    assert app.state.site.streams == 0

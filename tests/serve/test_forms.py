@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from frameloom.serve.api.errors import ApiError
 from frameloom.serve.api.forms import MAX_PARTS, MAX_VALUES, Upload, fields_of
 from frameloom.serve.api.parameters import PARAMETERS, TAKEN, read_parameters
+from frameloom.serve.config import Limits
 
 BOUNDARY = "3d2f"
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -131,7 +132,7 @@ def test_any_form_is_fields_or_one_sentence(parts):
 
 
 def read(kind="create", **fields):
-    return read_parameters(fields, kind, prompt_chars=100)
+    return read_parameters(fields, kind, limits=Limits(prompt_chars=100))
 
 
 @pytest.mark.parametrize(
@@ -202,3 +203,16 @@ def test_any_value_is_read_or_refused_by_name(kind, fields):
     found = result(read, kind, **fields)
     names = {*fields, *(PARAMETERS[name].alias for name in fields)}
     assert isinstance(found, dict) or (found.status == 400 and found.param in names)
+
+
+def test_sentences_name_what_was_done():
+    assert refusal(read, **form(("prompt", "x"), ("prompt", "y"))).message == "prompt is given 2 times; give it once"
+    assert refusal(form, ("loras", "[{")).message.startswith("loras is no JSON (")
+    assert refusal(form, ("loras", '[{"a": 1, "a": 2}]')).param == "loras"
+    assert "it is empty" in refusal(fields_of, "application/json", b" ").message
+    assert "the body" not in refusal(form, ("loras", "[{")).message
+    assert fields_of("application/json", b"\xef\xbb\xbf" + b'{"prompt": "x"}') == {"prompt": "x"}
+    assert "did you mean" not in refusal(read, id="video_1").message
+    assert '{"video": {"id": ' in refusal(read, "edit", id="video_1").message
+    deep = b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}"
+    assert "nested" in refusal(fields_of, "application/json", deep).message

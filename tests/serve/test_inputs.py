@@ -159,6 +159,7 @@ def test_what_makes_the_reader_run_out_of_its_limits_costs_one_sentence(monkeypa
 
 def test_data_urls():
     assert bytes_of_data_url("data:image/png;base64,aGVsbG8=", "input_reference") == b"hello"
+    assert bytes_of_data_url("DATA:Image/PNG;BASE64,aGVsbG8=", "input_reference") == b"hello"
     assert bytes_of_data_url("data:;base64,aGVsbG8=", "input_reference") == b"hello"
     for odd in ("data:image/png,hello", "data:image/png;base64,a b", "data:image/png;base64,é", "data:" + ";" * 10_000):
         refusal(lambda url: bytes_of_data_url(url, "input_reference"), odd)

@@ -33,6 +33,7 @@ def card_of(engine: Engine, name: str) -> Card:
         dtype=facts.get("dtype", ""),
         torch=str(facts.get("torch", "")),  # a text of its own kind, which no message takes
         ranks=1 if engine.team is None else engine.team.size,
+        experts=len(pipeline.experts),
         small_tokens=_SMALL_ON_CPU if pipeline.device.type == "cpu" else _usual_tokens(defaults, rules),
     )
 

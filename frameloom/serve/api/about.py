@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from frameloom.serve.api.asking import FIELD_OF, check_model, needs_card, order_of
+from frameloom.serve.api.asking import FIELD_OF, check_effect, check_model, needs_card, order_of
 from frameloom.serve.api.described import errors, query_of
 from frameloom.serve.api.errors import ApiError
 from frameloom.serve.api.parameters import read_parameters
@@ -40,11 +40,12 @@ async def loras(site: OfSite, caller: Caller) -> JSONResponse:
 async def estimate(request: Request, site: OfSite, caller: Caller) -> JSONResponse:
     """What a video would take: seconds and memory, with the numbers that are left out filled in."""
     given = dict(request.query_params)
-    found = read_parameters(given, "estimate", prompt_chars=site.config.limits.prompt_chars)
+    found = read_parameters(given, "estimate", limits=site.config.limits)
     check_model(found, site.config)
     card = site.service.card
     if card is None and needs_card(found):
         raise ApiError(503, "starting", "the model is not known yet; come again soon", retry_s=2)
+    check_effect(found, card)
     order = order_of({"prompt": "-", **found}, "estimate", card=card, config=site.config, shapes={})
     foreseen = await site.service.foresee(order.request)
     if foreseen is None:
@@ -61,7 +62,7 @@ async def estimate(request: Request, site: OfSite, caller: Caller) -> JSONRespon
     return JSONResponse({"object": "estimate", **told, "resolved": resolved})
 
 
-@router.get("/health/live", response_model=Health)
+@router.get("/health/live", response_model=Health, responses=errors(always=(403, 500, 503)))
 async def live() -> JSONResponse:
     """Whether the server answers."""
     return JSONResponse({"status": "ok"})

@@ -1,8 +1,10 @@
 """The HTTP application: routes in front of a service, and nothing that needs torch."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 
 import frameloom
 from frameloom.serve.api import about, content, events, videos
@@ -41,12 +43,22 @@ def make_app(service: Service, config: ServeConfig, *, metrics: Metrics | None =
         fetcher=Fetcher(hosts=config.url_hosts, max_bytes=config.limits.body_bytes),
         metrics=counted,
     )
-    for router in (videos.router, content.router, events.router, about.router, page_router()):
+    routers = (videos.router, content.router, events.router, about.router)
+    for router in (*routers, _heads(routers), page_router()):
         app.include_router(router)
     app.add_middleware(Gate, config=config)
     app.add_middleware(Observed, metrics=counted)  # the last one added is the outermost
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
+
+
+def _heads(routers: Sequence[APIRouter]) -> APIRouter:
+    """HEAD wherever there is GET: the same answer, of which the protocol leaves the body out."""
+    router = APIRouter(include_in_schema=False)
+    for route in (route for one in routers for route in one.routes):
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            router.add_api_route(route.path, route.endpoint, methods=["HEAD"])
+    return router
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from frameloom.errors import RequestError
-from frameloom.request import resolve
+from frameloom.request import check_request, resolve
 from frameloom.serve.api.errors import ApiError, bad
 from frameloom.serve.config import ServeConfig
 from frameloom.types import GenerateRequest, Pictures, ResolvedRequest, SizeRules
@@ -71,7 +71,7 @@ class CardDefaults:
 
 def needs_card(found: Mapping[str, Any]) -> bool:
     """Whether an order cannot be made before the model is known."""
-    return "seconds" in found or any(name in found for name in FIELD_OF)
+    return any(name in found for name in ("seconds", "control_strength", "guidance_scale_2", *FIELD_OF))
 
 
 def check_model(found: Mapping[str, Any], config: ServeConfig) -> None:
@@ -105,6 +105,30 @@ def check_takes(found: Mapping[str, Any], kind: str, card: Card | None) -> None:
             raise bad(param, f"{card.model} takes no {param}; it takes {', '.join(takes) or 'prompts alone'}")
     if card.needs_image and "input_reference" not in found:
         raise bad("input_reference", f"{card.model} starts from an image; give input_reference")
+
+
+def check_effect(found: Mapping[str, Any], card: Card | None) -> None:
+    """Raise ApiError 400 for a number that would change nothing in a video of this model."""
+    if card is None:
+        return
+    if "control_strength" in found and "control_video" not in card.takes:
+        raise bad(
+            "control_strength",
+            f"it counts beside a control video, and {card.model} takes none; leave control_strength out",
+        )
+    if "guidance_scale_2" in found and card.experts == 1:
+        raise bad(
+            "guidance_scale_2",
+            f"it is of the second of two experts, and {card.model} has one; leave guidance_scale_2 out",
+        )
+
+
+def remixed(source: Mapping[str, Any], resolved: Mapping[str, Any], prompt: str, config: ServeConfig) -> Order:
+    """The order of a job once more, with another prompt. Raises ApiError 400 where that is not made any more."""
+    request = {**source, "prompt": prompt}
+    _check({name: value for name, value in request.items() if name != "extends"})
+    _check_limits({**request, **resolved}, {}, config)
+    return Order(request=request, resolved=resolved, work=resolved)
 
 
 def order_of(
@@ -203,6 +227,7 @@ def _resolved(
         stand_ins = {FIELD_OF[param]: [_stand_in(param, one) for one in given] for param, given in shapes.items()}
         told |= {name: given if name == "references" else given[0] for name, given in stand_ins.items()}
     if card is None:
+        _check(told)
         return {}
     rules = SizeRules(
         width_multiple=card.width_multiple, height_multiple=card.height_multiple, temporal=card.temporal,
@@ -213,6 +238,14 @@ def _resolved(
     except RequestError as error:
         raise bad(_blamed(str(error)), str(error)) from None
     return _numbers(made)
+
+
+def _check(told: Mapping[str, Any]) -> None:
+    """What can be checked before a model is known."""
+    try:
+        check_request(GenerateRequest(**told))
+    except RequestError as error:
+        raise bad(_blamed(str(error)), str(error)) from None
 
 
 def _numbers(made: ResolvedRequest) -> dict[str, Any]:

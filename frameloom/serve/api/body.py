@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from frameloom.serve.api.errors import ApiError
 
 _GRACE_S: Final = 30.0
 _LEAST_BYTES_PER_S: Final = 10_000
+_LISTEN_S: Final = 10.0
+_SILENT_S: Final = 1.0
 _AT_ONCE: Final = 8
 """So many of the largest bodies are held at the same time."""
 
@@ -29,12 +33,11 @@ class BodyReader:
         """The whole body, accounted for until the block ends. Raises ApiError 408, 413 or 503."""
         taken = 0
         chunks: list[bytes] = []
+        declared = request.headers.get("content-length", "")
+        self._check(int(declared) if declared.isdecimal() else 0)
         try:
-            stream = request.stream()
-            async for chunk in self._chunks(stream):
-                if taken + len(chunk) > self.limit:
-                    chunks.clear()
-                    await self._refuse(stream)
+            async for chunk in self._chunks(request.stream()):
+                self._check(taken + len(chunk))
                 if self.held + len(chunk) > self.limit * _AT_ONCE:
                     raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
                 self.held += len(chunk)
@@ -60,17 +63,9 @@ class BodyReader:
             received += len(chunk)
             yield chunk
 
-    async def _refuse(self, stream: AsyncIterator[bytes]) -> None:
-        """Clients that are still sending hear an answer only if they are listened to; so for some time they are."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.grace_s / 3):
-                received = 0
-                async for chunk in stream:
-                    received += len(chunk)
-                    if received > 16 * self.limit:
-                        break
-        most = f"{self.limit / 2**20:g} MiB"
-        raise _closing(413, "request_too_large", f"the request is larger than {most}; send smaller or shorter files")
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self.limit:
+            raise _TooLargeError(self.limit)
 
 
 def _joined(chunks: list[bytes]) -> bytes:
@@ -82,3 +77,46 @@ def _joined(chunks: list[bytes]) -> bytes:
 
 def _closing(status: int, code: str, message: str) -> ApiError:
     return ApiError(status, code, message, headers={"connection": "close"})
+
+
+class _TooLargeError(ApiError):
+    """A body has more bytes than `limit`, or says so of itself."""
+
+    def __init__(self, limit: int) -> None:
+        most = f"{limit / 2**20:g} MiB"
+        message = f"the request is larger than {most}; send smaller or shorter files"
+        super().__init__(413, "request_too_large", message, headers={"connection": "close"})
+        self._most_bytes = 16 * limit
+
+    def answer(self) -> Response:
+        """The same as HTTP has it, whole at once; then what still comes is listened to for a while."""
+        return _Listening(super().answer(), self._most_bytes)
+
+
+class _Listening(Response):
+    """An answer after which the connection is held open while a client goes on sending.
+
+    One that is still sending when it is closed may lose the answer that it has received. Listened to are `most_bytes`
+    at the most, until nothing comes any more.
+    """
+
+    def __init__(self, answer: Response, most_bytes: int) -> None:
+        super().__init__(answer.body, answer.status_code, dict(answer.headers))
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LISTEN_S):
+                await self._listen(receive)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _listen(self, receive: Receive) -> None:
+        received, is_more = 0, True
+        while is_more and received <= self._most_bytes:
+            async with asyncio.timeout(_SILENT_S):
+                message = await receive()
+            received += len(message.get("body", b""))
+            is_more = message.get("more_body", False)

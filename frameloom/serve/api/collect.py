@@ -10,6 +10,7 @@ from frameloom.serve.api.errors import ApiError, bad
 from frameloom.serve.api.forms import Upload
 from frameloom.serve.api.inputs import Given, bytes_of_data_url
 from frameloom.serve.api.parameters import PARAMETERS
+from frameloom.serve.api.repeats import URLS
 from frameloom.serve.api.site import Site
 from frameloom.serve.config import Key
 from frameloom.serve.service import Standing
@@ -74,7 +75,7 @@ async def _bytes(value: Any, param: str, site: Site) -> bytes:
         return value.data
     if isinstance(value, dict) and len(value) == 1:
         (key, inner) = next(iter(value.items()))
-        if key in ("image_url", "video_url", "url"):
+        if key in URLS:
             return await _bytes(inner, param, site)
         if key == "file_id":
             raise bad(param, f"this server keeps no files; send the {param} itself, or a data: URL")

@@ -39,7 +39,6 @@ class _File:
     tag: str
 
 
-@router.head("/{video_id}/content", include_in_schema=False)
 @router.get(
     "/{video_id}/content",
     response_class=Response,
@@ -62,11 +61,15 @@ async def content(
     return await _sent(request, _File(path=path, media_type=_VARIANTS[variant], tag=f'"{tag}"'))
 
 
-@router.head("/{video_id}/preview", include_in_schema=False)
 @router.get(
     "/{video_id}/preview",
     response_class=Response,
-    responses={**errors(404, 416), 200: _files("image/apng"), 304: {"description": "Not modified."}},
+    responses={
+        **errors(404, 416),
+        200: _files("image/apng"),
+        206: _files("image/apng"),
+        304: {"description": "Not modified."},
+    },
 )
 async def preview(video_id: str, request: Request, site: OfSite, caller: Caller) -> Response:
     """What a video is becoming while it is being made: a picture that moves, which browsers and PNG readers show."""

@@ -33,9 +33,9 @@ _BY_URL: Final = {"type": "object", "properties": {"image_url": _URL}, "required
 _BY_ID: Final = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route answers with, besides those that all do."""
-    return {status: {"model": ErrorAnswer, "description": _SAYS[status]} for status in sorted({*_ALWAYS, *statuses})}
+def errors(*statuses: int, always: tuple[int, ...] = _ALWAYS) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route answers with, besides those that all do, or those that it does `always`."""
+    return {status: {"model": ErrorAnswer, "description": _SAYS[status]} for status in sorted({*always, *statuses})}
 
 
 def body_of(kind: str) -> dict[str, Any]:

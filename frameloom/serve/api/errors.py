@@ -1,5 +1,6 @@
 """Every error in one shape, as OpenAI's clients read it: {"error": {"message", "type", "param", "code"}}."""
 
+import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
@@ -11,7 +12,9 @@ from starlette.responses import JSONResponse, Response
 from frameloom.errors import InputError
 from frameloom.serve.jobs.job import StoreError
 from frameloom.serve.service import RefusedError
+from frameloom.settings import LOGGER_NAME
 
+_LOG: Final = logging.getLogger(f"{LOGGER_NAME}.serve")
 MAX_RETRY_S: Final = 120
 """Longer waits are not honoured by OpenAI's clients: they give up at once."""
 
@@ -48,7 +51,7 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.param = status, code, message, param
         self.retry_s, self.headers = retry_s, dict(headers or {})
 
-    def answer(self) -> JSONResponse:
+    def answer(self) -> Response:
         """The same as HTTP has it."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
@@ -100,7 +103,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
 
 
 def _of_store(error: StoreError) -> ApiError:
-    return ApiError(503, "store_unavailable", str(error), retry_s=5)
+    _LOG.error("the store: %s", error)  # it names files, which are nothing to clients
+    return ApiError(503, "store_unavailable", "the store of jobs is out of order; come again soon", retry_s=5)
 
 
 def _of_input(error: InputError) -> ApiError:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from frameloom.serve.api.answers import video_of
 from frameloom.serve.api.described import errors
@@ -51,13 +52,33 @@ async def events(
     await site.standing(video_id, caller)
     if last_event_id == _END:
         return Response(status_code=204)
-    if site.streams >= MAX_STREAMS:
-        raise ApiError(503, "too_many_streams", f"{MAX_STREAMS} clients watch already; poll instead", retry_s=10)
-    return StreamingResponse(_told(video_id, site), headers=_HEADERS, media_type="text/event-stream")
+    return _Events(video_id, site)
+
+
+class _Events(StreamingResponse):
+    """Counted from the moment at which it is let in to its end, whatever that is: a burst finds no gap between."""
+
+    def __init__(self, video_id: str, site: Site) -> None:
+        super().__init__(_told(video_id, site), headers=_HEADERS, media_type="text/event-stream")
+        self._site = site
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["method"] == "HEAD":
+            await Response(None, 200, _HEADERS, media_type="text/event-stream")(scope, receive, send)
+            return
+        if self._site.streams >= MAX_STREAMS:
+            error = ApiError(503, "too_many_streams", f"{MAX_STREAMS} clients watch already; poll instead", retry_s=10)
+            await error.answer()(scope, receive, send)
+            return
+        self._site.streams += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._site.streams -= 1
 
 
 async def _told(video_id: str, site: Site) -> AsyncIterator[str]:
-    site.streams += 1
     news = site.service.watch(video_id)
     waiting: asyncio.Future[Standing | None] | None = None
     closing = asyncio.ensure_future(site.closing.wait())
@@ -74,7 +95,6 @@ async def _told(video_id: str, site: Site) -> AsyncIterator[str]:
                 return
             yield _event(standing, site)
     finally:
-        site.streams -= 1
         for task in (closing, waiting):
             if task is not None:
                 task.cancel()

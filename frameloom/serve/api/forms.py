@@ -16,6 +16,7 @@ from frameloom.serve.api.errors import ApiError, bad
 MAX_PARTS: Final = 256
 MAX_VALUES: Final = 20_000
 """Of commas and brackets of a JSON body: each may cost a hundred times its byte. A long prompt has thousands."""
+MAX_DEPTH: Final = 16
 _CHARSETS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1"}
 _NAME: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})((?:\[[A-Za-z0-9_]{0,64}\]){0,2})")
 
@@ -25,6 +26,10 @@ class Upload:
     """A file of a form. Neither its name nor its type is looked at."""
 
     data: bytes
+
+
+class Several(list[Any]):
+    """What a form says of a parameter in several fields of one name."""
 
 
 Fields: TypeAlias = dict[str, Any]
@@ -50,16 +55,24 @@ def _from_json(body: bytes) -> Fields:
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise bad(None, f"the JSON body has more than {MAX_VALUES} values; send less")
     try:
-        told = json.loads(body.decode("utf-8"), parse_int=_int, object_pairs_hook=_once)
+        told = _parsed(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise bad(None, "the body is not UTF-8; send JSON in UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise bad(None, f"the body is no JSON ({reason}); send {{'prompt': '...'}} in double quotes") from None
+    except ValueError as error:
+        reason = error if body.strip() else "it is empty"
+        raise bad(None, f'the body is no JSON ({reason}); send an object such as {{"prompt": "..."}}') from None
     if not isinstance(told, dict):
         raise bad(None, 'the body is no object; send one such as {"prompt": "..."}')
-    _check_text(told)
+    _check_text(told, None)
     return told
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says. Raises ValueError, and ApiError for what is said twice."""
+    try:
+        return json.loads(text, parse_int=_int, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _int(digits: str) -> int | float:
@@ -75,15 +88,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_text(value: Any, param: str | None = None) -> None:
-    """Raise ApiError for text that no file or terminal can hold: halves of characters, and zeros."""
+def _check_text(value: Any, param: str | None, depth: int = 0) -> None:
+    """Raise ApiError for text that no file or terminal can hold: halves of characters, and zeros; and for depths."""
+    if depth > MAX_DEPTH:
+        raise bad(None, f"the body is nested more than {MAX_DEPTH} deep; nothing here is")
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_text(name, param)
-            _check_text(inner, param or name)
+            _check_text(inner, param or name, depth + 1)
     elif isinstance(value, list):
         for inner in value:
-            _check_text(inner, param)
+            _check_text(inner, param, depth + 1)
     elif isinstance(value, str) and ("\0" in value or not _is_whole(value)):
         shown = param if param is not None and _is_whole(param) else None
         raise bad(shown, f"{shown or 'a name'} holds characters that are no text; leave them out")
@@ -187,7 +202,7 @@ def _value(param: str, spelled: Mapping[str, list[str | Upload]]) -> Any:
     """One parameter, of what was given by its spellings."""
     if set(spelled) == {""}:
         values = spelled[""]
-        return _structured(param, values[0]) if len(values) == 1 else values
+        return _structured(param, values[0]) if len(values) == 1 else Several(values)
     if set(spelled) == {"[]"}:
         return spelled["[]"]
     keys = {spelling: spelling[1:-1].split("][") for spelling in spelled}
@@ -215,8 +230,14 @@ def _zipped(param: str, columns: Mapping[str, list[str | Upload]]) -> list[dict[
 def _structured(param: str, value: str | Upload) -> Any:
     """Lists and objects may come as JSON in one field; of a prompt, brackets are brackets."""
     if isinstance(value, str) and value[:1] in ("[", "{") and param not in ("prompt", "negative_prompt"):
+        if sum(map(value.count, ",[{")) > MAX_VALUES:
+            raise bad(param, f"{param} has more than {MAX_VALUES} values; send less")
         try:
-            return _from_json(b'{"it":' + value.encode() + b"}")["it"]
+            told = _parsed(value)
         except ApiError as error:
-            raise bad(param, f"{param} is no JSON: {error.message}") from None
+            raise bad(param, f"in {param}, {error.message}") from None
+        except ValueError as error:
+            raise bad(param, f"{param} is no JSON ({error}); GET /openapi.json says what it looks like") from None
+        _check_text(told, param)
+        return told
     return value

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 from frameloom.errors import RequestError
 from frameloom.request import LIMITS, MAX_REFERENCES, check_request
 from frameloom.serve.api.errors import ApiError, bad
-from frameloom.serve.api.forms import Fields
+from frameloom.serve.api.forms import Fields, Several
+from frameloom.serve.config import Limits
 from frameloom.types import GenerateRequest
 
 Form = Literal[
@@ -28,6 +29,10 @@ HARMLESS: Final = ("user", "safety_identifier")
 _NUMBER: Final = re.compile(
     r"[+-]?(\d{1,30}(\.\d{0,60})?|\.\d{1,60})([eE][+-]?\d{1,6})?|[+-]?(nan|inf|infinity)", re.I | re.A
 )
+_LISTS: Final = ("numbers", "images", "loras")
+"""Forms of parameters that may be given several times."""
+_ALIKE: Final = 0.65
+"""How alike two names are (difflib), from 0 to 1, for one to be meant by the other: `id` does not mean `width`."""
 _SIZE: Final = re.compile(r"(\d{1,5})\s*[x×X*]\s*(\d{1,5})", re.A)
 
 
@@ -89,7 +94,7 @@ TAKEN: Final[Mapping[str, tuple[str, ...]]] = {
 """By what is asked for: the parameters that it takes."""
 
 
-def read_parameters(fields: Fields, kind: str, *, prompt_chars: int) -> dict[str, Any]:
+def read_parameters(fields: Fields, kind: str, *, limits: Limits) -> dict[str, Any]:
     """The fields of a body by parameter, numbers as numbers; None and what is harmless left out. Raises ApiError 400.
 
     Pictures are as they came: an upload, a text or a mapping.
@@ -105,20 +110,29 @@ def read_parameters(fields: Fields, kind: str, *, prompt_chars: int) -> dict[str
             raise _unknown(given, (*taken, *aliases))
         if name in found:
             raise bad(given, f"{name} and {PARAMETERS[name].alias} are the same; give one of them")
-        found[name] = _READERS[PARAMETERS[name].form](name, value)
-    for name in ("prompt", "negative_prompt"):
-        if len(found.get(name, "")) > prompt_chars:
-            raise bad(
-                name, f"the {name} has {len(found[name])} characters, and {prompt_chars} are the most; shorten it"
-            )
+        form = PARAMETERS[name].form
+        if isinstance(value, Several) and form not in _LISTS:
+            raise bad(name, f"{name} is given {len(value)} times; give it once")
+        found[name] = _steps(name, value, limits) if name == "steps" else _READERS[form](name, value)
+    _check_texts(found, limits.prompt_chars)
     return found
+
+
+def _check_texts(found: Mapping[str, Any], most: int) -> None:
+    for name in ("prompt", "negative_prompt"):
+        if len(found.get(name, "")) > most:
+            raise bad(name, f"the {name} has {len(found[name])} characters, and {most} are the most; shorten it")
+    if "prompt" in found:
+        _checked("prompt", GenerateRequest(prompt=found["prompt"]))
 
 
 def _unknown(given: str, taken: Sequence[str]) -> ApiError:
     if given in PARAMETERS:
         return bad(given, f"{given} cannot be given here; this takes {', '.join(taken)}")
-    near = difflib.get_close_matches(given, taken, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given, taken, n=1, cutoff=_ALIKE)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(taken)}"
+    if given == "id" and "video" in taken:
+        hint = 'a video is named as {"video": {"id": "video_..."}}'
     shown = given if len(given) <= 64 else given[:61] + "..."
     return ApiError(400, "unknown_parameter", f"there is no parameter {shown!r}; {hint}", param=shown)
 
@@ -158,13 +172,24 @@ def _plain(name: str, value: Any) -> int | float:
 def _limited(name: str, value: Any) -> int | float:
     """A number in the range that the engine takes, in the engine's own words."""
     number = _plain(name, value)
-    kind = LIMITS[name][0]
     asked: dict[str, Any] = {"prompt": "-", "video": "-", name: number}
+    _checked(name, GenerateRequest(**asked))
+    return LIMITS[name][0](number)
+
+
+def _checked(name: str, request: GenerateRequest) -> None:
     try:
-        check_request(GenerateRequest(**asked))
+        check_request(request)
     except RequestError as error:
         raise bad(name, str(error)) from None
-    return kind(number)
+
+
+def _steps(name: str, value: Any, limits: Limits) -> int:
+    """As many as this server makes, which are fewer than an engine could."""
+    number = _plain(name, value)
+    if number > limits.steps:
+        raise bad(name, f"{shown(value)} steps are more than the {limits.steps} that this server makes; ask for fewer")
+    return _whole_between(name, value, 1, limits.steps)
 
 
 def _between(name: str, value: Any, low: float, high: float, unit: str = "") -> float:

@@ -1,8 +1,6 @@
 """Routes of videos: made, listed, looked up, cancelled and deleted."""
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
@@ -10,12 +8,22 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import JSONResponse
 
 from frameloom.serve.api.answers import page_of, video_of
-from frameloom.serve.api.asking import Order, check_model, check_takes, needs_card, order_of, with_seed
+from frameloom.serve.api.asking import (
+    Order,
+    check_effect,
+    check_model,
+    check_takes,
+    needs_card,
+    order_of,
+    remixed,
+    with_seed,
+)
 from frameloom.serve.api.collect import Collected, collect, read_file
 from frameloom.serve.api.described import BODY, body_of, errors
 from frameloom.serve.api.errors import ApiError, bad, no_video
 from frameloom.serve.api.forms import Fields, fields_of
 from frameloom.serve.api.parameters import missing, read_parameters
+from frameloom.serve.api.repeats import repeat_of
 from frameloom.serve.api.schemas import Video, VideoDeleted, VideoPage
 from frameloom.serve.api.site import Caller, OfSite, Site
 from frameloom.serve.api.weighing import work_of
@@ -105,18 +113,20 @@ async def remix(
     video_id: str, request: Request, site: OfSite, caller: Caller, repeat: IdempotencyKey = None
 ) -> JSONResponse:
     """Make a video once more with another prompt: the same seed, numbers and pictures."""
-    source = (await site.standing(video_id, caller)).job
     _check_room(site, caller, repeat)
     async with site.bodies.read(request) as body:
         found = _read(await _fields(request, body), "remix", site)
+    once = await repeat_of(repeat, "remix", found, source=video_id)
+    if (before := await _before(once, site, caller)) is not None:
+        return before
+    source = (await site.standing(video_id, caller)).job
     if source.ask.model != site.config.name:
         raise bad(None, f"{source.id} was made by {source.ask.model}, which is not served here any more")
     _check_loras(source.ask.loras, site)
     collected = await _copied(source, site)
-    resolved = source.ask.resolved
-    order = Order(request={**source.ask.request, "prompt": found["prompt"]}, resolved=resolved, work=resolved)
+    order = remixed(source.ask.request, source.ask.resolved, found["prompt"], site.config)
     taken = {**found, "loras": source.ask.loras, "quality": source.ask.quality}
-    return await _accepted(taken, "remix", order, collected, site=site, caller=caller, repeat=repeat)
+    return await _accepted(taken, "remix", order, collected, site=site, caller=caller, once=once)
 
 
 async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat: str | None) -> JSONResponse:
@@ -124,20 +134,30 @@ async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat
     _check_room(site, caller, repeat)
     async with site.bodies.read(request) as body:  # what came of it is accounted for until all is done
         found = _read(await _fields(request, body), kind, site)
+        once = await repeat_of(repeat, kind, found)
+        if (before := await _before(once, site, caller)) is not None:
+            return before
         _check_loras(found.get("loras", ()), site)
         if needs_card(found) and site.service.card is None:
             await _model_known(site)
         check_takes(found, kind, site.service.card)
+        check_effect(found, site.service.card)
         collected = await collect(found, kind, site=site, caller=caller)
         card, is_own = site.service.card, collected.source is not None
         order = order_of(found, kind, card=card, config=site.config, shapes=collected.shapes, is_own=is_own)
-        return await _accepted(found, kind, order, collected, site=site, caller=caller, repeat=repeat)
+        return await _accepted(found, kind, order, collected, site=site, caller=caller, once=once)
 
 
 def _check_room(site: Site, caller: Key, repeat: str | None) -> None:
     """Bodies are not read where there is no room for a job; one that comes again may need none."""
     if repeat is None:
         site.service.check_room(caller.name, 0.0)
+
+
+async def _before(once: Repeat | None, site: Site, caller: Key) -> JSONResponse | None:
+    """The job that came with an Idempotency-Key before, whatever became since of what it was made from."""
+    standing = None if once is None else await site.service.repeated(caller.name, once)
+    return None if standing is None else _shown(standing, site)
 
 
 async def _fields(request: Request, body: bytes) -> Fields:
@@ -149,7 +169,7 @@ async def _fields(request: Request, body: bytes) -> Fields:
 
 def _read(fields: Fields, kind: Kind, site: Site) -> dict[str, Any]:
     """The parameters, of which those that cannot be left out are there."""
-    found = read_parameters(fields, kind, prompt_chars=site.config.limits.prompt_chars)
+    found = read_parameters(fields, kind, limits=site.config.limits)
     missing(found, "prompt", "what the video should show")
     if kind in ("edit", "extension"):
         missing(found, "video", 'a file, or {"id": "video_..."}')
@@ -165,9 +185,8 @@ async def _accepted(
     *,
     site: Site,
     caller: Key,
-    repeat: str | None,
+    once: Repeat | None,
 ) -> JSONResponse:
-    once = None if repeat is None else Repeat(name=repeat, digest=_digest(kind, order, found, collected))
     order = with_seed(order)
     ask = Ask(
         key=caller.name,
@@ -183,14 +202,6 @@ async def _accepted(
         resolved=order.resolved,
     )
     return _shown(await site.service.accept(site.service.new_id(), ask, collected.files, once), site)
-
-
-def _digest(kind: str, order: Order, found: Mapping[str, Any], collected: Collected) -> str:
-    """What makes two requests the same: what is asked for, not how it is written."""
-    rest = {name: found.get(name) for name in ("loras", "quality", "priority", "deadline")}
-    files = {name: hashlib.sha256(data).hexdigest() for name, data in collected.files.items()}
-    told = [kind, dict(order.request), rest, files, collected.source]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _shown(standing: Standing, site: Site) -> JSONResponse:

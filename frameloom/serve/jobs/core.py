@@ -183,6 +183,15 @@ class Core:
             self._witness.refused(error.code)
             raise
 
+    async def repeated(self, key: str, repeat: Repeat) -> Standing | None:
+        """The job that came with an Idempotency-Key before. Raises RefusedError where its request was another one."""
+        try:
+            before = await self._desk.keeper.do(lambda store: store.repeated(key, repeat))
+        except RepeatError as error:
+            self._witness.refused("idempotency_mismatch")
+            raise RefusedError("idempotency_mismatch", str(error)) from None
+        return None if before is None else self._board.of(before)
+
     async def accept(self, job_id: str, ask: Ask, inputs: Mapping[str, bytes], repeat: Repeat | None) -> Standing:
         """Keep a job and its inputs, by file name; it is on the disk before this returns. Raises RefusedError."""
         try:
@@ -267,10 +276,12 @@ class Core:
         code = "starting" if self._state == "new" else "draining"
         return RefusedError(code, f"{self.trouble}; come again soon", retry_s=_START_RETRY_S)
 
-    def _not_kept(self, message: str) -> RefusedError:
+    def _not_kept(self, error: Exception) -> RefusedError:
         """What could not be written: there is no room, or the store is closed already, as the server ends."""
         if self._state != "open":
             return self._closed()
+        _LOG.error("a job could not be kept: %s", error)  # it names files, which are nothing to clients
+        message = "the disk of the server is full, or cannot be written"
         return RefusedError("insufficient_storage", message, retry_s=_ROOM_RETRY_S)
 
     async def _accept(self, job_id: str, ask: Ask, inputs: Mapping[str, bytes], repeat: Repeat | None) -> Standing:
@@ -289,8 +300,7 @@ class Core:
             raise RefusedError("idempotency_mismatch", str(error)) from None
         except (StoreError, OSError) as error:
             await asyncio.to_thread(folder.remove, job_id)
-            _LOG.error("a job could not be kept: %s", error)
-            raise self._not_kept("the server cannot write to its disk") from None
+            raise self._not_kept(error) from None
         if kept.id != job_id:
             await asyncio.to_thread(folder.remove, job_id)
             return self._board.of(kept)
@@ -328,7 +338,7 @@ class Core:
             try:
                 await self._dispatcher.end_waiting(live, why)
             except StoreError as error:
-                raise self._not_kept(str(error)) from None
+                raise self._not_kept(error) from None
         elif live.phase == "taken":
             self._dispatcher.end(live, why)
             if not is_kept:  # it is about to wait again, and ends then
@@ -343,7 +353,7 @@ class Core:
         try:
             is_marked = await self._desk.keeper.do(mark)
         except StoreError as error:
-            raise self._not_kept(str(error)) from None
+            raise self._not_kept(error) from None
         if is_marked and live.phase == "taken":
             self._board.mark(live)
         return is_marked
@@ -355,7 +365,7 @@ class Core:
         try:
             return await self._remove(job_id)
         except StoreError as error:
-            raise self._not_kept(str(error)) from None
+            raise self._not_kept(error) from None
 
     async def _remove(self, job_id: str) -> bool:
         found = await self._desk.keeper.do(lambda store: store.remove(job_id))
