@@ -326,23 +326,31 @@ def test_a_page_that_is_looked_at_again_catches_up_at_once_however_much_came(bro
         assert names == expected[: len(names)]
 
 
-def test_a_page_out_of_sight_asks_for_nothing_by_itself(browser, address, service):
-    service.fail(by_program(address, "one"), "cancelled")
+def test_a_page_in_sight_looks_by_itself_and_one_out_of_sight_does_not(browser, address, service):
+    def more(prompt):
+        service.fail(by_program(address, prompt), "cancelled")
+
     with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        page.clock.install()  # from here on the page's timers are the test's
+        more("one")
+        page.evaluate("dispatchEvent(new Event('focus'))")
         page.wait_for_selector(card("one"))
+        more("two")
+        page.clock.run_for(10_000)
+        page.wait_for_selector(card("two"))
         page.evaluate("""() => {
-          Object.defineProperty(document, "hidden", { get: () => window.away, configurable: true });
           window.away = true;
+          Object.defineProperty(document, "hidden", { get: () => window.away });
           document.dispatchEvent(new Event("visibilitychange"));
         }""")
-        page.clock.install()
         asked = []
         page.on("request", lambda request: asked.append(request.url) if "/v1/videos?" in request.url else None)
-        by_program(address, "two")
+        more("three")
         page.clock.run_for(60_000)
         assert asked == []
         page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
-        page.wait_for_selector(card("two"))
+        page.wait_for_selector(card("three"))
 
 
 def test_an_error_about_a_model_that_opens_is_over_when_it_is_open(browser, address, service):
