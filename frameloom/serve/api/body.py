@@ -16,8 +16,8 @@ _GRACE_S: Final = 30.0
 _LEAST_BYTES_PER_S: Final = 10_000
 _LISTEN_S: Final = 10.0
 _SILENT_S: Final = 1.0
-_AT_ONCE: Final = 8
-"""So many of the largest bodies are held at the same time."""
+_AT_ONCE: Final = 4
+"""So many of the largest bodies are held at the same time; what is read of one may take several times as much."""
 
 
 @dataclass(kw_only=True, slots=True)
