@@ -403,6 +403,13 @@ def test_the_same_request_again_is_the_same_job(data):
             assert await server.ask(repeat=repeat) == ids[0]
             assert len(server.attempts()) == 1
             assert [path.name for path in (data / "videos").iterdir()] == [ids[0]]
+            key = (await server.core.standing(ids[0])).job.ask.key
+            assert (await server.core.repeated(key, repeat)).job.id == ids[0]
+            assert await server.core.repeated("another", repeat) is None
+            with pytest.raises(RefusedError, match="another request"):
+                await server.core.repeated(key, Repeat(name="n", digest="other"))
+            await server.core.delete(ids[0])
+            assert await server.core.repeated(key, repeat) is None
 
     asyncio.run(story())
 
@@ -564,8 +571,10 @@ def test_what_the_disk_does_not_take_is_kept_later(data):
                 await server.ask(inputs={"image.png": b"x"})
             assert refused.value.code == "insufficient_storage"
             assert [path.name for path in (data / "videos").iterdir()] == [runs]
-            with pytest.raises(RefusedError):
+            with pytest.raises(RefusedError) as not_ended:
                 await server.core.cancel(runs)
+            for told in (refused, not_ended):  # where the files are is for the log
+                assert told.value.message == "the disk of the server is full, or cannot be written"
             await until((server.core.folder(runs) / "video-1.mp4").exists)
             await asyncio.sleep(0.5)
             assert (await server.core.standing(runs)).job.status == "in_progress"

@@ -125,4 +125,5 @@ def test_head_of_events_ends_at_once(site):
     job_id = client.post("/v1/videos", json={"prompt": "x"}).json()["id"]
     answer = client.head(f"/v1/videos/{job_id}/events")
     assert (answer.status_code, answer.headers["content-type"][:17]) == (200, "text/event-stream")
+    assert "content-length" not in answer.headers
     assert app.state.site.streams == 0

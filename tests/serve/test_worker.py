@@ -312,6 +312,7 @@ def test_a_worker_says_what_its_model_can_do(shop):
     assert card.defaults["num_frames"] == 17
     assert (card.width_multiple, card.height_multiple, card.temporal) == (16, 16, 4)
     assert (card.takes, card.needs_image, card.previews, card.ranks) == (("video",), False, True, 1)
+    assert card.experts == 1
     until(lambda: shop.first.usual_seconds)
     assert shop.first.usual_seconds > 0
 

@@ -104,6 +104,6 @@ def _model(site: Site) -> dict[str, Any]:
     if card is None:
         return told
     same = ("defaults", "width_multiple", "height_multiple", "temporal", "needs_image", "previews", "device", "dtype")
-    told |= {name: getattr(card, name) for name in (*same, "ranks")}
+    told |= {name: getattr(card, name) for name in (*same, "ranks", "experts")}
     takes = [param for param, name in FIELD_OF.items() if name in card.takes]
     return told | {"checkpoint": card.model, "takes": takes, "extends": "input_reference" in takes}

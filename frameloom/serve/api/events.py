@@ -65,7 +65,9 @@ class _Events(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["method"] == "HEAD":
-            await Response(None, 200, _HEADERS, media_type="text/event-stream")(scope, receive, send)
+            head = Response(None, 200, _HEADERS, media_type="text/event-stream")
+            del head.headers["content-length"]  # nobody knows it
+            await head(scope, receive, send)
             return
         if self._site.streams >= MAX_STREAMS:
             error = ApiError(503, "too_many_streams", f"{MAX_STREAMS} clients watch already; poll instead", retry_s=10)

@@ -139,6 +139,7 @@ class ModelCard(_Answer):
     device: str | None
     dtype: str | None
     ranks: int | None
+    experts: int | None
     limits: dict[str, int]
 
 
