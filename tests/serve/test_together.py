@@ -114,13 +114,14 @@ def test_one_of_a_batch_is_cancelled_and_the_other_goes_on(shop, tmp_path):
 
 
 def test_a_batch_that_nobody_wants_stops_at_that_step(shop, tmp_path):
-    batch = Batch(shop, orders_in(tmp_path, LONG, LONG))
+    longest = {**LONG, "steps": 1000}  # on a busy machine a cancel may come seconds after the first step
+    batch = Batch(shop, orders_in(tmp_path, longest, longest))
     until(lambda: batch.steps(batch.orders[0]))
     for order in batch.orders:
         batch.cancel(order)
     assert [type(batch.ends(index)) for index in (0, 1)] == [Cancelled, Cancelled]
     assert isinstance(shop.run(order_in(tmp_path / "after")), Done)
-    assert batch.steps(batch.orders[0])[-1] < 300
+    assert batch.steps(batch.orders[0])[-1] < 1000
 
 
 @pytest.mark.parametrize("other", [{"steps": 3}, {"prompt": " "}, {"num_frames": 8}, {"width": 65}], ids=str)
