@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,8 +166,14 @@ def serve(
 def _serve(config: ServeConfig) -> int:
     refuse_strangers(config)
     door = open_door(config.host, config.port)  # first: what follows takes a moment, and a taken port is told at once
-    code: int = _loaded("frameloom.serve.main").run(config, door, say=lambda text: print(text, flush=True))
+    code: int = _loaded("frameloom.serve.main").run(config, door, say=_say)
     return code
+
+
+def _say(text: str) -> None:
+    """One line in one write, also where standard output is not buffered: the log may go to the same file."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _check(config: ServeConfig) -> int:

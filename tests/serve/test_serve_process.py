@@ -252,6 +252,22 @@ def test_keys_for_the_network_and_without_them_a_loud_warning(tmp_path):
         assert said["level"] == "warning"
 
 
+def test_the_line_for_people_is_one_write_so_that_no_line_of_the_log_is_glued_to_it(tmp_path):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet is what was one write
+    words = [sys.executable, "-m", "frameloom", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    environment = {**os.environ, **FAST, "PYTHONUNBUFFERED": "1"}
+    with ours, theirs, (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, stderr=log, env=environment)
+        try:
+            ours.settimeout(60)
+            said = ours.recv(4096).decode()
+        finally:
+            server.terminate()
+            server.wait(60)
+    assert said.startswith("frameloom serves ")
+    assert said.endswith("\n")
+
+
 def test_a_server_under_nohup_is_not_ended_by_a_hang_up(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, for what is started
     try:
