@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from frameloom.doctor import Finding as MachineFinding
     from frameloom.engine.engine import Engine
     from frameloom.engine.job import Job
+    from frameloom.integrations.diffusers.report import Report
     from frameloom.memory.plan import Plan
     from frameloom.pipeline.media import Video
     from frameloom.types import ImageInput, Lora, Pictures, Progress, ProgressCallback
@@ -45,6 +46,7 @@ __all__ = [
     "Progress",
     "RequestError",
     "Video",
+    "accelerate",
     "bench_dit",
     "bench_generate",
     "bench_parallel",
@@ -60,6 +62,7 @@ __all__ = [
     "load",
     "plan",
     "read_image",
+    "restore",
     "resume",
     "shapes",
     "verify_model",
@@ -71,6 +74,8 @@ _LAZY = {
     "Lora": "frameloom.types",
     "Progress": "frameloom.types",
     "Video": "frameloom.pipeline.media",
+    "accelerate_pipeline": "frameloom.integrations.diffusers.accelerate",
+    "restore_pipeline": "frameloom.integrations.diffusers.accelerate",
     "build_engine": "frameloom.engine.build",
     "convert_model": "frameloom.weights.convert",
     "all_jobs": "frameloom.engine.jobs",
@@ -216,6 +221,25 @@ def compare_plan(plan: "Plan", made: Mapping[str, Any]) -> dict[str, Any]:
     """
     told: dict[str, Any] = _lazy("compare")(plan, made)
     return told
+
+
+def accelerate(
+    pipe: Any, exactness: str = "rounding", *, vae: bool = True, transformer: bool = True, text_encoder: bool = False
+) -> "Report":
+    """Compute a live Diffusers pipeline's VAE and transformers by the networks here, on its own weights.
+
+    `exactness`: as in `load`. `text_encoder`: prompts that came before are remembered. Returns what was taken over, and
+    why the rest was not; printed it is a table. Raises RequestError where nothing could be, and changes nothing then.
+    """
+    report: Report = _lazy("accelerate_pipeline")(
+        pipe, exactness, vae=vae, transformer=transformer, text_encoder=text_encoder
+    )
+    return report
+
+
+def restore(pipe: Any) -> None:
+    """Give a pipeline that was accelerated its own ways to compute back, and its weights bit for bit."""
+    _lazy("restore_pipeline")(pipe)
 
 
 def resume(

@@ -1,0 +1,1 @@
+"""What carries this engine into other programs."""

@@ -1,0 +1,1 @@
+"""A live Diffusers pipeline, computed by the networks here; the only room that imports Diffusers."""

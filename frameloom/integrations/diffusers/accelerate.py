@@ -1,0 +1,62 @@
+"""Behind `frameloom.accelerate` and `restore`: looks at each component, and asks who here can take it over."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from frameloom.engine.rewrites import policy_of
+from frameloom.errors import RequestError
+from frameloom.integrations.diffusers.report import Entry, Report
+from frameloom.integrations.diffusers.swap import is_swapped, unswap
+from frameloom.ops.registry import Policy
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
+
+Take = Callable[[str, nn.Module, Policy], Entry | None]
+"""Takes a component over, or says why it is left; None where it is nothing of its kind. Changes nothing it leaves."""
+_TAKES: Mapping[str, Sequence[Take]] = MappingProxyType({"vae": (), "transformer": (), "text_encoder": ()})
+
+
+def accelerate_pipeline(
+    pipe: DiffusionPipeline, exactness: str, *, vae: bool, transformer: bool, text_encoder: bool
+) -> Report:
+    """Compute a live pipeline's VAE and transformers by the networks here, on its own weights. Returns what was done.
+
+    `exactness`: as in `frameloom.load`. What cannot be taken over stays as it is, and the report says why. A component
+    that is taken already stays taken. Raises RequestError for a pipeline of which nothing is known, which is unchanged.
+    """
+    policy = policy_of(exactness, ())
+    wanted = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder}
+    takes = [take for name, is_wanted in wanted.items() if is_wanted for take in _TAKES[name]]
+    entries = [entry for name, module in _modules(pipe).items() if (entry := _taken(name, module, policy, takes))]
+    if not entries:
+        raise RequestError(
+            f"{type(pipe).__name__} has no component that can be taken over; what can: a VAE or a transformer of Wan, "
+            "or one that is built like them"
+        )
+    report = Report(tuple(entries))
+    for entry in report.entries:
+        log.info("%s %s: %s", entry.component, "taken" if entry.taken else "left", entry.what)
+    return report
+
+
+def restore_pipeline(pipe: DiffusionPipeline) -> None:
+    """Give a pipeline its own ways to compute back, bit for bit; nothing where nothing was taken."""
+    for component in _modules(pipe).values():
+        for module in component.modules():
+            unswap(module)
+
+
+def _taken(name: str, module: nn.Module, policy: Policy, takes: Sequence[Take]) -> Entry | None:
+    if is_swapped(module):
+        return Entry(component=name, kind=type(module).__name__, taken=True, what="it was taken before")
+    return next((entry for take in takes if (entry := take(name, module, policy)) is not None), None)
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -1,0 +1,54 @@
+"""What `accelerate` did with a pipeline, component by component."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One component: whether it is computed here, how, or why not.
+
+    `extra_bytes`: what is held beside the pipeline's own weights, such as weights evaluated at Winograd's points.
+    """
+
+    component: str
+    kind: str
+    taken: bool
+    what: str
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All components of a pipeline that were looked at, in the pipeline's order. Its text is a table."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def taken(self) -> tuple[Entry, ...]:
+        """What is computed here."""
+        return tuple(entry for entry in self.entries if entry.taken)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """What is as it was."""
+        return tuple(entry for entry in self.entries if not entry.taken)
+
+    def __getitem__(self, component: str) -> Entry:
+        """The entry of a component. Raises KeyError."""
+        for entry in self.entries:
+            if entry.component == component:
+                return entry
+        raise KeyError(component)
+
+    def __str__(self) -> str:
+        """One line per component, in columns."""
+        rows = [("component", "class", "", "how, or why not")]
+        rows += [(e.component, e.kind, "taken" if e.taken else "left", e.what) for e in self.entries]
+        return "\n".join(_lines(rows))
+
+
+def _lines(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
