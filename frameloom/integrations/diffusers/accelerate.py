@@ -10,6 +10,7 @@ from torch import nn
 
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
+from frameloom.integrations.diffusers.conditioning import take_conditioning
 from frameloom.integrations.diffusers.report import Entry, Report
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
 from frameloom.ops.registry import Policy
@@ -19,7 +20,10 @@ log = logging.getLogger(LOGGER_NAME)
 
 Take = Callable[[str, nn.Module, Policy], Entry | None]
 """Takes a component over, or says why it is left; None where it is nothing of its kind. Changes nothing it leaves."""
+TakePipe = Callable[[DiffusionPipeline, Policy], Entry | None]
+"""Likewise for what a pipeline does itself."""
 _TAKES: Mapping[str, Sequence[Take]] = MappingProxyType({"vae": (), "transformer": (), "text_encoder": ()})
+_TAKES_PIPES: Mapping[str, Sequence[TakePipe]] = MappingProxyType({"vae": (take_conditioning,)})
 
 
 def accelerate_pipeline(
@@ -34,6 +38,9 @@ def accelerate_pipeline(
     wanted = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder}
     takes = [take for name, is_wanted in wanted.items() if is_wanted for take in _TAKES[name]]
     entries = [entry for name, module in _modules(pipe).items() if (entry := _taken(name, module, policy, takes))]
+    entries += _pipe_taken(
+        pipe, policy, [take for name in wanted if wanted[name] for take in _TAKES_PIPES.get(name, ())]
+    )
     if not entries:
         raise RequestError(
             f"{type(pipe).__name__} has no component that can be taken over; what can: a VAE or a transformer of Wan, "
@@ -47,6 +54,7 @@ def accelerate_pipeline(
 
 def restore_pipeline(pipe: DiffusionPipeline) -> None:
     """Give a pipeline its own ways to compute back, bit for bit; nothing where nothing was taken."""
+    unswap(pipe)
     for component in _modules(pipe).values():
         for module in component.modules():
             unswap(module)
@@ -56,6 +64,12 @@ def _taken(name: str, module: nn.Module, policy: Policy, takes: Sequence[Take]) 
     if is_swapped(module):
         return Entry(component=name, kind=type(module).__name__, taken=True, what="it was taken before")
     return next((entry for take in takes if (entry := take(name, module, policy)) is not None), None)
+
+
+def _pipe_taken(pipe: DiffusionPipeline, policy: Policy, takes: Sequence[TakePipe]) -> list[Entry]:
+    if is_swapped(pipe):
+        return [Entry(component="pipeline", kind=type(pipe).__name__, taken=True, what="it was taken before")]
+    return [entry for take in takes if (entry := take(pipe, policy)) is not None]
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

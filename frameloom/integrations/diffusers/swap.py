@@ -1,6 +1,6 @@
-"""A module of a live pipeline gets other ways to compute, and its own back, by its class (as torch's FSDP2 does it).
+"""A live pipeline and its modules get other ways to compute, and their own back, by their class (as in torch's FSDP2).
 
-The module stays the object it was, with its weights, its configuration, its hooks, and for all who hold it; its class
+A module stays the object it was, with its weights, its configuration, its hooks, and for all who hold it; its class
 becomes one made of the class it had and of ours. Names and signatures stay: what saves, compiles, offloads or adapts it
 finds what it knows.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 _HELD = "_frameloom"
@@ -26,8 +27,11 @@ class Held(Protocol):
         ...
 
 
-def swap(module: nn.Module, mixin: type, held: Held) -> None:
-    """Let a module compute by the methods of `mixin`, which find `held` by `held_by`. TypeError the second time."""
+def swap(module: nn.Module | DiffusionPipeline, mixin: type, held: Held) -> None:
+    """Let a module, or a pipeline, work by the methods of `mixin`, which find `held` by `held_by`.
+
+    TypeError the second time.
+    """
     if is_swapped(module):
         raise TypeError(f"{type(module).__name__} is taken already")
     module.__dict__[_HELD] = held
@@ -35,8 +39,8 @@ def swap(module: nn.Module, mixin: type, held: Held) -> None:
     _become(module, _joined(plain, mixin))
 
 
-def unswap(module: nn.Module) -> bool:
-    """Give a module its own class back; False where it has it."""
+def unswap(module: nn.Module | DiffusionPipeline) -> bool:
+    """Give a module or a pipeline its own class back; False where it has it."""
     if not is_swapped(module):
         return False
     held: Held = module.__dict__.pop(_HELD)
@@ -50,7 +54,7 @@ def is_swapped(module: object) -> bool:
     return hasattr(type(module), _OURS)
 
 
-def held_by(module: nn.Module) -> Any:
+def held_by(module: object) -> Any:
     """What was handed to `swap` with a module."""
     return module.__dict__[_HELD]
 
@@ -67,15 +71,15 @@ def _joined(kind: type, mixin: type) -> type:
     return type(kind.__name__, (mixin, kind), {**named, _OURS: mixin, "__reduce_ex__": _reduce_to_plain})
 
 
-def _reduce_to_plain(module: nn.Module, protocol: Any) -> Any:
+def _reduce_to_plain(module: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class."""
     state = {name: value for name, value in module.__dict__.items() if name != _HELD}
     return copyreg.__newobj__, (plain_class(type(module)),), state  # type: ignore[attr-defined]
 
 
-def _become(module: nn.Module, kind: Any) -> None:
+def _become(module: Any, kind: Any) -> None:
     """Change the class; hooks that were attached before, and hold the class's forward, get the new one."""
-    before = type(module).forward
+    before = getattr(type(module), "forward", None)
     module.__class__ = kind
     for holder, name in _forwards(module):
         kept = getattr(holder, name, None)
@@ -83,7 +87,7 @@ def _become(module: nn.Module, kind: Any) -> None:
             setattr(holder, name, MethodType(kind.forward, module))
 
 
-def _forwards(module: nn.Module) -> Iterator[tuple[object, str]]:
+def _forwards(module: Any) -> Iterator[tuple[object, str]]:
     """Where Accelerate's hooks and Diffusers' keep a module's forward."""
     for name in ("forward", "_old_forward"):
         if name in module.__dict__:
