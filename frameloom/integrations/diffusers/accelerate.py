@@ -11,6 +11,7 @@ from torch import nn
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
 from frameloom.integrations.diffusers.conditioning import take_conditioning
+from frameloom.integrations.diffusers.prompts import take_text_encoder
 from frameloom.integrations.diffusers.report import Entry, Report
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
 from frameloom.ops.registry import Policy
@@ -22,7 +23,9 @@ Take = Callable[[str, nn.Module, Policy], Entry | None]
 """Takes a component over, or says why it is left; None where it is nothing of its kind. Changes nothing it leaves."""
 TakePipe = Callable[[DiffusionPipeline, Policy], Entry | None]
 """Likewise for what a pipeline does itself."""
-_TAKES: Mapping[str, Sequence[Take]] = MappingProxyType({"vae": (), "transformer": (), "text_encoder": ()})
+_TAKES: Mapping[str, Sequence[Take]] = MappingProxyType(
+    {"vae": (), "transformer": (), "text_encoder": (take_text_encoder,)}
+)
 _TAKES_PIPES: Mapping[str, Sequence[TakePipe]] = MappingProxyType({"vae": (take_conditioning,)})
 
 
