@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from frameloom import wire
 from frameloom.config import lora
 from frameloom.serve.jobs.folder import Files
 from frameloom.serve.jobs.job import Job
-
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
+from frameloom.types import PICTURES
 
 
 class OrderError(Exception):
@@ -38,7 +37,7 @@ def order_of(job: Job, folder: Path, files: Files, loras: Mapping[str, str]) -> 
 def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """A request whose pictures are named by absolute paths: they lie in the folder of a job."""
     found = dict(request)
-    for name in (*_PICTURES, "extends"):
+    for name in (*PICTURES, "extends"):
         if found.get(name) is not None:
             found[name] = str(folder / found[name])
     if found.get("references") is not None:
