@@ -21,7 +21,7 @@ from frameloom.pipeline.reader import facts_of, last_frame
 from frameloom.pipeline.sinks import sync
 from frameloom.pipeline.stills import draw_stills
 from frameloom.settings import LOGGER_NAME
-from frameloom.types import PICTURES, Lora, Progress
+from frameloom.types import PICTURES, Progress
 from frameloom.wire import Done, News, Run
 
 log = logging.getLogger(LOGGER_NAME)
@@ -103,7 +103,7 @@ class Attempt:
 
     def set_loras(self) -> None:
         """Have the engine compute with what this one asks for."""
-        loras = absolute_loras(tuple(Lora(path=x.path, strength=x.strength, expert=x.expert) for x in self.order.loras))
+        loras = absolute_loras(self.order.loras)
         if loras != self.engine.loras:
             self.engine.set_loras(loras)
 

@@ -1,6 +1,7 @@
 """What a worker is told of a job."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from frameloom import wire
 from frameloom.config import lora
 from frameloom.serve.jobs.folder import Files
 from frameloom.serve.jobs.job import Job
-from frameloom.types import PICTURES
+from frameloom.types import PICTURES, Lora
 
 
 class OrderError(Exception):
@@ -45,9 +46,9 @@ def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _lora(name: str, strength: float, loras: Mapping[str, str]) -> wire.Lora:
+def _lora(name: str, strength: float, loras: Mapping[str, str]) -> Lora:
     if name not in loras:
         raise OrderError(f"LoRA {name!r} is not registered any more; ask for one of /v1/loras")
     known = lora(loras[name])
     path = Path(known.path).expanduser().absolute()
-    return wire.Lora(path=str(path), strength=known.strength * strength, expert=known.expert)
+    return replace(known, path=str(path), strength=known.strength * strength)
