@@ -26,9 +26,10 @@ from frameloom.engine.jobs import (
     make_room,
     read_description,
 )
-from frameloom.engine.journal import Journal, write_whole
+from frameloom.engine.journal import Journal
 from frameloom.errors import OutputError, RequestError
 from frameloom.lock import Lock
+from frameloom.pipeline.sinks import write_whole
 from frameloom.settings import LOGGER_NAME, jobs_folder
 from frameloom.types import PICTURES, EngineConfig, Lora, Pictures, ResolvedRequest
 
