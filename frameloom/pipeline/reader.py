@@ -165,8 +165,8 @@ def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
 def is_cut_off(container: Any, data: Callable[[], bytes], *, packets: int, latest_s: float) -> bool:
     """Whether a video file promises more than it holds, as its kind tells it.
 
-    `data` gives its bytes, where they are needed. `packets`: those of its first video stream that were whole. `latest_s`:
-    seconds in which its last frame ends, with some to spare.
+    `data` gives its bytes, where they are needed. `packets`: those of its first video stream that were whole.
+    `latest_s`: when its last frame ends, in seconds, with some to spare.
     """
     kind = container.format.name
     if kind == "gif":
