@@ -535,10 +535,17 @@ def test_many_who_watch_one_job_all_see_its_end(data):
     async def story():
         async with Server(data) as server:
             job_id = await server.ask("steps=200 pause=0.002")
-            watchers = [asyncio.create_task(server.ended(job_id)) for _ in range(50)]
-            await until(lambda: server.core.numbers()["watchers"] == 50)
-            assert {(await watcher).job.status for watcher in watchers} == {"completed"}
-            await until(lambda: server.core.numbers()["watchers"] == 0)
+            told = [[] for _ in range(50)]
+
+            async def watch(statuses):
+                async for standing in server.core.watch(job_id):
+                    statuses.append(standing.job.status)
+
+            watchers = [asyncio.create_task(watch(statuses)) for statuses in told]
+            await until(lambda: all(told))
+            assert "completed" not in {status for statuses in told for status in statuses}
+            await asyncio.gather(*watchers)
+            assert {statuses[-1] for statuses in told} == {"completed"}
             assert [standing async for standing in server.core.watch(server.core.new_id())] == []
 
     asyncio.run(story())
