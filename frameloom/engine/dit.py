@@ -32,6 +32,7 @@ from frameloom.weights.checkpoint import Component
 from frameloom.weights.load import Quantized
 
 _MEASURED_TOKENS, _MEASURED_HEADS = 512, 4
+MEASURED = "the fastest of those that were measured here"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,7 +112,8 @@ def make_fast_dit(dit: WanDiT, *, policy: Policy, attention: str = "auto", ranks
     if attention == "auto" and policy.exactness == "bitwise":
         attention, because = "sdpa", "other kernels round otherwise"
     elif attention == "auto" and platform == "cpu":
-        attention, because = _fastest_attention(dit, tuner), "the fastest of those that were measured here"
+        attention = fastest_attention(dit.spec.num_attention_heads, dit.spec.attention_head_dim, dit.dtype, tuner)
+        because = MEASURED
     chosen = ""
     for kind, biased in ((SelfAttention, False), (CrossAttention, True)):
         found = set_attention(
@@ -144,9 +146,8 @@ def step_planner(experts: Sequence[FastDit]) -> StepPlanner:
 
 
 @torch.inference_mode()
-def _fastest_attention(dit: WanDiT, tuner: Tuner) -> str:
+def fastest_attention(heads: int, head_dim: int, dtype: torch.dtype, tuner: Tuner) -> str:
     """Torch's attention or ours, whichever is faster on this CPU for such heads."""
-    heads, head_dim, dtype = dit.spec.num_attention_heads, dit.spec.attention_head_dim, dit.dtype
     if NATIVE.refuses(Place(platform="cpu", head_dim=head_dim, dtype=dtype)):
         return "sdpa"
     ways = {"sdpa": sdpa, NATIVE.name: NATIVE.kernel()}

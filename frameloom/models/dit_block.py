@@ -7,7 +7,7 @@ From the top: what a block is told and what it gives, the block, attention, the 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from frameloom.ops.norm import layer_norm, rms_norm
 from frameloom.ops.quantized import Kernel, Linear
 from frameloom.ops.rope import RotaryTable
 
+PromptT = TypeVar("PromptT")  # what a block is told of the prompt
+PromptT_contra = TypeVar("PromptT_contra", contravariant=True)
 CLIP_NORM_EPS = 1e-5  # fixed in the reference, whatever the checkpoint's eps
 
 
@@ -49,20 +51,46 @@ class Looked(NamedTuple):
         return Looked(self.x_BLD.repeat(times, 1, 1), self.q_BLHK.repeat(times, 1, 1, 1))
 
 
-class Block(nn.Module):
-    """Self-attention and feed-forward, modulated by the timestep; between them, text and image."""
+class Affine(Protocol):
+    """A norm's weight and bias (D,)."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
-        super().__init__()
-        self.eps = spec.eps
-        self.attn1 = SelfAttention(spec)
-        self.attn2 = CrossAttention(spec)
-        self.norm2 = LayerNorm(spec.dim, spec.eps) if spec.cross_attn_norm else None
-        self.ffn = FeedForward(spec.dim, spec.ffn_dim, dim_out=spec.dim, activation=nn.GELU(approximate="tanh"))
-        self.scale_shift_table = modulation_table(6, spec.dim)
-        self.ops = Ops()
+    @property
+    def weight(self) -> Tensor:
+        """What the normed is multiplied by."""
+        ...
 
-    def forward(self, x_BLD: Tensor, modulation: Sequence[Tensor], rope: RotaryTable, prompt: KeysValues) -> Tensor:
+    @property
+    def bias(self) -> Tensor:
+        """What is added to it."""
+        ...
+
+
+class ReadsPrompt(Protocol[PromptT_contra]):
+    """The cross-attention of a block."""
+
+    def queries(self, x_BLD: Tensor, /) -> Tensor:
+        """x_BLD -> q_BLHK, or what else `__call__` begins with."""
+        ...
+
+    def __call__(self, q_BLHK: Tensor, prompt: PromptT_contra, /) -> Tensor:
+        """q_BLHK -> out_BLD."""
+        ...
+
+
+class BlockSteps(Generic[PromptT]):
+    """Self-attention and feed-forward, modulated by the timestep; between them, text and image.
+
+    Whose layers these are is for others to say: `Block`, which has weights, or the block of another library.
+    """
+
+    eps: float
+    ops: Ops
+    attn1: Callable[..., Tensor]
+    attn2: ReadsPrompt[PromptT]
+    norm2: Affine | None
+    ffn: Callable[..., Tensor]
+
+    def forward(self, x_BLD: Tensor, modulation: Sequence[Tensor], rope: RotaryTable, prompt: PromptT) -> Tensor:
         """x_BLD -> x_BLD. `modulation`: the six of `Step.modulation`."""
         return self.read(self.look(x_BLD, modulation, rope), modulation, prompt)
 
@@ -77,12 +105,31 @@ class Block(nn.Module):
             x_BLD, normed = self.ops.add_norm(x_BLD, attended, self.eps, gate=gate, **affine)
         return Looked(x_BLD, self.attn2.queries(normed))
 
-    def read(self, looked: Looked, modulation: Sequence[Tensor], prompt: KeysValues) -> Tensor:
+    def read(self, looked: Looked, modulation: Sequence[Tensor], prompt: PromptT) -> Tensor:
         """The rest: cross-attention to the prompt, feed-forward."""
         *_, shift, scale, gate = modulation
         attended = self.attn2(looked.q_BLHK, prompt)
         x_BLD, normed = self.ops.add_norm(looked.x_BLD, attended, self.eps, scale=scale, shift=shift)
         return self.ops.add_gated(x_BLD, self.ffn(normed), gate=gate)
+
+
+class Block(BlockSteps[KeysValues], nn.Module):
+    """A block with weights of its own."""
+
+    attn1: "SelfAttention"
+    attn2: "CrossAttention"
+    norm2: "LayerNorm | None"
+    ffn: "FeedForward"
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.eps = spec.eps
+        self.attn1 = SelfAttention(spec)
+        self.attn2 = CrossAttention(spec)
+        self.norm2 = LayerNorm(spec.dim, spec.eps) if spec.cross_attn_norm else None
+        self.ffn = FeedForward(spec.dim, spec.ffn_dim, dim_out=spec.dim, activation=nn.GELU(approximate="tanh"))
+        self.scale_shift_table = modulation_table(6, spec.dim)
+        self.ops = Ops()
 
 
 def modulation_table(count: int, dim: int) -> nn.Parameter:
@@ -92,42 +139,49 @@ def modulation_table(count: int, dim: int) -> nn.Parameter:
     return table
 
 
-class Attention(nn.Module):
-    """What self- and cross-attention share: projections, norms over all heads, and the `attend` seam."""
-
-    def __init__(self, spec: TransformerSpec) -> None:
-        super().__init__()
-        self.head_dim = spec.attention_head_dim
-        self.to_q = Linear(spec.dim, spec.dim)
-        self.to_k = Linear(spec.dim, spec.dim)
-        self.to_v = Linear(spec.dim, spec.dim)
-        self.to_out = nn.Sequential(Linear(spec.dim, spec.dim))
-        self.norm_q = RMSNorm(spec.dim, spec.eps)
-        self.norm_k = RMSNorm(spec.dim, spec.eps)
-        self.attend: Attend = sdpa
+class Norm(Protocol):
+    """Root mean square norm over the last axis: weight (D,), and what the mean is raised by."""
 
     @property
-    def out(self) -> Linear:
-        """The projection of the attended values."""
-        layer = self.to_out[0]
-        assert isinstance(layer, Linear)
-        return layer
+    def weight(self) -> Tensor:
+        """What the normed is multiplied by."""
+        ...
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean of the squares."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """(..., D) -> (..., D)."""
+        ...
+
+
+class AttentionSteps:
+    """What self- and cross-attention share, whoever has the layers: projections, norms over all heads, `attend`."""
+
+    head_dim: int
+    to_q: Callable[..., Tensor]
+    to_k: Callable[..., Tensor]
+    to_v: Callable[..., Tensor]
+    to_out: Callable[..., Tensor]
+    norm_q: Norm
+    norm_k: Norm
+    attend: Attend
 
     def split_heads(self, x_BLD: Tensor) -> Tensor:
         """x_BLD -> x_BLHK; the head count follows from the input, so a shard of the heads splits as well."""
         return x_BLD.reshape(*x_BLD.shape[:-1], -1, self.head_dim)
 
 
-class SelfAttention(Attention):
+class SelfAttentionSteps(AttentionSteps):
     """Every token to every token of the video, with rotary positions.
 
     `project`: the three projections in one product, (B, L, D) -> (B, L, 3 D); None: one after the other.
     """
 
-    def __init__(self, spec: TransformerSpec) -> None:
-        super().__init__(spec)
-        self.project: Kernel | None = None
-        self.ops = Ops()
+    project: Kernel | None
+    ops: Ops
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable) -> Tensor:
         """x_BLD -> out_BLD."""
@@ -140,29 +194,16 @@ class SelfAttention(Attention):
         out_BLD: Tensor = self.to_out(self.attend(q_BLHK, k_BLHK, self.split_heads(v)).flatten(2))
         return out_BLD
 
-    def fuse_projections(self, make: Callable[[Tensor, Tensor], Kernel] | None = None) -> None:
-        """Compute the three projections in one product from now on, by what `make` returns for their joined weights."""
-        layers = (self.to_q, self.to_k, self.to_v)
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = torch.cat([layer.bias.detach() for layer in layers])
-        self.project = (make or PlainLinear)(weight, bias)
-        for layer in layers:
-            layer.register_parameter("weight", None)
-            layer.register_parameter("bias", None)
-
-    def _turned(self, x_BLD: Tensor, norm: "RMSNorm", rope: RotaryTable) -> Tensor:
+    def _turned(self, x_BLD: Tensor, norm: Norm, rope: RotaryTable) -> Tensor:
         return self.ops.norm_rotate(x_BLD, norm.weight, norm.eps, rope, self.head_dim)
 
 
-class CrossAttention(Attention):
+class CrossAttentionSteps(AttentionSteps):
     """Every video token to the text, and to the image by a softmax of its own; the two are summed."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
-        super().__init__(spec)
-        if spec.added_kv_proj_dim is not None:
-            self.add_k_proj = Linear(spec.added_kv_proj_dim, spec.dim)
-            self.add_v_proj = Linear(spec.added_kv_proj_dim, spec.dim)
-            self.norm_added_k = RMSNorm(spec.dim, spec.eps)
+    add_k_proj: Callable[..., Tensor]
+    add_v_proj: Callable[..., Tensor]
+    norm_added_k: Callable[..., Tensor]
 
     def forward(self, q_BLHK: Tensor, prompt: KeysValues) -> Tensor:
         """q_BLHK -> out_BLD."""
@@ -185,6 +226,68 @@ class CrossAttention(Attention):
             image = self.split_heads(k_BND), self.split_heads(self.add_v_proj(image_BND))
         text = self.split_heads(self.norm_k(self.to_k(text_BSD))), self.split_heads(self.to_v(text_BSD))
         return KeysValues(text=text, bias_BS=bias_BS, image=image)
+
+
+class Attention(AttentionSteps, nn.Module):
+    """What self- and cross-attention with weights of their own share."""
+
+    to_q: Linear
+    to_k: Linear
+    to_v: Linear
+    to_out: nn.Sequential
+    norm_q: "RMSNorm"
+    norm_k: "RMSNorm"
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.attention_head_dim
+        self.to_q = Linear(spec.dim, spec.dim)
+        self.to_k = Linear(spec.dim, spec.dim)
+        self.to_v = Linear(spec.dim, spec.dim)
+        self.to_out = nn.Sequential(Linear(spec.dim, spec.dim))
+        self.norm_q = RMSNorm(spec.dim, spec.eps)
+        self.norm_k = RMSNorm(spec.dim, spec.eps)
+        self.attend: Attend = sdpa
+
+    @property
+    def out(self) -> Linear:
+        """The projection of the attended values."""
+        layer = self.to_out[0]
+        assert isinstance(layer, Linear)
+        return layer
+
+
+class SelfAttention(SelfAttentionSteps, Attention):
+    """Self-attention with weights of its own."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__(spec)
+        self.project: Kernel | None = None
+        self.ops = Ops()
+
+    def fuse_projections(self, make: Callable[[Tensor, Tensor], Kernel] | None = None) -> None:
+        """Compute the three projections in one product from now on, by what `make` returns for their joined weights."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.project = (make or PlainLinear)(weight, bias)
+        for layer in layers:
+            layer.register_parameter("weight", None)
+            layer.register_parameter("bias", None)
+
+
+class CrossAttention(CrossAttentionSteps, Attention):
+    """Cross-attention with weights of its own."""
+
+    add_k_proj: Linear
+    add_v_proj: Linear
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__(spec)
+        if spec.added_kv_proj_dim is not None:
+            self.add_k_proj = Linear(spec.added_kv_proj_dim, spec.dim)
+            self.add_v_proj = Linear(spec.added_kv_proj_dim, spec.dim)
+            self.norm_added_k = RMSNorm(spec.dim, spec.eps)
 
 
 class ConditionEmbedder(nn.Module):

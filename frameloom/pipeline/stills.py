@@ -5,6 +5,7 @@ They are JPEG files, written whole or not at all. One frame of the video is held
 
 import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from frameloom.pipeline.reader import each_frame
-from frameloom.pipeline.sinks import Frames, write_whole
+from frameloom.pipeline.sinks import Frames, sync
 
 _SIDE: Final = 512  # pixels of the thumbnail's longest side
 _SHOWN: Final = 16  # frames on a sheet
@@ -70,4 +71,12 @@ def _grid(cells: list[Image.Image]) -> Image.Image:
 def _write_jpeg(path: Path, image: Image.Image) -> None:
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=_QUALITY)
-    write_whole(path, data.getbuffer())
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data.getbuffer())
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -76,6 +76,7 @@ class Board:
         self._line, self._fetch, self._workers = line, fetch, workers
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
+        self.watchers = 0
 
     def add(self, live: Live) -> None:
         """A job has come."""
@@ -136,16 +137,20 @@ class Board:
             if (standing := await self.standing(job_id)) is not None:
                 yield standing
             return
-        while True:
-            changed, is_over = live.changed, live.ended.is_set()
-            standing = self._of_live(live)
-            if standing != last:
-                yield standing
-            last = standing
-            if is_over:
-                return
-            await changed.wait()
-            await asyncio.sleep(_APART_S)
+        self.watchers += 1
+        try:
+            while True:
+                changed, is_over = live.changed, live.ended.is_set()
+                standing = self._of_live(live)
+                if standing != last:
+                    yield standing
+                last = standing
+                if is_over:
+                    return
+                await changed.wait()
+                await asyncio.sleep(_APART_S)
+        finally:
+            self.watchers -= 1
 
     def running_s(self) -> float:
         """Seconds that are left of the jobs that run, as foreseen."""

@@ -1,19 +1,23 @@
 """What a worker is told of a job."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from frameloom import wire
-from frameloom.serve.config import ServeConfig
+from frameloom.config import lora
 from frameloom.serve.jobs.folder import Files
 from frameloom.serve.jobs.job import Job
-from frameloom.types import PICTURES, Lora
+
+_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
 
 
-def order_of(job: Job, folder: Path, files: Files, config: ServeConfig) -> wire.Run:
-    """The order of an attempt. Raises RequestError for LoRAs that this server has not any more."""
+class OrderError(Exception):
+    """A job cannot be made by this server any more: one sentence."""
+
+
+def order_of(job: Job, folder: Path, files: Files, loras: Mapping[str, str]) -> wire.Run:
+    """The order of an attempt. `loras`: those that are registered. Raises OrderError."""
     request = dict(with_paths(job.ask.request, folder))
     extends = request.pop("extends", None)
     return wire.Run(
@@ -25,7 +29,7 @@ def order_of(job: Job, folder: Path, files: Files, config: ServeConfig) -> wire.
         sheet=str(files.sheet),
         preview=str(files.preview),
         journal=str(files.journal),
-        loras=tuple(_lora(name, scale, config) for name, scale in job.ask.loras),
+        loras=tuple(_lora(name, strength, loras) for name, strength in job.ask.loras),
         quality=job.ask.quality,
         extends=extends,
     )
@@ -34,7 +38,7 @@ def order_of(job: Job, folder: Path, files: Files, config: ServeConfig) -> wire.
 def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """A request whose pictures are named by absolute paths: they lie in the folder of a job."""
     found = dict(request)
-    for name in (*PICTURES, "extends"):
+    for name in (*_PICTURES, "extends"):
         if found.get(name) is not None:
             found[name] = str(folder / found[name])
     if found.get("references") is not None:
@@ -42,6 +46,9 @@ def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _lora(name: str, scale: float, config: ServeConfig) -> Lora:
-    found = config.lora(name, scale)
-    return replace(found, path=str(Path(found.path).expanduser().absolute()))
+def _lora(name: str, strength: float, loras: Mapping[str, str]) -> wire.Lora:
+    if name not in loras:
+        raise OrderError(f"LoRA {name!r} is not registered any more; ask for one of /v1/loras")
+    known = lora(loras[name])
+    path = Path(known.path).expanduser().absolute()
+    return wire.Lora(path=str(path), strength=known.strength * strength, expert=known.expert)

@@ -1,0 +1,207 @@
+"""The blocks of Wan's family in Diffusers, computed by the equations of ours with their own layers.
+
+Attention and feed-forward are called as the modules they are. So hooks on them, and on the block, are called as ever.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.models.activations import GELU
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+
+from frameloom.integrations.diffusers.plain import (
+    first_reason,
+    is_traced,
+    refuses_input,
+    refuses_layer,
+    refuses_weights,
+)
+from frameloom.integrations.diffusers.swap import held_by
+from frameloom.integrations.diffusers.ways import Ways
+from frameloom.models.dit_block import Affine, BlockSteps, ReadsPrompt
+from frameloom.ops.dit_ops import Ops
+from frameloom.ops.mlp import mlp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldWays:
+    """What a taken module holds that keeps nothing of its own."""
+
+    ways: Ways
+
+    def release(self) -> None:
+        """There is nothing to let go."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundBlock(BlockSteps[Tensor]):
+    """Layers of a tree, as they are at a call. The prompt is what the tree hands on: embedded text, (B, S, D)."""
+
+    eps: float
+    ops: Ops
+    attn1: Callable[..., Tensor]
+    attn2: ReadsPrompt[Tensor]
+    norm2: Affine | None
+    ffn: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """A cross-attention module, which makes its queries itself."""
+
+    module: Callable[..., Tensor]
+
+    def queries(self, x_BLD: Tensor, /) -> Tensor:
+        return x_BLD
+
+    def __call__(self, x_BLD: Tensor, context_BSD: Tensor, /) -> Tensor:
+        return self.module(x_BLD, context_BSD, None, None)
+
+
+class TakenBlock(nn.Module):
+    """Mixin of WanTransformerBlock and of the classes that are the same."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+        """hidden_states (B, L, D) -> (B, L, D); temb (B, 6, D), or (B, M, 6, D) with an entry for L/M tokens each."""
+        if is_traced() or _refuses_block(self, hidden_states, temb, encoder_hidden_states):
+            each = _for_each_token(temb, hidden_states.shape[1])
+            plain: Tensor = super().forward(hidden_states, encoder_hidden_states, each, rotary_emb)
+            return plain
+        return compute_block(
+            self, hidden_states, encoder_hidden_states, modulation_of(self, hidden_states, temb), rotary_emb
+        )
+
+
+class TakenVaceBlock(nn.Module):
+    """Mixin of WanVACETransformerBlock: a block over the control's tokens, with a projection at either end."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        control_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the hint for the video's tokens, and the control's tokens, both (B, L, D)."""
+        if is_traced() or _refuses_block(self, control_hidden_states, temb, encoder_hidden_states, hidden_states):
+            given = hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb
+            plain: tuple[Tensor | None, Tensor] = super().forward(*given)
+            return plain
+        module: Any = self
+        control = control_hidden_states
+        if module.proj_in is not None:
+            control = module.proj_in(control) + hidden_states
+        control = compute_block(self, control, encoder_hidden_states, modulation_of(self, control, temb), rotary_emb)
+        return None if module.proj_out is None else module.proj_out(control), control
+
+
+class TakenSkyReelsBlock(nn.Module):
+    """Mixin of SkyReelsV2TransformerBlock: its self-attention may have a mask, its tokens timesteps of their own."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """hidden_states (B, L, D) -> (B, L, D); temb (B, 6, D), or (B, 6, L, D) with an entry for each token."""
+        if is_traced() or _refuses_block(self, hidden_states, temb, encoder_hidden_states):
+            plain: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, attention_mask)
+            return plain
+        by_token = temb if temb.ndim == 3 else temb.transpose(1, 2)
+        modulation = modulation_of(self, hidden_states, by_token)
+        return compute_block(self, hidden_states, encoder_hidden_states, modulation, rotary_emb, mask=attention_mask)
+
+
+class TakenFeedForward(nn.Module):
+    """Mixin of FeedForward with GELU in its tanh form: its wide activation exists for some tokens at a time."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        if is_traced() or args or kwargs or _refuses_mlp(self, hidden_states):  # not told: the layers do it as well
+            plain: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return plain
+        module: Any = self
+        first, last = module.net[0].proj, module.net[2]
+        ways: Ways = held_by(self).ways
+        return ways.of(hidden_states).ops.mlp(hidden_states, first.weight, first.bias, last.weight, last.bias)
+
+
+def compute_block(
+    module: Any, x_BLD: Tensor, context_BSD: Tensor, modulation: Sequence[Tensor], rotary_emb: Any, *, mask: Any = None
+) -> Tensor:
+    """A block of a tree by our equations: x_BLD -> x_BLD. `modulation`: see `modulation_of`."""
+    ways: Ways = held_by(module).ways
+
+    def attend_to_itself(normed_BLD: Tensor, rope: Any) -> Tensor:
+        attended: Tensor = module.attn1(normed_BLD, None, mask, rope)
+        return attended
+
+    bound = BoundBlock(
+        eps=module.norm1.eps,
+        ops=ways.of(x_BLD).ops,
+        attn1=attend_to_itself,
+        attn2=_Reads(module.attn2),
+        norm2=None if isinstance(module.norm2, nn.Identity) else module.norm2,
+        ffn=module.ffn,
+    )
+    return bound.forward(x_BLD, modulation, rotary_emb, context_BSD)
+
+
+def modulation_of(module: Any, x_BLD: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+    """The six of a block: (B, 1, D), or of temb (B, M, 6, D) either (B, L, D) or (B, M, 1, D)."""
+    table_16D: Tensor = module.scale_shift_table
+    if temb.ndim == 3:
+        return (table_16D + temb.float()).chunk(6, dim=1)
+    entries = (table_16D[:, None] + temb.float()).unbind(2)
+    is_each = temb.shape[1] == x_BLD.shape[1]
+    return entries if is_each else tuple(entry.unsqueeze(2) for entry in entries)
+
+
+def _for_each_token(temb: Tensor, length: int) -> Tensor:
+    """(B, M, 6, D) as (B, L, 6, D); others stay."""
+    if temb.ndim == 3 or temb.shape[1] == length:
+        return temb
+    return temb.repeat_interleave(length // temb.shape[1], dim=1)
+
+
+def _refuses_block(module: Any, x: Tensor, temb: Tensor, *others: Tensor) -> bool:
+    reason = first_reason(_reasons(module, x, temb, others))
+    if reason is not None:
+        held_by(module).ways.tell(type(module).__name__, reason)
+    return reason is not None
+
+
+def _reasons(module: Any, x: Tensor, temb: Tensor, others: Sequence[Tensor]) -> Iterator[str | None]:
+    yield refuses_input(module, x, temb, *others)
+    yield refuses_layer(module.norm2, FP32LayerNorm, nn.Identity)
+    norms = [norm for norm in (module.norm1, module.norm2, module.norm3) if not isinstance(norm, nn.Identity)]
+    yield from (refuses_layer(norm, FP32LayerNorm) for norm in norms)
+    if len({norm.eps for norm in norms}) > 1 or any(norm.weight is not None for norm in (module.norm1, module.norm3)):
+        yield "its norms are not those of Wan"
+    yield from (refuses_weights((norm.weight, norm.bias), x) for norm in norms)
+    yield refuses_weights((module.scale_shift_table, temb), x)
+
+
+def _refuses_mlp(module: Any, x: Tensor) -> str | None:
+    return first_reason(_reasons_of_mlp(module, x))
+
+
+def _reasons_of_mlp(module: Any, x: Tensor) -> Iterator[str | None]:
+    ways: Ways = held_by(module).ways
+    yield refuses_input(module, x)
+    if ways.of(x).ops.mlp is mlp:
+        yield "nothing is gained"
+    kinds = (GELU,), (nn.Dropout,), (nn.Linear,)
+    yield "other layers" if len(module.net) != len(kinds) else None
+    yield from (refuses_layer(layer, *kind) for layer, kind in zip(module.net, kinds, strict=True))
+    first, dropout, last = module.net
+    yield refuses_layer(first.proj, nn.Linear)
+    if first.approximate != "tanh" or (dropout.p and dropout.training):
+        yield "other layers"
+    yield refuses_weights((first.proj.weight, first.proj.bias, last.weight, last.bias), x, same_dtype=True)

@@ -1,1 +1,0 @@
-"""Small random pipelines of every class of Diffusers that carries what is taken over: for tests, timings and proof."""

@@ -1,0 +1,148 @@
+"""Takes over the transformers of Diffusers whose blocks are Wan's: which classes those are, and how."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection
+from torch import nn
+
+from frameloom.integrations.diffusers.attention import HeldAttention, TakenAttention
+from frameloom.integrations.diffusers.blocks import (
+    HeldWays,
+    TakenBlock,
+    TakenFeedForward,
+    TakenSkyReelsBlock,
+    TakenVaceBlock,
+)
+from frameloom.integrations.diffusers.conditions import HeldTables, HeldTexts, TakenRotary, TakenTextEmbedder
+from frameloom.integrations.diffusers.denoiser import TakenDenoiser
+from frameloom.integrations.diffusers.report import Entry
+from frameloom.integrations.diffusers.swap import is_swapped, plain_class, swap
+from frameloom.integrations.diffusers.ways import Heads, Ways
+from frameloom.ops.registry import Policy
+
+# By module and name, so that a release of Diffusers without one of them is no error.
+_MODELS: Mapping[str, type | None] = MappingProxyType(
+    {
+        "transformer_wan.WanTransformer3DModel": TakenDenoiser,
+        "transformer_chronoedit.ChronoEditTransformer3DModel": TakenDenoiser,
+        "transformer_wan_vace.WanVACETransformer3DModel": None,
+        "transformer_wan_animate.WanAnimateTransformer3DModel": None,
+        "transformer_skyreels_v2.SkyReelsV2Transformer3DModel": None,
+    }
+)
+_BLOCKS: Mapping[str, type] = MappingProxyType(
+    {
+        "transformer_wan.WanTransformerBlock": TakenBlock,
+        "transformer_chronoedit.WanTransformerBlock": TakenBlock,
+        "transformer_wan_animate.WanTransformerBlock": TakenBlock,
+        "transformer_wan_vace.WanVACETransformerBlock": TakenVaceBlock,
+        "transformer_skyreels_v2.SkyReelsV2TransformerBlock": TakenSkyReelsBlock,
+    }
+)
+_ATTENTIONS = frozenset(
+    {
+        "transformer_wan.WanAttention",
+        "transformer_chronoedit.WanAttention",
+        "transformer_wan_animate.WanAttention",
+        "transformer_skyreels_v2.SkyReelsV2Attention",
+    }
+)
+_TABLES = frozenset(
+    {
+        "transformer_wan.WanRotaryPosEmbed",
+        "transformer_chronoedit.ChronoEditRotaryPosEmbed",
+        "transformer_wan_animate.WanRotaryPosEmbed",
+        "transformer_skyreels_v2.SkyReelsV2RotaryPosEmbed",
+    }
+)
+_HOME = "diffusers.models.transformers."
+_OFF = "the weights stay as they lie, so none are packed or fused"
+
+
+def take_transformer(name: str, module: nn.Module, policy: Policy) -> Entry | None:
+    """Let the blocks of a transformer compute by ours; None where it has none that are known. See `accelerate.Take`."""
+    kind = type(module).__name__
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, nn.Module) and _blocks(original):
+        return _left(name, kind, "torch.compile has it as a whole, and traces the code of Diffusers")
+    blocks = _blocks(module)
+    if not blocks:
+        return _without_blocks(name, module)
+    if any(is_swapped(block) for block in blocks):
+        return Entry(component=name, kind=kind, taken=True, what="it was taken before")
+    first: Any = blocks[0]
+    weight = first.attn1.norm_q.weight
+    if weight.is_meta and not any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return _left(name, kind, "its weights are on the meta device; load them first")
+    ways = Ways(policy, Heads(first.attn1.heads, first.attn1.inner_dim // first.attn1.heads))
+    way = ways.at(weight.device, weight.dtype)
+    for block in blocks:
+        _take_block(block, ways)
+    around = _take_around(module, ways)
+    return Entry(component=name, kind=kind, taken=True, what=f"{len(blocks)} blocks{around} by {way.what}; {_OFF}")
+
+
+def _left(name: str, kind: str, what: str) -> Entry:
+    return Entry(component=name, kind=kind, taken=False, what=what)
+
+
+def _without_blocks(name: str, module: nn.Module) -> Entry | None:
+    """A transformer that is known, but for its blocks; None for anything else."""
+    if _known_model(module) is None:
+        return None
+    return _left(name, type(module).__name__, "its blocks are not those of Diffusers")
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if _place(part) in _BLOCKS]
+
+
+def _place(module: nn.Module) -> str:
+    """Where Diffusers has a module's class: file and name; empty for a class from elsewhere."""
+    plain: Any = type(module)
+    return _place_of(plain_class(plain))
+
+
+def _place_of(kind: type) -> str:
+    home = kind.__module__
+    return f"{home.removeprefix(_HOME)}.{kind.__name__}" if home.startswith(_HOME) else ""
+
+
+def _known_model(module: nn.Module) -> Any:
+    """The class of Diffusers that a transformer is of, or derived from."""
+    return next((kind for kind in type(module).__mro__ if _place_of(kind) in _MODELS), None)
+
+
+def _take_block(block: nn.Module, ways: Ways) -> None:
+    parts: Any = block
+    swap(block, _BLOCKS[_place(block)], HeldWays(ways=ways))
+    with suppress(ValueError):  # the step caches of Diffusers know some blocks, by their class
+        taken: Any = type(block)
+        TransformerBlockRegistry.register(taken, replace(TransformerBlockRegistry.get(plain_class(taken))))
+    for attention in (parts.attn1, parts.attn2):
+        if _place(attention) in _ATTENTIONS:
+            swap(attention, TakenAttention, HeldAttention(ways))
+    if type(parts.ffn) is FeedForward:
+        swap(parts.ffn, TakenFeedForward, HeldWays(ways=ways))
+
+
+def _take_around(module: Any, ways: Ways) -> str:
+    """What lies around the blocks, where its forward is the one that is known. Returns what is said of it."""
+    model = _known_model(module)
+    if model is None or type(module).forward is not model.forward:
+        return ", in a forward that is its own,"
+    embedder = module.condition_embedder.text_embedder
+    if type(embedder) is PixArtAlphaTextProjection:
+        swap(embedder, TakenTextEmbedder, HeldTexts(ways))
+    if _place(module.rope) in _TABLES:
+        swap(module.rope, TakenRotary, HeldTables(ways))
+    mixin = _MODELS[_place_of(model)]
+    if mixin is not None:
+        swap(module, mixin, HeldWays(ways=ways))
+    return ""
