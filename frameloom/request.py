@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Protocol
 
 from frameloom.errors import InternalError, RequestError
-from frameloom.types import GenerateRequest, Pictures, ResolvedRequest, SizeRules
+from frameloom.types import PICTURES, GenerateRequest, Pictures, ResolvedRequest, SizeRules
 
 log = logging.getLogger(__name__)
 DEFAULT_STRENGTH = 0.8  # of the reference, WanVideoToVideoPipeline
@@ -17,8 +17,6 @@ MAX_FRAMES = 10_001
 MAX_STEPS = 1000  # the schedule has as many distinct timesteps
 MAX_REFERENCES = 64  # each costs as much as a latent frame
 _SHARE_OF_WINDOW = 0.2  # that the next one shares unless told otherwise: 16 frames of 81, 24 of 121
-
-_PICTURES = ("image", "last_image", "video", "control_video", "mask")
 
 LIMITS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
     "width": (int, 1, MAX_PIXELS),
@@ -115,7 +113,7 @@ def resolve(request: GenerateRequest, defaults: GenerationDefaults, rules: SizeR
     prompts = _prompts(request.prompt)
     guidance_scale = _limited("guidance_scale", _or(request.guidance_scale, defaults.guidance_scale))
     image, last_image, video, control_video, mask = (
-        None if (given := getattr(request, name)) is None else _pictures(given) for name in _PICTURES
+        None if (given := getattr(request, name)) is None else _pictures(given) for name in PICTURES
     )
     followed = video or control_video
     width, height = _size(request, image or followed, defaults, rules)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,9 @@ class Pictures:
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Pictures"
 VideoInput: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Pictures"
+
+PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
+"""Fields of a request that hold one picture or one video; `references` holds several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

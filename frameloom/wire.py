@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from frameloom.types import EngineConfig, Stage
+from frameloom.types import EngineConfig, Lora, Stage
 
 MAX_BYTES: Final = 4_000_000
 """Of one message; a longer one ends the connection."""
@@ -29,21 +29,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What crosses the socket."""
 
 
-class Lora(msgspec.Struct, frozen=True, kw_only=True):
-    """As `types.Lora`; `path` comes from the server's own list, never from a client."""
-
-    path: str
-    strength: float = 1.0
-    expert: Literal["high", "low"] | None = None
-
-
 class Run(Message, frozen=True, kw_only=True):
     """Make a video. `job` and `fence` name this attempt, and all that is said of it carries both.
 
     `request`: fields of types.GenerateRequest as JSON has them, with absolute paths where pictures belong. `folder`:
     where the files go: `output` (an .mp4), `thumbnail` and `sheet` (JPEG), `preview` (.apng, replaced now and then).
     `journal`: the folder in which the engine keeps what it has computed; what an earlier attempt left there is gone
-    on from. `extends`: a video to put in front; the request starts from its last frame.
+    on from. `loras`: of the server's own list, never a path of a client's. `extends`: a video to put in front; the
+    request starts from its last frame.
     """
 
     job: str

@@ -17,7 +17,7 @@ from frameloom.pipeline.images import image_of, video_of
 from frameloom.pipeline.wan import WanPipeline
 from frameloom.request import check_request, resolve
 from frameloom.settings import LOGGER_NAME
-from frameloom.types import GenerateOptions, GenerateRequest, Pictures, ResolvedRequest, VideoInput
+from frameloom.types import PICTURES, GenerateOptions, GenerateRequest, Pictures, ResolvedRequest, VideoInput
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -100,7 +100,7 @@ def _tell_of_length(request: ResolvedRequest, defaults: Defaults) -> None:
 
 def told_of(request: ResolvedRequest, index: int) -> dict[str, Any]:
     """What is said of a request beside its video, the one of this index."""
-    named = {name: getattr(request, name) for name in ("image", "last_image", "video", "control_video", "mask")}
+    named = {name: getattr(request, name) for name in PICTURES}
     told: dict[str, Any] = {
         "prompt": request.prompts[index],
         "negative_prompt": request.negative_prompts[index],

@@ -17,7 +17,7 @@ from frameloom.engine.denoised import Denoised
 from frameloom.engine.job import LATENTS, Job, Order, Origin, absolute, absolute_loras, check_unchanged
 from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.loras import adapters_of_experts, contents_of, exchange, loras_of, read_alike
-from frameloom.engine.to_file import begin_if_possible, journal_of, working_on, write
+from frameloom.engine.to_file import begin_if_possible, checked, journal_of, working_on, write
 from frameloom.engine.together import Together
 from frameloom.errors import InternalError, RequestError
 from frameloom.models.adapters import Adapters
@@ -26,7 +26,7 @@ from frameloom.models.vae_state import Frames, Passage
 from frameloom.ops.registry import Decision
 from frameloom.parallel.team import Team
 from frameloom.pipeline.media import Video, check_output
-from frameloom.pipeline.preview import Preview, check_preview
+from frameloom.pipeline.preview import Preview
 from frameloom.pipeline.wan import StageClock, WanPipeline
 from frameloom.pipeline.windows import WINDOWS
 from frameloom.platform.device import memory_errors, peak_memory_bytes
@@ -202,12 +202,12 @@ class Engine:
         request = self._together.agreed(self.resolve(prompt, **options))
         loras = absolute_loras(self._set_loras)
         front = None if extends is None else absolute(extends)
-        order = Order(output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, extends=front)
+        order = Order(
+            output=os.fspath(path), quality=quality, keeps_latents=keep_latents, loras=loras, extends=front,
+            preview=None if preview is None else os.fspath(preview),
+        )  # fmt: skip
         if self._together.writes:
-            target = check_output(path, fps=request.fps, quality=quality)
-            shown = None if preview is None else str(check_preview(preview, self._open.vae.spec, target=target))
-            output = str(target.path) + "/" * (target.kind == "folder")
-            order = dataclasses.replace(order, output=output, preview=shown)
+            order = checked(order, request, self._open.vae.spec)
         passages = self._open.plan(request)
         begun = self._begin(order, request, job) if job and self._together.writes else None
         with working_on(begun):
@@ -250,8 +250,7 @@ class Engine:
         request, clock = video.request, video.clock.copy()
         order = Order(output=os.fspath(path), quality=quality)
         if self._together.writes:
-            target = check_output(path, fps=request.fps, quality=quality)
-            order = dataclasses.replace(order, output=str(target.path) + "/" * (target.kind == "folder"))
+            order = checked(order, request, self._open.vae.spec)
         passages = self._open.plan(request)
         with self._answering(request):
             self._decode_to(order, request, video.latents, passages, clock, progress or _silent)

@@ -26,11 +26,12 @@ from frameloom.engine.jobs import (
     make_room,
     read_description,
 )
-from frameloom.engine.journal import Journal, write_whole
+from frameloom.engine.journal import Journal
 from frameloom.errors import OutputError, RequestError
 from frameloom.lock import Lock
+from frameloom.pipeline.sinks import write_whole
 from frameloom.settings import LOGGER_NAME, jobs_folder
-from frameloom.types import EngineConfig, Lora, Pictures, ResolvedRequest
+from frameloom.types import PICTURES, EngineConfig, Lora, Pictures, ResolvedRequest
 
 log = logging.getLogger(LOGGER_NAME)
 
@@ -38,7 +39,6 @@ INPUTS: Final = "inputs"
 """The entry of the pictures that were given."""
 LATENTS: Final = "latents"
 """The entry of the latents that are decoded."""
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,12 +194,12 @@ def check_unchanged(job: Job, facts: Mapping[str, str], *, anyway: bool) -> None
 
 def _written(request: ResolvedRequest) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A request as JSON, in which pictures are named; and the pictures."""
-    given = {name: value for name in _PICTURES if (value := getattr(request, name)) is not None}
+    given = {name: value for name in PICTURES if (value := getattr(request, name)) is not None}
     given |= {f"references.{index}": picture for index, picture in enumerate(request.references)}
     told = {
         field.name: getattr(request, field.name)
         for field in fields(request)
-        if field.name not in (*_PICTURES, "references")
+        if field.name not in (*PICTURES, "references")
     }
     told["pictures"] = {name: [shown.name, shown.fps] for name, shown in given.items()}
     return told, {name: torch.from_numpy(np.array(shown.frames)) for name, shown in given.items()}

@@ -8,7 +8,6 @@ that is full or broken ends the journal and not the run.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from frameloom.models.vae_state import Frames
 from frameloom.pipeline.keep import Forgets, Tensors
-from frameloom.pipeline.sinks import sync
+from frameloom.pipeline.sinks import write_whole
 from frameloom.sampling.flow import SamplerState
 from frameloom.settings import LOGGER_NAME
 from frameloom.weights.write import NAMES
@@ -212,24 +211,6 @@ class NoJournal(Forgets):
 
 
 NO_JOURNAL: Final = NoJournal()
-
-
-def write_whole(path: Path, *pieces: bytes | memoryview, waits: bool = True) -> None:
-    """Write a file that appears under its name whole or not at all; `waits` until it is on the disk. Raises OSError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            if waits:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-        if waits:
-            sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _in_pieces(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Iterator[bytes | memoryview]:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from frameloom.engine.job import Job, Order, Origin, begin
@@ -11,13 +12,22 @@ from frameloom.engine.journal import NO_JOURNAL, Journal, NoJournal
 from frameloom.engine.shared_journal import SharedJournal
 from frameloom.engine.together import Together
 from frameloom.errors import FrameloomError, OutputError
+from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_state import Frames
 from frameloom.pipeline.media import DEFAULT_QUALITY, check_output, open_writer, written_behind
+from frameloom.pipeline.preview import check_preview
 from frameloom.pipeline.reader import each_frame
 from frameloom.settings import LOGGER_NAME
 from frameloom.types import ResolvedRequest
 
 log = logging.getLogger(LOGGER_NAME)
+
+
+def checked(order: Order, request: ResolvedRequest, vae: VaeSpec) -> Order:
+    """The same, its output and its preview by their whole paths. Raises OutputError where one cannot be written."""
+    target = check_output(order.output, fps=request.fps, quality=order.quality)
+    preview = None if order.preview is None else str(check_preview(order.preview, vae, target=target))
+    return replace(order, output=f"{target.path}{'/' * (target.kind == 'folder')}", preview=preview)
 
 
 def begin_if_possible(origin: Origin, order: Order, request: ResolvedRequest, folder: Path | None) -> Job | None:

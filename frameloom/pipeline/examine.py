@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from frameloom.errors import InputError
 from frameloom.parent import when_parent_dies
 from frameloom.pipeline.images import MAX_ASPECT, image_of
+from frameloom.pipeline.reader import is_cut_off
 
 _CONTAINERS: Final[Mapping[str, str]] = {"mp4": "mp4", "webm": "matroska", "gif": "gif"}
 _MAX_FPS: Final = 240
@@ -81,18 +82,9 @@ def _watched(container: Any, data: bytes, *, what: str, max_pixels: int, max_fra
     rate = count / end_s if container.format.name == "gif" and end_s else stream.average_rate
     if not count or not rate or not 0.1 <= rate <= _MAX_FPS:
         raise InputError(f"the {what} holds no frames with a rate; convert it to mp4 with a fixed rate")
-    if _is_cut_off(container, data, packets, end_s + 0.75 / float(rate)):
+    if is_cut_off(container, lambda: data, packets=packets, latest_s=end_s + 0.75 / float(rate)):
         raise InputError(f"the {what} is cut off after {count} frames; copy or write it again")
     return {"width": width, "height": height, "num_frames": count, "fps": float(rate)}
-
-
-def _is_cut_off(container: Any, data: bytes, packets: int, latest_s: float) -> bool:
-    """Whether a file promises more than it holds, as its kind tells it."""
-    if container.format.name == "gif":
-        return not data.rstrip(b"\0").endswith(b";")  # the trailer byte that ends every GIF
-    if "mp4" in container.format.name:
-        return packets < len(container.streams.video[0].index_entries)
-    return len(container.streams) == 1 and (container.duration or 0) / av.time_base > latest_s
 
 
 def _check_size(width: int, height: int, what: str, max_pixels: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,9 @@ def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
         if (stream.width or 0) * (stream.height or 0) > MAX_PIXELS:
             raise too_large(path)
         frames: list[Frames] = []
-        ticks, end, missing = 0, 0, 0
+        ticks, end, packets = 0, 0, 0
         for packet in container.demux(stream):
-            missing -= packet.size > 0 and not packet.is_corrupt
+            packets += packet.size > 0 and not packet.is_corrupt
             for frame in packet.decode():
                 frames.append(_picture(frame))
                 ticks += frame.duration
@@ -156,16 +156,23 @@ def _read_video(path: Path, limit: int | None) -> tuple[Frames, float]:
             raise InputError(f"{path} holds no frames with a rate; convert it to mp4 with a fixed rate")
         if limit is not None and len(frames) >= limit:
             return np.stack(frames[:limit]), float(rate)
-        missing += len(stream.index_entries) if "mp4" in container.format.name else 0
-        if missing > 0 or _ends_early(path, container, float(end * stream.time_base + 0.75 / rate)):
+        latest_s = float(end * stream.time_base + 0.75 / rate)
+        if is_cut_off(container, path.read_bytes, packets=packets, latest_s=latest_s):
             raise InputError(f"{path} is cut off after {len(frames)} frames; copy or write it again")
         return np.stack(frames), float(rate)
 
 
-def _ends_early(path: Path, container: Any, latest_s: float) -> bool:
-    """Whether a file promises more than `latest_s` seconds; for files whose index does not tell the packets."""
-    if container.format.name == "gif":
-        return not path.read_bytes().rstrip(b"\0").endswith(b";")  # the trailer byte that ends every GIF
-    if "matroska" not in container.format.name or len(container.streams) > 1:
+def is_cut_off(container: Any, data: Callable[[], bytes], *, packets: int, latest_s: float) -> bool:
+    """Whether a video file promises more than it holds, as its kind tells it.
+
+    `data` gives its bytes, where they are needed. `packets`: those of its first video stream that were whole.
+    `latest_s`: when its last frame ends, in seconds, with some to spare.
+    """
+    kind = container.format.name
+    if kind == "gif":
+        return not data().rstrip(b"\0").endswith(b";")  # the trailer byte that ends every GIF
+    if "mp4" in kind:
+        return packets < len(container.streams.video[0].index_entries)
+    if "matroska" not in kind or len(container.streams) > 1:
         return False  # with sound the promise may be about the sound
     return bool((container.duration or 0) / av.time_base > latest_s)

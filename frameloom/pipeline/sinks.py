@@ -57,6 +57,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, *pieces: bytes | memoryview, waits: bool = True) -> None:
+    """Write a file that appears under its name whole or not at all; `waits` until it is on the disk. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            if waits:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+        if waits:
+            sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 class Sink(Protocol):
     """Takes frames (H, W, 3) one by one; `finish` completes the output, `abort` lets go of it."""
 

@@ -5,7 +5,6 @@ They are JPEG files, written whole or not at all. One frame of the video is held
 
 import io
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from frameloom.pipeline.reader import each_frame
-from frameloom.pipeline.sinks import Frames, sync
+from frameloom.pipeline.sinks import Frames, write_whole
 
 _SIDE: Final = 512  # pixels of the thumbnail's longest side
 _SHOWN: Final = 16  # frames on a sheet
@@ -71,12 +70,4 @@ def _grid(cells: list[Image.Image]) -> Image.Image:
 def _write_jpeg(path: Path, image: Image.Image) -> None:
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=_QUALITY)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data.getbuffer())
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, data.getbuffer())

@@ -1,11 +1,14 @@
 """Everything `frameloom serve` was told, checked once at the door."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from frameloom.types import EngineConfig
+from frameloom.config import MAX_LORA_STRENGTH
+from frameloom.config import lora as parsed_lora
+from frameloom.errors import RequestError
+from frameloom.types import EngineConfig, Lora
 
 LOCAL: Final = "local"
 """Whose jobs they are where no keys are asked for."""
@@ -105,3 +108,20 @@ class ServeConfig:
     limits: Limits = Limits()
     keeping: Keeping = Keeping()
     patience: Patience = Patience()
+
+    def lora(self, name: str, scale: float) -> Lora:
+        """A registered LoRA as a request asks for it: `scale` times as strong as it is registered.
+
+        Raises RequestError, one sentence without a path, for one that is not registered or would be too strong.
+        """
+        if name not in self.loras:
+            known = ", ".join(self.loras) or "none"
+            raise RequestError(f"there is no LoRA {name[:60]!r} here; registered are: {known}")
+        found = parsed_lora(self.loras[name])
+        strength = found.strength * scale
+        if abs(strength) > MAX_LORA_STRENGTH:
+            raise RequestError(
+                f"LoRA {name!r} is registered with a strength of {found.strength:g}, of which {scale:g} times are more "
+                f"than {MAX_LORA_STRENGTH}; give a scale of up to {MAX_LORA_STRENGTH / abs(found.strength):.3g}"
+            )
+        return replace(found, strength=strength)

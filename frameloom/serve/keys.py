@@ -24,6 +24,7 @@ from frameloom.settings import LOGGER_NAME
 MIN_SECRET: Final = 16
 """Characters; a shorter one can be guessed."""
 MAX_PRIORITY: Final = 1_000
+"""That a key may give; that of a job may be as far below 0, too."""
 _MAX_BYTES: Final = 1_000_000
 _LOG: Final = logging.getLogger(LOGGER_NAME)
 _FIELDS: Final = ("secret", "secret_sha256", "queued", "priority")

@@ -14,6 +14,7 @@ from frameloom.serve.jobs.core import Core
 from frameloom.serve.jobs.folder import DataFolderError
 from frameloom.serve.jobs.job import Ask, Repeat
 from frameloom.serve.service import RefusedError
+from frameloom.types import Lora
 
 LONG_S = 60.0
 
@@ -120,6 +121,23 @@ def test_a_job_is_made_and_its_files_are_there_and_nothing_else(data):
             assert server.core.is_ready
             assert server.core.trouble == ""
             assert server.witness.told == [("accepted", job_id), ("started", job_id), ("ended", job_id)]
+
+    asyncio.run(story())
+
+
+def test_loras_are_made_with_as_strongly_as_they_are_registered_and_asked_for(data):
+    async def story():
+        async with Server(data, loras={"ink": "high:/inks/a.safetensors:0.5", "pen": "/pen:4"}) as server:
+            made = await server.ended(await server.ask(loras=(("ink", -2.0), ("pen", 5.0))))
+            assert made.job.status == "completed"
+            assert server.workers.all[0].orders[0].loras == (
+                Lora(path="/inks/a.safetensors", strength=-1.0, expert="high"), Lora(path="/pen", strength=20.0),
+            )  # fmt: skip
+            # As of a server that was started anew, with other LoRAs than those that jobs were taken for.
+            for name, says in (("oil", "registered are: ink, pen"), ("pen", "give a scale of up to 5")):
+                refused = (await server.ended(await server.ask(loras=((name, 6.0),)))).job
+                assert (refused.status, refused.error.code) == ("failed", "invalid_request")
+                assert says in refused.error.message
 
     asyncio.run(story())
 
@@ -535,10 +553,17 @@ def test_many_who_watch_one_job_all_see_its_end(data):
     async def story():
         async with Server(data) as server:
             job_id = await server.ask("steps=200 pause=0.002")
-            watchers = [asyncio.create_task(server.ended(job_id)) for _ in range(50)]
-            await until(lambda: server.core.numbers()["watchers"] == 50)
-            assert {(await watcher).job.status for watcher in watchers} == {"completed"}
-            await until(lambda: server.core.numbers()["watchers"] == 0)
+            told = [[] for _ in range(50)]
+
+            async def watch(statuses):
+                async for standing in server.core.watch(job_id):
+                    statuses.append(standing.job.status)
+
+            watchers = [asyncio.create_task(watch(statuses)) for statuses in told]
+            await until(lambda: all(told))
+            assert "completed" not in {status for statuses in told for status in statuses}
+            await asyncio.gather(*watchers)
+            assert {statuses[-1] for statuses in told} == {"completed"}
             assert [standing async for standing in server.core.watch(server.core.new_id())] == []
 
     asyncio.run(story())

@@ -23,7 +23,7 @@ LIMITS = Limits(body_bytes=200_000, prompt_chars=50, steps=20, pixels_frames=640
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("errors")
     service = MemoryService(folder)
-    config = ServeConfig(data=folder, limits=LIMITS, loras={"ink": "/x"})
+    config = ServeConfig(data=folder, limits=LIMITS, loras={"ink": "/x", "pen": "/y:4"})
     with served(service, config) as (url, app), httpx.Client(base_url=url, timeout=30) as client:
         yield client, service, app
 
@@ -83,6 +83,8 @@ def head(length):
         ({"prompt": "x", "size": "4096x4096"}, "size", "ask for less"),
         ({"prompt": "x", "seconds": "3600"}, "seconds", "frames 57601"),
         ({"prompt": "x", "loras": [{"name": "oil"}]}, "loras", "registered are: ink"),
+        ({"prompt": "x", "loras": [{"name": "ink", "scale": 21}]}, "loras", "from -20 to 20"),
+        ({"prompt": "x", "loras": [{"name": "pen", "scale": -6}]}, "loras", "more than 20; give a scale of up to 5"),
         ({"prompt": "x", "last_image": "data:,"}, "last_image", "takes no last_image"),
         ({"prompt": "x", "input_reference": "/etc/passwd"}, "input_reference", "no file and no URL"),
         ({"prompt": "x", "input_reference": {"image_url": "http://127.0.0.1/a"}}, "input_reference", "fetches no URLs"),
@@ -383,3 +385,35 @@ def test_all_errors_are_declared(site):
         "/metrics",
     }
     assert paths <= set(described["paths"])
+
+
+def test_the_description_says_what_this_server_takes(site):
+    client, _, _ = site
+    paths = client.get("/openapi.json").json()["paths"]
+    bodies = paths["/v1/videos"]["post"]["requestBody"]["content"]
+    for form in ("application/json", "multipart/form-data"):
+        taken = bodies[form]["schema"]["properties"]
+        assert [taken[name]["maximum"] for name in ("steps", "num_inference_steps")] == [20, 20]
+        assert [taken[name]["maxLength"] for name in ("prompt", "negative_prompt")] == [50, 50]
+        assert (taken["priority"]["minimum"], taken["priority"]["maximum"]) == (-1000, 1000)
+        scale = taken["loras"]["items"]["properties"]["scale"]
+        assert (scale["minimum"], scale["maximum"]) == (-20, 20)
+    asked = {one["name"]: one["schema"] for one in paths["/v1/estimate"]["get"]["parameters"]}
+    assert (asked["steps"]["maximum"], asked["deadline"]["maximum"]) == (20, 2_592_000)
+    remixed = paths["/v1/videos/{video_id}/remix"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert remixed["properties"]["prompt"]["maxLength"] == 50
+
+
+@pytest.mark.parametrize("name", ["prompt", "steps", "priority", "deadline", "quality"])
+def test_what_the_description_allows_is_taken_and_what_is_past_it_is_not(site, name):
+    client, _, _ = site
+    described = client.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    schema = described["application/json"]["schema"]["properties"][name]
+    if name == "prompt":
+        ends, past = ["x" * schema["maxLength"]], ["x" * (schema["maxLength"] + 1)]
+    else:
+        ends, past = [schema["minimum"], schema["maximum"]], [schema["minimum"] - 1, schema["maximum"] + 1]
+    for value in ends:
+        assert client.post("/v1/videos", json={"prompt": "x", name: value}).status_code == 200
+    for value in past:
+        assert told(client.post("/v1/videos", json={"prompt": "x", name: value}), 400).param == name

@@ -5,6 +5,7 @@ import json
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 from browsing import AUDIT, chromium, opened
 from memory_service import MemoryService, served
@@ -53,6 +54,16 @@ def picture(width=60, height=40):
     file = io.BytesIO()
     Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
     return {"name": "first.png", "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+@pytest.mark.parametrize(("experts", "shown"), [(1, False), (2, True), (None, True)])
+def test_a_number_of_the_second_expert_is_shown_where_there_may_be_one(browser, service, address, experts, shown):
+    defaults = {**service.card.defaults, "guidance_scale_2": 4.0}
+    service.card = msgspec.structs.replace(service.card, experts=experts, defaults=defaults)
+    with opened(browser, address) as page:
+        page.wait_for_selector("#form.ready")
+        assert page.locator("#guidance_scale").count() == 1
+        assert page.locator("#guidance_scale_2").count() == shown
 
 
 def test_nothing_yet_is_an_invitation(browser, address):

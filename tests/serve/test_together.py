@@ -1,7 +1,6 @@
 """Small jobs that are made as one batch: real workers, what becomes of each, and who is left alone."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -202,31 +201,29 @@ class Server:
                 last = standing
         return last.job
 
-    @contextlib.asynccontextmanager
-    async def busy(self, **changes):
-        """While a worker is kept from what is asked for meanwhile; alone is known to be slow for small jobs."""
+    async def ask_together(self, *asked):
+        """Ask for several while the worker is kept from them; alone is known to be slow for small jobs."""
         for steps in (4, 80):
             shape = f"64x32, 9 frames, {steps} steps, with guidance"
             for _ in range(3):
                 self.core._known.pace.learn(shape, 1, 1e6)
-        other = await self.ask(width=32, **{"steps": 200} | changes)
+        other = await self.ask(width=32, steps=1000)
         await self.until(other, lambda standing: standing.stage == "denoise")
-        yield
+        names = [await self.ask(**one) for one in asked]
         await self.core.cancel(other)
+        return names
 
 
 def test_like_jobs_are_made_together_and_others_alone(tmp_path):
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            async with server.busy():
-                first = await server.ask(seed=1)
-                other = await server.ask(seed=2, steps=3)
-                second = await server.ask(seed=3, prompt="a blue star", negative_prompt="red")
-                urgent = await server.ask(seed=4, priority=1)
-                third = await server.ask(seed=5, key="someone")
-                pressed = await server.ask(seed=6, deadline_s=500.0)
-            jobs = [await server.ended(name) for name in (first, other, second, urgent, third, pressed)]
+            names = await server.ask_together(
+                {"seed": 1}, {"seed": 2, "steps": 3}, {"seed": 3, "prompt": "a blue star", "negative_prompt": "red"},
+                {"seed": 4, "priority": 1}, {"seed": 5, "key": "someone"}, {"seed": 6, "deadline_s": 500.0},
+            )  # fmt: skip
+            first, _, second, urgent, third, _ = names
+            jobs = [await server.ended(name) for name in names]
             assert [(job.status, job.attempts) for job in jobs] == 6 * [("completed", 1)]
             assert [sorted(batch) for batch in server.told.batches] == [sorted([first, second, third])]
             begun = [name for name, _ in server.told.begun]
@@ -244,8 +241,7 @@ def test_one_of_a_batch_is_cancelled_another_deleted_and_the_last_completes(tmp_
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            async with server.busy():
-                names = [await server.ask(seed=seed, steps=80) for seed in (1, 2, 3)]
+            names = await server.ask_together(*({"seed": seed, "steps": 80} for seed in (1, 2, 3)))
             for name in names:
                 await server.until(name, lambda standing: standing.stage == "denoise" and standing.step > 0)
             assert len(server.told.batches) == 1
@@ -266,8 +262,7 @@ def test_a_batch_whose_worker_dies_is_made_one_at_a_time(tmp_path):
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            async with server.busy():
-                names = [await server.ask(seed=seed, steps=80) for seed in (1, 2)]
+            names = await server.ask_together(*({"seed": seed, "steps": 80} for seed in (1, 2)))
             await server.until(names[1], lambda standing: standing.stage == "denoise" and standing.step > 0)
             os.kill(server.pool.all[0].pid, signal.SIGKILL)
             jobs = [await server.ended(name) for name in names]
@@ -283,9 +278,7 @@ def test_a_batch_that_fails_costs_nobody_an_attempt(tmp_path):
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            async with server.busy():
-                good = [await server.ask(seed=seed) for seed in (1, 2)]
-                bad = await server.ask(seed=3, prompt=" ")
+            *good, bad = await server.ask_together({"seed": 1}, {"seed": 2}, {"seed": 3, "prompt": " "})
             jobs = [await server.ended(name) for name in good]
             assert [(job.status, job.attempts) for job in jobs] == 2 * [("completed", 1)]
             refused = await server.ended(bad)
@@ -300,8 +293,7 @@ def test_by_default_everything_is_made_alone(tmp_path):
     async def story():
         server = Server(tmp_path / "data")
         async with server.core:
-            async with server.busy():
-                names = [await server.ask(seed=seed) for seed in (1, 2)]
+            names = await server.ask_together({"seed": 1}, {"seed": 2})
             assert [(await server.ended(name)).status for name in names] == ["completed", "completed"]
             assert server.told.batches == []
 

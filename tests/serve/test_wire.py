@@ -2,6 +2,7 @@
 
 import struct
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,18 @@ def test_each_side_takes_only_what_the_other_says():
         wire.Frames(from_worker=False).feed(wire.frame(wire.Beat(work=1)))
     with pytest.raises(wire.FrameError, match="no message"):
         wire.Frames(from_worker=True).feed(wire.frame(wire.Stop()))
+
+
+def test_the_loras_of_an_order_arrive_as_they_were_and_nothing_else_does():
+    loras = (Lora(path="/a"), Lora(path="/b", strength=-0.5, expert="low"))
+    order = wire.Run(
+        job="a", fence=1, request={"prompt": "p"}, output="o", thumbnail="t", sheet="s", preview="p", journal="j",
+        loras=loras,
+    )  # fmt: skip
+    assert wire.Frames(from_worker=False).feed(wire.frame(order)) == [order]
+    odd = msgspec.structs.replace(order, loras=(Lora(path="/a", expert="third"),))
+    with pytest.raises(wire.FrameError, match="no message"):
+        wire.Frames(from_worker=False).feed(wire.frame(odd))
 
 
 def test_a_message_with_a_field_of_another_type_is_refused():

@@ -21,14 +21,13 @@ from frameloom.pipeline.reader import facts_of, last_frame
 from frameloom.pipeline.sinks import sync
 from frameloom.pipeline.stills import draw_stills
 from frameloom.settings import LOGGER_NAME
-from frameloom.types import Lora, Progress
+from frameloom.types import PICTURES, Progress
 from frameloom.wire import Done, News, Run
 
 log = logging.getLogger(LOGGER_NAME)
 
 _NEWS_S: Final = 0.05  # between two of a stage; what comes faster nobody could look at
 _LOCKED_S: Final = 2.0  # a process that was killed may still hold the journal for so long
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
 
 
 class CancelledError(Exception):
@@ -104,7 +103,7 @@ class Attempt:
 
     def set_loras(self) -> None:
         """Have the engine compute with what this one asks for."""
-        loras = absolute_loras(tuple(Lora(path=x.path, strength=x.strength, expert=x.expert) for x in self.order.loras))
+        loras = absolute_loras(self.order.loras)
         if loras != self.engine.loras:
             self.engine.set_loras(loras)
 
@@ -241,7 +240,7 @@ def _made(made: Mapping[str, Any]) -> dict[str, Any]:
     """What was told of a video, as JSON has it, without the paths of the server."""
     told: dict[str, Any] = json.loads(json.dumps(dict(made), default=str))
     del told["output"]
-    for name in _PICTURES:
+    for name in PICTURES:
         if name in told:
             told[name] = Path(told[name]).name
     for name in ("references", "loras"):

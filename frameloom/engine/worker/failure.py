@@ -7,11 +7,10 @@ from typing import Final
 
 from frameloom.errors import CheckpointError, FrameloomError, InputError, OutputError
 from frameloom.platform.device import is_memory_error
-from frameloom.types import GenerateRequest
+from frameloom.types import PICTURES
 from frameloom.wire import Failed, Run
 
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask", "references")
 _FULL: Final = "the server has no room left on its disk; ask again later"
 _OURS: Final = "the video could not be made, through no fault of the request; the server's log says why"
 
@@ -34,10 +33,9 @@ def failed(order: Run, error: BaseException, *, ends: bool = False) -> Failed:
 
 def without_paths(text: str, order: Run) -> str:
     """The text, with the names of fields where it names files of the server."""
-    fields = [name for name in _PICTURES if name in GenerateRequest.__annotations__]
-    given = {name: order.request.get(name) for name in fields}
+    given = {name: order.request.get(name) for name in PICTURES}
     named = {path: f"the {name.replace('_', ' ')}" for name, path in given.items() if isinstance(path, str)}
-    named |= {path: "a reference image" for path in given.get("references") or () if isinstance(path, str)}
+    named |= {path: "a reference image" for path in order.request.get("references") or () if isinstance(path, str)}
     named |= {order.output: "the output"} | ({order.extends: "the video"} if order.extends else {})
     for path, name in sorted(named.items(), key=lambda one: -len(one[0])):
         text = text.replace(path, name)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from frameloom.serve.api.asking import FIELD_OF
 from frameloom.serve.jobs.job import Job
 from frameloom.serve.service import Standing
 from frameloom.wire import Card
@@ -11,10 +12,7 @@ _SHOWN: Final = (
     "seed", "negative_prompt", "guidance_scale", "guidance_scale_2", "flow_shift", "strength", "control_strength",
     "windows", "window_frames", "window_overlap",
 )  # fmt: skip
-_INPUTS: Final[Mapping[str, str]] = {
-    "image": "input_reference", "last_image": "last_image", "video": "video", "extends": "video",
-    "control_video": "control_video", "mask": "mask", "references": "references",
-}  # fmt: skip
+_INPUTS: Final[Mapping[str, str]] = {**{field: param for param, field in FIELD_OF.items()}, "extends": "video"}
 
 
 def video_of(standing: Standing, card: Card | None) -> dict[str, Any]:

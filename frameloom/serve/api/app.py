@@ -10,6 +10,7 @@ import frameloom
 from frameloom.serve.api import about, content, events, videos
 from frameloom.serve.api.auth import Doorkeeper
 from frameloom.serve.api.body import BodyReader
+from frameloom.serve.api.described import set_limits
 from frameloom.serve.api.errors import handlers
 from frameloom.serve.api.fetch import Fetcher
 from frameloom.serve.api.gate import Gate
@@ -62,7 +63,7 @@ def _heads(routers: Sequence[APIRouter]) -> APIRouter:
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    """The description, without the answers of FastAPI that ours replace."""
+    """The description, with the limits of this server, and without the answers of FastAPI that ours replace."""
     if app.openapi_schema is None:
         described: dict[str, Any] = FastAPI.openapi(app)
         for path in described["paths"].values():
@@ -72,5 +73,6 @@ def _described(app: FastAPI) -> dict[str, Any]:
             described["components"]["schemas"].pop(name, None)
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"key": []}, {}]
+        set_limits(described, app.state.site.config.limits)
         app.openapi_schema = described
     return app.openapi_schema

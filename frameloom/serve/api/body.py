@@ -22,7 +22,7 @@ _AT_ONCE: Final = 4
 
 @dataclass(kw_only=True, slots=True)
 class BodyReader:
-    """Counts what all requests together hold in memory. `limit`: bytes of one body; `grace_s`: see `_check_pace`."""
+    """Counts what all requests together hold in memory. `limit`: bytes of one body; `grace_s`: see `_chunks`."""
 
     limit: int
     grace_s: float = _GRACE_S

@@ -3,9 +3,20 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from frameloom.config import MAX_LORA_STRENGTH
 from frameloom.request import LIMITS
-from frameloom.serve.api.parameters import MAX_LORA_STRENGTH, MAX_LORAS, PARAMETERS, TAKEN, Form
+from frameloom.serve.api.parameters import (
+    MAX_DEADLINE_S,
+    MAX_LORAS,
+    MAX_QUALITY,
+    MIN_DEADLINE_S,
+    PARAMETERS,
+    TAKEN,
+    Form,
+)
 from frameloom.serve.api.schemas import ErrorAnswer
+from frameloom.serve.config import Limits
+from frameloom.serve.keys import MAX_PRIORITY
 
 _SAYS: Final[Mapping[int, str]] = {
     400: "Something in the request is not possible; `param` names it.",
@@ -63,6 +74,22 @@ def query_of(kind: str) -> dict[str, Any]:
     }
 
 
+def set_limits(described: Mapping[str, Any], limits: Limits) -> None:
+    """Write into a whole description what this server takes, where that is less than an engine could."""
+    bounds = {
+        "steps": {"maximum": limits.steps},
+        "prompt": {"maxLength": limits.prompt_chars},
+        "negative_prompt": {"maxLength": limits.prompt_chars},
+    }
+    bounds |= {alias: bounds[name] for name in list(bounds) if (alias := PARAMETERS[name].alias)}
+    for operation in (operation for path in described["paths"].values() for operation in path.values()):
+        bodies = [content["schema"] for content in operation.get("requestBody", {}).get("content", {}).values()]
+        schemas = [(name, schema) for body in bodies for name, schema in body.get("properties", {}).items()]
+        schemas += [(one["name"], one["schema"]) for one in operation.get("parameters", ())]
+        for name, schema in schemas:
+            schema.update(bounds.get(name, {}))
+
+
 def _schema(name: str, *, is_form: bool) -> dict[str, Any]:
     form = PARAMETERS[name].form
     return {"description": PARAMETERS[name].says, **(_of_limits(name) if name in LIMITS else _of_form(form, is_form))}
@@ -91,9 +118,9 @@ def _of_form(form: Form, is_form: bool) -> dict[str, Any]:
         "seconds": {"type": "string", "examples": ["4"]},
         "size": {"type": "string", "pattern": "^[0-9]{1,4}x[0-9]{1,4}$", "examples": ["832x480"]},
         "flag": {"type": "boolean"},
-        "quality": {"type": "integer", "minimum": 0, "maximum": 100},
-        "priority": {"type": "integer", "minimum": -1000, "maximum": 1000},
-        "deadline": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000},
+        "quality": {"type": "integer", "minimum": 0, "maximum": MAX_QUALITY},
+        "priority": {"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY},
+        "deadline": {"type": "number", "minimum": MIN_DEADLINE_S, "maximum": MAX_DEADLINE_S},
         "image": image,
         "images": {"type": "array", "items": image},
         "video": {"anyOf": [_FILE if is_form else _URL, _BY_ID]},

@@ -24,7 +24,7 @@ class Gate:
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app = app
         self.is_open = not config.keys
-        self.is_local = is_loopback(config.host)
+        self.is_local = _says_loopback(config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -81,8 +81,11 @@ class _Answer:
         await self.send(message)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a name or address, without a port, means this machine alone."""
+def _says_loopback(host: str) -> bool:
+    """Whether a name or address, without a port, means this machine alone by its very words.
+
+    Nobody is asked what a name stands for, as `door.is_loopback` does: whoever rules a name could point it here.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -94,7 +97,7 @@ def _names_this_machine(host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return False
-    return is_loopback(name)
+    return _says_loopback(name)
 
 
 def _authority(origin: str) -> str:

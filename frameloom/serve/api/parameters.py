@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from frameloom.config import MAX_LORA_STRENGTH
 from frameloom.errors import RequestError
 from frameloom.request import LIMITS, MAX_REFERENCES, check_request
 from frameloom.serve.api.errors import ApiError, bad
 from frameloom.serve.api.forms import Fields, Several
 from frameloom.serve.config import Limits
+from frameloom.serve.keys import MAX_PRIORITY
 from frameloom.types import GenerateRequest
 
 Form = Literal[
@@ -20,10 +22,10 @@ Form = Literal[
 ]  # fmt: skip
 
 MAX_SECONDS: Final = 3600.0
+MIN_DEADLINE_S: Final = 0.001
 MAX_DEADLINE_S: Final = 30 * 86_400.0
-MAX_PRIORITY: Final = 1000
 MAX_LORAS: Final = 16
-MAX_LORA_STRENGTH: Final = 10.0
+MAX_QUALITY: Final = 100
 HARMLESS: Final = ("user", "safety_identifier")
 """Of OpenAI's own: they change nothing in a video, and are let pass."""
 _NUMBER: Final = re.compile(
@@ -276,9 +278,9 @@ _READERS: Final[Mapping[Form, Callable[[str, Any], Any]]] = {
     "number": _limited,
     "numbers": _numbers,
     "flag": _flag,
-    "quality": lambda name, value: _whole_between(name, value, 0, 100),
+    "quality": lambda name, value: _whole_between(name, value, 0, MAX_QUALITY),
     "priority": lambda name, value: _whole_between(name, value, -MAX_PRIORITY, MAX_PRIORITY),
-    "deadline": lambda name, value: float(_between(name, value, 0.001, MAX_DEADLINE_S, " seconds")),
+    "deadline": lambda name, value: float(_between(name, value, MIN_DEADLINE_S, MAX_DEADLINE_S, " seconds")),
     "image": _as_it_came,
     "images": lambda name, value: _list(name, value, MAX_REFERENCES),
     "video": _as_it_came,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import JSONResponse
 
+from frameloom.errors import RequestError
 from frameloom.serve.api.answers import page_of, video_of
 from frameloom.serve.api.asking import (
     Order,
@@ -213,10 +214,11 @@ def _shown(standing: Standing, site: Site) -> JSONResponse:
 
 
 def _check_loras(loras: Iterable[tuple[str, float]], site: Site) -> None:
-    for name, _ in loras:
-        if name not in site.config.loras:
-            known = ", ".join(site.config.loras) or "none"
-            raise bad("loras", f"there is no LoRA {name[:60]!r} here; registered are: {known}")
+    for name, scale in loras:
+        try:
+            site.config.lora(name, scale)
+        except RequestError as error:
+            raise bad("loras", str(error)) from None
 
 
 async def _model_known(site: Site) -> None:

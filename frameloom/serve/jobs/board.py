@@ -76,7 +76,6 @@ class Board:
         self._line, self._fetch, self._workers = line, fetch, workers
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
-        self.watchers = 0
 
     def add(self, live: Live) -> None:
         """A job has come."""
@@ -137,20 +136,16 @@ class Board:
             if (standing := await self.standing(job_id)) is not None:
                 yield standing
             return
-        self.watchers += 1
-        try:
-            while True:
-                changed, is_over = live.changed, live.ended.is_set()
-                standing = self._of_live(live)
-                if standing != last:
-                    yield standing
-                last = standing
-                if is_over:
-                    return
-                await changed.wait()
-                await asyncio.sleep(_APART_S)
-        finally:
-            self.watchers -= 1
+        while True:
+            changed, is_over = live.changed, live.ended.is_set()
+            standing = self._of_live(live)
+            if standing != last:
+                yield standing
+            last = standing
+            if is_over:
+                return
+            await changed.wait()
+            await asyncio.sleep(_APART_S)
 
     def running_s(self) -> float:
         """Seconds that are left of the jobs that run, as foreseen."""

@@ -256,7 +256,6 @@ class Core:
             "workers_ready": sum(worker.is_ready for worker in workers),
             "data_bytes": self._retention.used_bytes,
             "free_bytes": self._desk.folder.free_bytes(),
-            "watchers": self._board.watchers,
         }
 
     def _check_room(self, key: str, work_s: float, num_bytes: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from frameloom.errors import RequestError
 from frameloom.serve.config import MAX_ATTEMPTS, ServeConfig
 from frameloom.serve.jobs.board import Board, End, Live
 from frameloom.serve.jobs.company import Companions, Party
@@ -13,7 +14,7 @@ from frameloom.serve.jobs.folder import DataFolder
 from frameloom.serve.jobs.job import Job, JobError, JobStore, Result, StoreError
 from frameloom.serve.jobs.keeper import Keeper
 from frameloom.serve.jobs.line import WaitingLine
-from frameloom.serve.jobs.orders import OrderError, order_of
+from frameloom.serve.jobs.orders import order_of
 from frameloom.serve.service import Witness
 from frameloom.serve.workers.worker import Died, Outcome, Worker, Workers
 from frameloom.settings import LOGGER_NAME
@@ -233,8 +234,8 @@ class Dispatcher:
         folder = self._desk.folder
         try:
             await asyncio.to_thread(folder.prepare, job.id)
-            return order_of(job, folder.of(job.id), folder.files(job.id, job.fence), self._desk.config.loras)
-        except OrderError as error:
+            return order_of(job, folder.of(job.id), folder.files(job.id, job.fence), self._desk.config)
+        except RequestError as error:
             return Failed(job=job.id, fence=job.fence, code="invalid_request", message=str(error))
         except OSError as error:
             message = f"the files of the job cannot be written ({error.strerror})"

@@ -1,23 +1,19 @@
 """What a worker is told of a job."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from frameloom import wire
-from frameloom.config import lora
+from frameloom.serve.config import ServeConfig
 from frameloom.serve.jobs.folder import Files
 from frameloom.serve.jobs.job import Job
-
-_PICTURES: Final = ("image", "last_image", "video", "control_video", "mask")
-
-
-class OrderError(Exception):
-    """A job cannot be made by this server any more: one sentence."""
+from frameloom.types import PICTURES, Lora
 
 
-def order_of(job: Job, folder: Path, files: Files, loras: Mapping[str, str]) -> wire.Run:
-    """The order of an attempt. `loras`: those that are registered. Raises OrderError."""
+def order_of(job: Job, folder: Path, files: Files, config: ServeConfig) -> wire.Run:
+    """The order of an attempt. Raises RequestError for LoRAs that this server has not any more."""
     request = dict(with_paths(job.ask.request, folder))
     extends = request.pop("extends", None)
     return wire.Run(
@@ -29,7 +25,7 @@ def order_of(job: Job, folder: Path, files: Files, loras: Mapping[str, str]) -> 
         sheet=str(files.sheet),
         preview=str(files.preview),
         journal=str(files.journal),
-        loras=tuple(_lora(name, strength, loras) for name, strength in job.ask.loras),
+        loras=tuple(_lora(name, scale, config) for name, scale in job.ask.loras),
         quality=job.ask.quality,
         extends=extends,
     )
@@ -38,7 +34,7 @@ def order_of(job: Job, folder: Path, files: Files, loras: Mapping[str, str]) -> 
 def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """A request whose pictures are named by absolute paths: they lie in the folder of a job."""
     found = dict(request)
-    for name in (*_PICTURES, "extends"):
+    for name in (*PICTURES, "extends"):
         if found.get(name) is not None:
             found[name] = str(folder / found[name])
     if found.get("references") is not None:
@@ -46,9 +42,6 @@ def with_paths(request: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def _lora(name: str, strength: float, loras: Mapping[str, str]) -> wire.Lora:
-    if name not in loras:
-        raise OrderError(f"LoRA {name!r} is not registered any more; ask for one of /v1/loras")
-    known = lora(loras[name])
-    path = Path(known.path).expanduser().absolute()
-    return wire.Lora(path=str(path), strength=known.strength * strength, expert=known.expert)
+def _lora(name: str, scale: float, config: ServeConfig) -> Lora:
+    found = config.lora(name, scale)
+    return replace(found, path=str(Path(found.path).expanduser().absolute()))

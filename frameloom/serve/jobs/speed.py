@@ -8,16 +8,14 @@ from typing import Any, Final
 import msgspec
 
 from frameloom.serve.jobs.job import Job
+from frameloom.types import PICTURES
 from frameloom.wire import Card
 
 _KEPT: Final = 15
 _STRENGTH: Final = 0.8  # of a request that starts from a video and names none
 _SIZES: Final = ("width", "height", "num_frames", "steps", "fps")
 _OWN: Final = ("prompt", "negative_prompt", "seed")  # of each video, however many are made together
-_ALONE: Final = (
-    "image", "last_image", "video", "control_video", "mask", "references", "extends", "windows", "window_frames",
-    "window_overlap",
-)  # fmt: skip
+_ALONE: Final = (*PICTURES, "references", "extends", "windows", "window_frames", "window_overlap")
 _STAGES: Final = {"text": (0, 2), "image": (2, 4), "denoise": (4, 88), "decode": (88, 99), "encode": (88, 99)}
 
 

@@ -6,7 +6,8 @@ import { length } from "./words.js";
 
 const NUMBERS = [
   { name: "guidance_scale", title: "Guidance", step: 0.1, min: 0, help: "how near to the prompt" },
-  { name: "guidance_scale_2", title: "Guidance of the second expert", step: 0.1, min: 0, help: "for the finer steps" },
+  { name: "guidance_scale_2", title: "Guidance of the second expert", step: 0.1, min: 0, help: "for the finer steps",
+    needs: 2 },
   { name: "flow_shift", title: "Flow shift", step: 0.1, min: 0.1, help: "more steps for motion" },
   { name: "fps", title: "Frames per second", step: 1, min: 1, help: "of the file" },
 ];
@@ -29,7 +30,7 @@ export class Settings {
   offer(card, loras) {
     this.#card = card;
     this.#tiers = tiers(card.defaults);
-    const { defaults, temporal, limits } = card;
+    const { defaults, temporal, limits, experts } = card;
     byId("shapes").replaceChildren(...SHAPES.map(shapeChoice), ownChoice());
     byId("tier").replaceChildren(...this.#tiers.map(({ name, usual }) =>
       make("option", { value: name }, usual ? `${name}, usual` : name)));
@@ -42,8 +43,8 @@ export class Settings {
       make("button", { type: "button", class: "chip", onclick: () => this.#setFrames(frames, true) },
         length(frames, defaults.fps))));
     byId("steps").max = Math.min(limits?.steps ?? Infinity, Math.max(60, defaults.steps * 2));
-    byId("numbers").replaceChildren(...NUMBERS.filter(({ name }) => (defaults[name] ?? null) !== null).map((number) =>
-      numberRow(number, defaults[number.name])));
+    const has = ({ name, needs }) => (defaults[name] ?? null) !== null && !(needs && experts && experts < needs);
+    byId("numbers").replaceChildren(...NUMBERS.filter(has).map((number) => numberRow(number, defaults[number.name])));
     byId("loras-row").hidden = !loras.length;
     byId("loras").replaceChildren(...loras.map(loraRow));
     this.set({});
