@@ -281,6 +281,26 @@ def card(prompt):
     return f".card:has-text('{prompt}')"
 
 
+def test_a_question_asked_again_at_once_has_an_answer_of_its_own(browser, address, service):
+    """A browser tells that a dialog has closed a moment after, when it may be open again."""
+    lost = by_program(address, "it goes")
+    service.fail(lost, "cancelled")
+    with opened(browser, f"{address}/#{lost}") as page:
+        page.wait_for_selector("#stage .prompt")
+        page.get_by_role("button", name="Delete").click()
+        page.evaluate("""() => new Promise((resolve) => {
+          const dialog = document.querySelector("#ask-dialog");
+          dialog.addEventListener("close", (event) => event.isTrusted && resolve());
+          dialog.close();
+          document.querySelector("#stage .actions button:last-child").click();
+        })""")
+        assert page.locator("#ask-dialog").is_visible()
+        assert lost in service.jobs
+        page.click("#ask-yes")
+        page.wait_for_selector(card("it goes"), state="detached")
+        assert lost not in service.jobs
+
+
 def test_an_open_page_notices_what_others_do_and_leaves_the_rest_alone(browser, address, service):
     kept, lost = by_program(address, "it stays"), by_program(address, "it goes")
     for job_id in (kept, lost):

@@ -44,17 +44,27 @@ export function toast(text) {
   toastTimer = setTimeout(() => (byId("toast").textContent = ""), 4000);
 }
 
+/** Show a dialog; what it is closed with, and by Escape `usual`. */
+export function closed(dialog, usual) {
+  dialog.dispatchEvent(new Event("close")); // of the last time: the browser's own comes later, perhaps in this one
+  dialog.returnValue = usual;
+  dialog.showModal();
+  return new Promise((resolve) => {
+    const told = () => {
+      if (dialog.open) return;
+      dialog.removeEventListener("close", told);
+      resolve(dialog.returnValue);
+    };
+    dialog.addEventListener("close", told);
+  });
+}
+
 /** Ask before something is lost; true if the answer is yes. Escape is no. */
-export function confirmed(title, text, yes) {
-  const dialog = byId("ask-dialog");
+export async function confirmed(title, text, yes) {
   byId("ask-title").textContent = title;
   byId("ask-text").textContent = text;
   byId("ask-yes").textContent = yes;
-  dialog.returnValue = "no";
-  dialog.showModal();
-  return new Promise((resolve) =>
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }),
-  );
+  return (await closed(byId("ask-dialog"), "no")) === "yes";
 }
 
 /** Put a text on the clipboard; also where the page is not served over HTTPS. */

@@ -1,6 +1,6 @@
 // The key that the server asks for: held for this tab, or on this device if wished.
 
-import { byId } from "./dom.js";
+import { byId, closed } from "./dom.js";
 
 const NAME = "frameloom.key";
 
@@ -47,16 +47,11 @@ export class Keys {
     return this.#asking;
   }
 
-  #dialog(error, wasAsked) {
+  async #dialog(error, wasAsked) {
     const dialog = byId("key-dialog");
-    if (dialog.open) return Promise.resolve(false);
+    if (dialog.open) return false;
     byId("key-error").textContent = error;
-    byId("key").value = "";
-    dialog.returnValue = "cancel";
-    dialog.showModal();
-    return new Promise((resolve) => {
-      dialog.addEventListener("close", () => resolve(this.#take(dialog.returnValue !== "cancel", wasAsked)), { once: true });
-    });
+    return this.#take((await closed(dialog, "cancel")) !== "cancel", wasAsked);
   }
 
   #take(confirmed, wasAsked) {
