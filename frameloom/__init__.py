@@ -228,8 +228,9 @@ def accelerate(
 ) -> "Report":
     """Compute a live Diffusers pipeline's VAE and transformers by the networks here, on its own weights.
 
-    `exactness`: as in `load`. `text_encoder`: prompts that came before are remembered. Returns what was taken over, and
-    why the rest was not; printed it is a table. Raises RequestError where nothing could be, and changes nothing then.
+    `pipe`: a pipeline, modular or not, or components of one by their names. `exactness`: as in `load`. `text_encoder`:
+    prompts that came before are remembered. Returns what was taken over, and why the rest was not; printed it is a
+    table. Raises RequestError where nothing is known, which stays as it was, and where Diffusers is not here.
     """
     report: Report = _lazy("accelerate_pipeline")(
         pipe, exactness, vae=vae, transformer=transformer, text_encoder=text_encoder
@@ -238,7 +239,7 @@ def accelerate(
 
 
 def restore(pipe: Any) -> None:
-    """Give a pipeline that was accelerated its own ways to compute back, and its weights bit for bit."""
+    """Give a pipeline that was accelerated its own ways to compute back, bit for bit; others stay as they are."""
     _lazy("restore_pipeline")(pipe)
 
 

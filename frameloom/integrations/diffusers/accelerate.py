@@ -35,11 +35,14 @@ def accelerate_pipeline(
 ) -> Report:
     """Compute a live pipeline's VAE and transformers by the networks here, on its own weights. Returns what was done.
 
-    `exactness`: as in `frameloom.load`. What cannot be taken over stays as it is, and the report says why. A component
-    that is taken already stays taken. Raises RequestError for a pipeline of which nothing is known, which is unchanged.
+    `pipe`: a pipeline of Diffusers, modular or not, or components of one by their names. `exactness`: as in
+    `frameloom.load`. What cannot be taken over stays as it is, and the report says why. A component that is taken
+    already stays taken. Raises RequestError for a pipeline of which nothing is known, which is unchanged.
     """
     policy = policy_of(exactness, ())
     wanted = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder}
+    if not any(wanted.values()):
+        raise RequestError("nothing is to be taken over; let one of vae, transformer and text_encoder be True")
     takes = [take for name, is_wanted in wanted.items() if is_wanted for take in _TAKES[name]]
     entries = [entry for name, module in _modules(pipe).items() if (entry := _taken(name, module, policy, takes))]
     entries += _pipe_taken(
@@ -47,8 +50,8 @@ def accelerate_pipeline(
     )
     if not entries:
         raise RequestError(
-            f"{type(pipe).__name__} has no component that can be taken over; what can: a VAE or a transformer of Wan, "
-            "or one that is built like them"
+            f"{type(pipe).__name__} has no {_told(wanted)} that can be taken over and is as it was; what can: "
+            "a VAE or a transformer of Wan, or one that is built like them"
         )
     report = Report(tuple(entries))
     for entry in report.entries:
@@ -58,8 +61,9 @@ def accelerate_pipeline(
 
 def restore_pipeline(pipe: DiffusionPipeline) -> None:
     """Give a pipeline its own ways to compute back, bit for bit; nothing where nothing was taken."""
+    modules = _modules(pipe)
     unswap(pipe)
-    for component in _modules(pipe).values():
+    for component in modules.values():
         for module in component.modules():
             unswap(module)
 
@@ -76,5 +80,17 @@ def _pipe_taken(pipe: DiffusionPipeline, policy: Policy, takes: Sequence[TakePip
     return [entry for take in takes if (entry := take(pipe, policy)) is not None]
 
 
+def _told(wanted: Mapping[str, bool]) -> str:
+    return " or ".join(name.replace("_", " ") for name, is_wanted in wanted.items() if is_wanted)
+
+
 def _modules(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    """The components that are networks. Raises RequestError for what has no components."""
+    parts = pipe if isinstance(pipe, Mapping) else getattr(pipe, "components", None)
+    if not isinstance(parts, Mapping):
+        told = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
+        raise RequestError(
+            f"{told} is no pipeline; give a pipeline of Diffusers, or components of one by their names, such as "
+            '{"vae": vae}'
+        )
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}

@@ -1,7 +1,11 @@
 """What `accelerate` did with a pipeline, component by component."""
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+_WIDTH, _NARROWEST = 100, 40
+_GAP = "  "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +46,21 @@ class Report:
         raise KeyError(component)
 
     def __str__(self) -> str:
-        """One line per component, in columns."""
+        """A row per component, in columns; what is said of each is wrapped."""
         rows = [("component", "class", "", "how, or why not")]
         rows += [(e.component, e.kind, "taken" if e.taken else "left", e.what) for e in self.entries]
         return "\n".join(_lines(rows))
 
 
 def _lines(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their cells, the last in what is left of a hundred characters."""
     rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+    room = max(_NARROWEST, _WIDTH - sum(widths) - len(widths) * len(_GAP))
+    lines = []
+    for *cells, last in rows:
+        first, *more = textwrap.wrap(last, room) or [""]
+        start = _GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{start}{_GAP}{first}".rstrip())
+        lines += [" " * len(start) + _GAP + line for line in more]
+    return lines

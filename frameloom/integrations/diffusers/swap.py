@@ -72,9 +72,9 @@ def _joined(kind: type, mixin: type) -> type:
 
 
 def _reduce_to_plain(module: Any, protocol: Any) -> Any:
-    """Copies and pickles are of the plain class."""
+    """Copies and pickles are of the plain class, and read where ours is not: made by the standard library."""
     state = {name: value for name, value in module.__dict__.items() if name != _HELD}
-    return copyreg.__newobj__, (plain_class(type(module)),), state  # type: ignore[attr-defined]
+    return copyreg._reconstructor, (plain_class(type(module)), object, None), state  # type: ignore[attr-defined]
 
 
 def _become(module: Any, kind: Any) -> None:
