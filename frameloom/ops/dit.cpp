@@ -49,6 +49,17 @@ struct Operand {
     }
 };
 
+// Must match `_Angles` in ops/native_dit.py: cosines or sines of the pairs of a head, the same for all heads where `head`
+// is 0, for all samples where `batch` is.
+struct Angles {
+    const float* data;
+    std::int64_t batch, head, stride;
+
+    const float* of(std::int64_t b, std::int64_t h, std::int64_t token) const {
+        return data + b * batch + h * head + token * stride;
+    }
+};
+
 struct Shape {
     std::int64_t batch, length, width;
 };
@@ -121,7 +132,7 @@ void add_norm(const Operand& x, const Operand& branch, const Operand& gate, cons
 
 // Norm over all heads, rounded; then each pair of channels turned by its angle: neighbours, or the halves of a head.
 template <class Number>
-void norm_rotate(const Operand& x, const float* weight, const float* cosines, const float* sines, Number* out,
+void norm_rotate(const Operand& x, const float* weight, const Angles& cosines, const Angles& sines, Number* out,
                  const Shape& shape, std::int64_t head, float eps, bool halves) {
     const std::int64_t pairs = head / 2;
 #pragma omp parallel
@@ -130,13 +141,13 @@ void norm_rotate(const Operand& x, const float* weight, const float* cosines, co
         float* s = room.data();
 #pragma omp for
         for (std::int64_t row = 0; row < shape.batch * shape.length; ++row) {
-            const std::int64_t token = row % shape.length;
-            add_row<Number>(x.row<Number>(row / shape.length, token), nullptr, nullptr, shape.width, s);
+            const std::int64_t b = row / shape.length, token = row % shape.length;
+            add_row<Number>(x.row<Number>(b, token), nullptr, nullptr, shape.width, s);
             norm_row(s, shape.width, eps, true);
 #pragma omp simd
             for (std::int64_t d = 0; d < shape.width; ++d) s[d] = rounded<Number>(s[d] * weight[d]);
-            const float *c = cosines + token * pairs, *n = sines + token * pairs;
             for (std::int64_t first = 0; first < shape.width; first += head) {
+                const float *c = cosines.of(b, first / head, token), *n = sines.of(b, first / head, token);
                 const float* from = s + first;
                 Number* to = out + row * shape.width + first;
                 if (halves) {
@@ -174,10 +185,12 @@ extern "C" void frameloom_add_norm(const Operand* operands, const float* weight,
                         static_cast<float*>(out), shape, eps, rms);
 }
 
-extern "C" void frameloom_norm_rotate(const Operand* x, const float* weight, const float* cosines, const float* sines,
-                                      void* out, std::int64_t batch, std::int64_t length, std::int64_t width,
-                                      std::int64_t head, float eps, int halves, int half) {
+// `angles`: cosines, sines.
+extern "C" void frameloom_norm_rotate(const Operand* x, const float* weight, const Angles* angles, void* out,
+                                      std::int64_t batch, std::int64_t length, std::int64_t width, std::int64_t head,
+                                      float eps, int halves, int half) {
     const Shape shape{batch, length, width};
+    const Angles &cosines = angles[0], &sines = angles[1];
     if (half) norm_rotate<bf16>(*x, weight, cosines, sines, static_cast<bf16*>(out), shape, head, eps, halves);
     else norm_rotate<float>(*x, weight, cosines, sines, static_cast<float*>(out), shape, head, eps, halves);
 }

@@ -180,17 +180,27 @@ NORM_TANH_MUL_ADD_TRITON = _triton(
         triton_modulate.norm_tanh_mul_add_triton,
     ),
 )
+
+
+def _rotated(run: Callable[..., Tensor], x: Tensor, weight: Tensor, table: rope.RotaryTable, head_dim: int) -> Tensor:
+    """As Wan turns queries and keys, in halves, and as LTX-2 does: in halves by angles of each sample and head."""
+    of_heads = _table_of_heads(table, x.shape[0], x.shape[2] // head_dim)
+    ways: Any = ((table, "interleaved"), (table, "halves"), (of_heads, "halves"))
+    return torch.cat([run(x, weight, EPS, angles, head_dim, layout=layout) for angles, layout in ways])
+
+
+def _table_of_heads(table: rope.RotaryTable, batch: int, heads: int) -> rope.RotaryTable:
+    """(B, H, L, P): every sample and head has the tokens' angles in another order; as LTX-2 has them in memory."""
+    turned = [torch.stack([angles.roll(1 + i, dims=0) for i in range(batch * heads)], dim=1) for angles in table]
+    cos, sin = (angles.view(-1, batch, heads, angles.shape[-1]).permute(1, 2, 0, 3) for angles in turned)
+    return rope.RotaryTable(cos, sin)
+
+
 NORM_ROTATE_TRITON = _triton(
     "norm_rotate",
     "RMS norm of queries and keys over all heads, then their rotation, an operation at a time",
     rotary_example,
-    **_ways(
-        lambda f, x, weight, table, head_dim: torch.cat(
-            [f(x, weight, EPS, table, head_dim, layout=layout) for layout in ("interleaved", "halves")]
-        ),
-        rope.norm_rotate,
-        triton_rope.norm_rotate_triton,
-    ),
+    **_ways(_rotated, rope.norm_rotate, triton_rope.norm_rotate_triton),
 )
 _gated = _ways(lambda f, x, branch, gate, *_: f(x, branch, gate=gate), modulate.add_gated, native_dit.add_gated_native)
 ADD_GATED_NATIVE = _native(
@@ -216,9 +226,7 @@ ADD_NORM_NATIVE = _native(
 NORM_ROTATE_NATIVE = _native(
     "norm_rotate",
     NORM_ROTATE_TRITON,
-    lambda x, weight, table, head_dim: torch.cat(
-        [native_dit.norm_rotate_native(x, weight, EPS, table, head_dim, layout=w) for w in ("interleaved", "halves")]
-    ),
+    lambda *inputs: _rotated(native_dit.norm_rotate_native, *inputs),
 )
 PATCH_LINEAR = Rewrite(
     name="dit.patch_linear",

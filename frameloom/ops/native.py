@@ -44,7 +44,7 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         },
         "dit": {
             "frameloom_add_norm": (*(_POINTER,) * 5, *(_INT,) * 3, _FLOAT, ctypes.c_int, ctypes.c_int),
-            "frameloom_norm_rotate": (*(_POINTER,) * 5, *(_INT,) * 4, _FLOAT, ctypes.c_int, ctypes.c_int),
+            "frameloom_norm_rotate": (*(_POINTER,) * 4, *(_INT,) * 4, _FLOAT, ctypes.c_int, ctypes.c_int),
         },
         "attention": {"frameloom_attention": (*(_POINTER,) * 6, *(_INT,) * 6, _FLOAT, ctypes.c_int)},
     }

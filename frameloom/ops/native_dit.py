@@ -11,7 +11,7 @@ from torch import Tensor
 from frameloom.ops.modulate import tokens_per_entry
 from frameloom.ops.native import address, kernels, native
 from frameloom.ops.norm import Kind, check_kind
-from frameloom.ops.rope import Layout, RotaryTable, check_rotation
+from frameloom.ops.rope import Layout, RotaryTable, angle_strides, check_rotation
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,6 +24,17 @@ class _Operand(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("every", ctypes.c_int64),
+    )
+
+
+class _Angles(ctypes.Structure):
+    """As in ops/dit.cpp."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
     )
 
 
@@ -93,11 +104,12 @@ def norm_rotate_native(
     if out.numel() and not out.is_meta:
         rows = _dense(x_BLD, x_BLD.dtype)
         gain = _vector(weight.to(x_BLD.dtype))
-        cosines, sines = (angles.float().contiguous() for angles in table)
+        tables = [_dense(angles, torch.float32) for angles in table]
+        angles = (_Angles * 2)(*(_Angles(address(part), *angle_strides(part)) for part in tables))
         operand = _operand(rows, tuple(rows.shape))
         kernels("dit").frameloom_norm_rotate(
-            ctypes.byref(operand), address(gain), address(cosines), address(sines), address(out),
-            *x_BLD.shape, head_dim, eps, int(layout == "halves"), int(x_BLD.dtype == torch.bfloat16),
+            ctypes.byref(operand), address(gain), angles, address(out), *x_BLD.shape,
+            head_dim, eps, int(layout == "halves"), int(x_BLD.dtype == torch.bfloat16),
         )  # fmt: skip
     return out.view(*x_BLD.shape[:2], -1, head_dim)
 

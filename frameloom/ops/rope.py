@@ -17,7 +17,11 @@ Layout = Literal["interleaved", "halves"]
 
 
 class RotaryTable(NamedTuple):
-    """Cosine and sine of every token's angles, both (L, P) float32."""
+    """Cosine and sine of every token's angles, both float32.
+
+    (L, P) where they are the same in all heads, as in Wan; (B, H, L, P) where they are not, as in LTX-2 (B and H may
+    be 1).
+    """
 
     cos_LP: Tensor
     sin_LP: Tensor
@@ -49,7 +53,7 @@ def _axis_angles(length: int, dim: int) -> Tensor:
 def rotate(x_BLHK: Tensor, table: RotaryTable) -> Tensor:
     """Turn each pair (2i, 2i+1) of every head by its token's angle; result in the dtype of `x_BLHK`."""
     even, odd = x_BLHK.reshape(*x_BLHK.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = table.cos_LP[:, None], table.sin_LP[:, None]  # the same for all heads
+    cos, sin = map(_of_heads, table)
     first = (even * cos - odd * sin).type_as(x_BLHK)  # rounded before the stack: half the peak memory
     second = (even * sin + odd * cos).type_as(x_BLHK)
     return torch.stack((first, second), dim=-1).flatten(-2)
@@ -58,9 +62,14 @@ def rotate(x_BLHK: Tensor, table: RotaryTable) -> Tensor:
 def rotate_halves(x_BLHK: Tensor, table: RotaryTable) -> Tensor:
     """Turn each pair (i, i + P) of every head by its token's angle; result in the dtype of `x_BLHK`."""
     first, second = x_BLHK.chunk(2, dim=-1)
-    cos, sin = table.cos_LP[:, None], table.sin_LP[:, None]
+    cos, sin = map(_of_heads, table)
     turned = (first * cos - second * sin).type_as(x_BLHK), (second * cos + first * sin).type_as(x_BLHK)
     return torch.cat(turned, dim=-1)
+
+
+def _of_heads(angles: Tensor) -> Tensor:
+    """(L, 1, P) or (B, L, H, P): what the heads of all tokens are multiplied by."""
+    return angles[:, None] if angles.dim() == 2 else angles.transpose(1, 2)
 
 
 def norm_rotate(
@@ -77,14 +86,28 @@ def norm_rotate(
 
 def check_rotation(x_BLD: Tensor, table: RotaryTable, head_dim: int, layout: str) -> None:
     """Raise RequestError unless the heads can be cut from x and every token has an angle for every pair."""
-    _, length, width = x_BLD.shape
+    batch, length, width = x_BLD.shape
     if layout not in ("interleaved", "halves"):
         raise RequestError(f"rotary layout {layout!r} is unknown; use 'interleaved' or 'halves'")
     if head_dim < 2 or head_dim % 2 or width % head_dim:
         raise RequestError(f"heads of {head_dim} channels do not divide a width of {width}; give an even divisor of it")
+    heads, pairs = width // head_dim, head_dim // 2
     for angles in table:
-        if tuple(angles.shape) != (length, head_dim // 2):
+        *of_heads, tokens, angles_per_head = (1, 1, *angles.shape)[-4:] if angles.dim() in (2, 4) else (0, 0, 0, 0)
+        if (tokens, angles_per_head) != (length, pairs) or any(map(_differs, of_heads, (batch, heads))):
             raise RequestError(
                 f"the rotary table has shape {tuple(angles.shape)}; {length} tokens with heads of {head_dim} channels "
-                f"need ({length}, {head_dim // 2})"
+                f"need ({length}, {pairs}), or ({batch}, {heads}, {length}, {pairs}) where heads differ"
             )
+
+
+def angle_strides(angles: Tensor) -> tuple[int, int, int]:
+    """How far a table's entries lie apart in memory from sample to sample, head to head and token to token."""
+    if angles.dim() == 2:
+        return 0, 0, angles.stride(0)
+    batch, head = (0 if angles.shape[i] == 1 else angles.stride(i) for i in (0, 1))
+    return batch, head, angles.stride(2)
+
+
+def _differs(have: int, wanted: int) -> bool:
+    return have not in (1, wanted)

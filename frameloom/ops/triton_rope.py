@@ -6,7 +6,7 @@ Tested on a CPU through Triton's interpreter (TRITON_INTERPRET=1).
 
 from torch import Tensor
 
-from frameloom.ops.rope import Layout, RotaryTable, check_rotation
+from frameloom.ops.rope import Layout, RotaryTable, angle_strides, check_rotation
 from frameloom.ops.triton_rows import empty_result, launch, operand, skips
 
 try:
@@ -27,7 +27,7 @@ def norm_rotate_triton(
     if not skips(x_BLD):
         launch(
             _norm_rotate_kernel, x_BLD, *operand(x_BLD, x_BLD.shape), weight.to(x_BLD.dtype), table.cos_LP,
-            table.cos_LP.stride(0), table.sin_LP, table.sin_LP.stride(0), out, float(eps),
+            *angle_strides(table.cos_LP), table.sin_LP, *angle_strides(table.sin_LP), out, float(eps),
             HEAD=head_dim, HALVES=layout == "halves",
         )  # fmt: skip
     return out.to(x_BLD.dtype).view(*x_BLD.shape[:2], x_BLD.shape[2] // head_dim, head_dim)
@@ -38,7 +38,8 @@ if triton is not None:
     @triton.jit  # type: ignore[untyped-decorator]
     def _norm_rotate_kernel(
         x: tl.tensor, x_batch: tl.tensor, x_stride: tl.tensor, x_every: tl.tensor, weight: tl.tensor,
-        cos: tl.tensor, cos_stride: tl.tensor, sin: tl.tensor, sin_stride: tl.tensor, out: tl.tensor,
+        cos: tl.tensor, cos_batch: tl.tensor, cos_head: tl.tensor, cos_stride: tl.tensor,
+        sin: tl.tensor, sin_batch: tl.tensor, sin_head: tl.tensor, sin_stride: tl.tensor, out: tl.tensor,
         eps: tl.tensor, rows: tl.tensor, length: tl.tensor, width: tl.tensor,
         HEAD: tl.constexpr, HALVES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     ) -> None:  # fmt: skip
@@ -59,8 +60,10 @@ if triton is not None:
         scale = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps))[:, None]
         value = value * scale * load_channels(weight, column, width)
         other = other * scale * load_channels(weight, partner, width)
-        angle = (row % length)[:, None]
-        c = tl.load(cos + angle * cos_stride + pair, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle * sin_stride + pair, mask=mask, other=0.0).to(tl.float32)
+        sample, token, head = (row // length)[:, None], (row % length)[:, None], column // HEAD
+        turn_c = sample * cos_batch + head * cos_head + token * cos_stride + pair
+        turn_s = sample * sin_batch + head * sin_head + token * sin_stride + pair
+        c = tl.load(cos + turn_c, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + turn_s, mask=mask, other=0.0).to(tl.float32)
         y = value * c + tl.where(second, other, -other) * s
         tl.store(out + (row * width)[:, None] + column, y.to(out.dtype.element_ty), mask=mask)

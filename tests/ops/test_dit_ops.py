@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frameloom.errors import RequestError
-from frameloom.ops import dit_ops, mlp, modulate, patch, rope, triton_modulate, triton_rope
+from frameloom.ops import dit_ops, mlp, modulate, native_dit, patch, rope, triton_modulate, triton_rope
 from frameloom.ops.dit_ops import Checked, Compiler, Ops, ops_for
 from frameloom.ops.dit_rewrites import ADD_NORM_TRITON, NORM_ROTATE_TRITON, OPERATIONS
 from frameloom.ops.native import native
@@ -195,6 +195,9 @@ def test_words_that_mean_nothing_are_refused(way):
         ((table, 7, "halves"), "heads of 7 channels"),
         ((table, 16, "halves"), "heads of 16 channels do not divide a width of 24"),
         ((table, 12, "halves"), r"need \(12, 6\)"),
+        ((of_heads(3, 3), 8, "halves"), r"shape \(3, 3, 12, 4\).* or \(2, 3, 12, 4\) where heads differ"),
+        ((of_heads(B, 2), 8, "halves"), r"shape \(2, 2, 12, 4\)"),
+        ((rope.RotaryTable(*(angles[None] for angles in table)), 8, "halves"), r"shape \(1, 12, 4\)"),
     ):
         with pytest.raises(RequestError, match=words):
             run(x, torch.ones(D), EPS, *arguments[:2], layout=arguments[2])
@@ -210,11 +213,18 @@ def test_norm_rotate_has_the_bits_of_the_functions_it_is_made_of(dtype):
 def turned(x, weight, table, pairs):
     """(B, L, H, K) float64: `pairs` are the first and second places of a head's pairs."""
     unit = normed(x, "rms", weight).unflatten(-1, (-1, 8))
-    turn = torch.complex(table.cos_LP.double(), table.sin_LP.double())[:, None]
+    turn = torch.complex(table.cos_LP.double(), table.sin_LP.double())
+    turn = turn[:, None] if turn.dim() == 2 else turn.transpose(1, 2)
     product = torch.complex(unit[..., pairs[0]], unit[..., pairs[1]]) * turn
     out = torch.empty_like(unit)
     out[..., pairs[0]], out[..., pairs[1]] = product.real, product.imag
     return out
+
+
+def of_heads(batch, heads):
+    """Angles of every sample and head, in the order of LTX-2's in memory: (B, H, L, P) of (B, L, H, P)."""
+    angles = torch.randn(batch, L, heads, 4).swapaxes(1, 2)
+    return rope.RotaryTable(angles.cos(), angles.sin())
 
 
 PAIRS = {"interleaved": (slice(0, 8, 2), slice(1, 8, 2)), "halves": (slice(0, 4), slice(4, 8))}
@@ -229,6 +239,20 @@ def test_queries_are_normed_over_all_heads_and_turned(way, layout):
     assert_rounded(result, exact, torch.float32)
     backwards = rope.RotaryTable(table.cos_LP, -table.sin_LP)
     assert relative_error(run(x, weight, EPS, backwards, 8, layout=layout), exact) > 0.1
+
+
+@pytest.mark.parametrize("way", ["reference", "triton", "native"])
+@pytest.mark.parametrize("shape", [(B, 3), (1, 3), (B, 1)])
+@each_dtype
+def test_heads_may_have_angles_of_their_own(way, shape, dtype):
+    x, weight, table = stream(dtype), torch.randn(D), of_heads(*shape)
+    run = native_dit.norm_rotate_native if way == "native" else provider(rope.norm_rotate, way)
+    result = run(x, weight, EPS, table, 8, layout="halves")
+    exact = turned(x, weight.to(dtype), table, PAIRS["halves"])
+    angles = tuple(part.expand(B, 3, L, 4) for part in table)
+    diffusers = apply_split_rotary_emb(rms_norm(x, weight, EPS), angles).view(B, L, 3, 8)
+    assert result.dtype == dtype
+    assert relative_error(result, exact) <= max(1e-6, 1.1 * relative_error(diffusers, exact))
 
 
 def test_rotation_by_halves_is_that_of_the_reference_implementation():
