@@ -48,6 +48,7 @@ __all__ = [
     "Video",
     "accelerate",
     "bench_dit",
+    "bench_drop_in",
     "bench_generate",
     "bench_parallel",
     "bench_vae",
@@ -92,6 +93,8 @@ _LAZY = {
     "verify": "frameloom.verify",
     "run_dit": "frameloom.bench.dit",
     "DitCase": "frameloom.bench.dit",
+    "run_drop_in": "frameloom.bench.drop_in",
+    "DropInCase": "frameloom.bench.drop_in",
     "run_generate": "frameloom.bench.generate",
     "GenerateCase": "frameloom.bench.generate",
     "run_parallel": "frameloom.bench.parallel",
@@ -322,6 +325,12 @@ def bench_dit(**case: Any) -> dict[str, Any]:
 def bench_generate(model: str | os.PathLike[str] | None = None, **case: Any) -> dict[str, Any]:
     """Time whole requests against Diffusers'; the fields of `frameloom.bench.generate.GenerateCase` by name."""
     record: dict[str, Any] = _lazy("run_generate")(_lazy("GenerateCase")(model=str(_named(model)), **case))
+    return record
+
+
+def bench_drop_in(**case: Any) -> dict[str, Any]:
+    """Time pipelines accelerated and as they come; the fields of `frameloom.bench.drop_in.DropInCase` by name."""
+    record: dict[str, Any] = _lazy("run_drop_in")(_lazy("DropInCase")(**case))
     return record
 
 

@@ -20,8 +20,8 @@ Side = Callable[[], Tensor]
 def in_turns(sides: Mapping[str, Side], device: torch.device, *, rounds: int) -> dict[str, Any]:
     """Time two sides, the first of them going first in one round and the second in the next.
 
-    Returns how many times faster the first is (median, low, high), the median seconds of each, and the relative error
-    of the round before, which warms up.
+    Returns how many times faster the first is (median, low, high), the median seconds of each and their ends, and the
+    relative error of the round before, which warms up.
     """
     first, second = sides
     error = relative_error(sides[first](), sides[second]())
@@ -33,6 +33,7 @@ def in_turns(sides: Mapping[str, Side], device: torch.device, *, rounds: int) ->
     return {
         "speedup": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds_between": {name: [min(values), max(values)] for name, values in seconds.items()},
         "relative_error": error,
     }
 

@@ -127,7 +127,7 @@ def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> t
     facts: dict[str, Any] = {}
     ours: Side = _nothing
     if only != "diffusers":
-        ours, facts = _our_side(case, spec, reference.state_dict(), x)
+        ours, facts = our_side(case, spec, reference.state_dict(), x)
     if only == "ours":
         return _nothing, ours, facts
     if case.baseline == "channels_last":
@@ -148,7 +148,8 @@ def _sides(case: VaeCase, device: torch.device, *, only: str | None = None) -> t
     return theirs, ours, facts
 
 
-def _our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Tensor) -> tuple[Side, dict[str, Any]]:
+def our_side(case: VaeCase, spec: VaeSpec, weights: Mapping[str, Tensor], x: Tensor) -> tuple[Side, dict[str, Any]]:
+    """The engine's way to compute a case on copies of these weights, and what is to be said of it."""
     with on_meta():
         vae = WanVAE(spec).eval()
     vae.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)

@@ -134,6 +134,33 @@ def bench_generate(
     _print_comparison(f"{record['what']}, {dtype}", record, rows)
 
 
+@bench.command("drop-in")
+def bench_drop_in(
+    pipeline: Annotated[str, typer.Option(help="A class of Diffusers, one of its kinds, or all.")] = "WanPipeline",
+    model: Annotated[str | None, typer.Option(help="A pipeline's folder instead, as Diffusers saves it.")] = None,
+    widths: Annotated[str, typer.Option(help="full or small: of the VAEs of random pipelines.")] = "full",
+    size: _SizeOption = "256x320x17",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 2,
+    rounds: _RoundsOption = 3,
+    allocator: Annotated[str, typer.Option(help="default or tuned, for both sides.")] = "tuned",
+    device: DeviceOption = "auto",
+    exactness: ExactnessOption = "rounding",
+    peaks: Annotated[bool, typer.Option(help="Also measure the peak memory, in one more run of each side.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Time Diffusers' pipelines accelerated by frameloom.accelerate and as they come, both in turns."""
+    height, width, frames = video_size(size)
+    record = frameloom.bench_drop_in(
+        pipeline=pipeline, model=model, widths=widths, height=height, width=width, frames=frames, steps=steps,
+        rounds=rounds, allocator=allocator, device=device, exactness=exactness, peaks=peaks,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(record))
+        return
+    for found in record["pipelines"]:
+        _print_drop_in(f"{found['pipeline']}, {size}, {steps} steps", found)
+
+
 @bench.command("parallel")
 def bench_parallel(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks to compare; 1 is the measure of the others.")] = "1,2",
@@ -188,6 +215,30 @@ def _print_scaling(title: str, rows: list[dict[str, Any]]) -> None:
             told_bytes(max(row["peak_bytes"])),
         )
     console_of(quiet=False).print(table)
+
+
+def _print_drop_in(title: str, found: dict[str, Any]) -> None:
+    """What was found of one pipeline: seconds and memory of both sides, the ratio, the error and what was taken."""
+    console = console_of(quiet=False)
+    table = Table("", "accelerated", "diffusers", title=title)
+    sides = ("accelerated", "diffusers")
+    between = [f"{low:.3g} to {high:.3g}" for low, high in (found["seconds_between"][side] for side in sides)]
+    table.add_row("median seconds", *(f"{found['seconds'][side]:.3g}" for side in sides))
+    table.add_row("between", *between)
+    if found["peak_bytes"]:
+        table.add_row("peak memory", *(told_bytes(found["peak_bytes"][side]) for side in sides))
+    decode = found["decode"]
+    if decode:
+        table.add_row("decoding alone", *(f"{decode['seconds'][side]:.3g}" for side in sides))
+    console.print(table)
+    speedup = found["speedup"]
+    told = f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
+    console.print(f"{told}, {found['levels_apart']:.2g} levels of 255 apart", style="bold")
+    if decode and decode["share_of_gain"] is not None:
+        seconds = decode["seconds"]["engine"]
+        console.print(f"decoding has {decode['share_of_gain']:.0%} of the gain of the engine here ({seconds:.3g} s)")
+    for entry in found["report"]:
+        console.print(f"{entry['component']} {'taken' if entry['taken'] else 'left'}: {entry['what']}", soft_wrap=True)
 
 
 def _print_comparison(title: str, record: dict[str, Any], rows: dict[str, list[str]]) -> None:

@@ -76,7 +76,7 @@ def qwen_text(*, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     marks = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in _SEEN.items()}
     text = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": len(words), "rope_theta": 1e6,
+        "num_key_value_heads": 2, "vocab_size": len(words), "rope_theta": 1e6, "bos_token_id": 0, "eos_token_id": 2,
         "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
     }  # fmt: skip
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}

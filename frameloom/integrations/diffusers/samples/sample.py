@@ -31,7 +31,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A pipeline of a class of Diffusers, of random parts from a seed, and a request to it.
+    """A pipeline of a class of Diffusers, of random parts from a seed or from a folder, and a request to it.
 
     `pipeline` is the class's name, `kind` which of its models where there are several; `needs` a library that Diffusers
     wants for it.
@@ -42,6 +42,7 @@ class Sample:
     ask: Ask
     kind: str = ""
     needs: str = ""
+    folder: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,7 +63,11 @@ class Sample:
         if self.missing:
             raise RequestError(self.missing)
         torch.manual_seed(seed)
-        pipe = of_diffusers(self.pipeline, **self.parts(scale))
+        pipe: Any
+        if self.folder:
+            pipe = getattr(diffusers, self.pipeline).from_pretrained(self.folder, local_files_only=True)
+        else:
+            pipe = of_diffusers(self.pipeline, **self.parts(scale))
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
