@@ -66,6 +66,15 @@ def winograd_bytes(free_bytes: int, total_bytes: int, processes: int = 1) -> int
 
 def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, ranks: Ranks | None = None) -> FastVae:
     """Give a loaded VAE its kernels, the same on all ranks; it keeps no other form of its weights."""
+    planner = kernels_for(vae, policy=policy, budget_bytes=budget_bytes, ranks=ranks)
+    install(vae, planner.choices)
+    return FastVae(vae=vae, planner=planner, decisions=planner.choices.decisions)
+
+
+def kernels_for(
+    vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, ranks: Ranks | None = None
+) -> VaePlanner:
+    """What plans the memory of a loaded VAE, with the kernels that were chosen for it, which it has not got yet."""
     weight = next(vae.parameters())
     ranks = ranks or single(weight.device)
     processes = ranks.sharing_memory
@@ -78,8 +87,7 @@ def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, r
             "more memory, or fewer processes, they round otherwise",
             choices.num_short, bound / 1e9,
         )  # fmt: skip
-    install(vae, choices)
-    planner = VaePlanner(
+    return VaePlanner(
         spec=vae.spec,
         dtype=weight.dtype,
         choices=choices,
@@ -87,4 +95,3 @@ def make_fast(vae: WanVAE, *, policy: Policy, budget_bytes: int | None = None, r
         budget_bytes=budget_bytes,
         processes=processes,
     )
-    return FastVae(vae=vae, planner=planner, decisions=choices.decisions)

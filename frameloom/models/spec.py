@@ -193,6 +193,16 @@ class VaeSpec:
         return 1 << sum(self.temperal_downsample)
 
     @property
+    def given_channels(self) -> int:
+        """Channels of a frame that is encoded: 3 of RGB, 4 with transparency."""
+        return self.in_channels // (self.patch_size or 1) ** 2
+
+    @property
+    def made_channels(self) -> int:
+        """Channels of a frame that is decoded."""
+        return self.out_channels // (self.patch_size or 1) ** 2
+
+    @property
     def decoder_reach(self) -> int:
         """Latent frames before its own on which a decoded frame depends: each causal convolution sees two before."""
         convolutions = 2 * (self.num_res_blocks + 1)  # of a stage

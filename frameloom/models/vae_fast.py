@@ -43,6 +43,15 @@ _MAKERS: Mapping[str, Maker] = MappingProxyType(
         ops.UPSAMPLED_WINOGRAD.name: UpsampledWinogradConv,
     }
 )
+# Dimensions of a weight from the slowest to the fastest, in the memory order its kernel computes with: a weight that
+# lies so is used where it lies, any other is copied. Kernels that are not here compute with other numbers.
+_ORDERS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        ops.CHANNELS_LAST.name: (0, 2, 3, 4, 1),
+        ops.POINTWISE.name: (0, 2, 3, 4, 1),
+        ops.UNFOLDED.name: (0, 3, 4, 2, 1),
+    }
+)
 _AT_POINTS = (ops.WINOGRAD.name, ops.WINOGRAD_PLAIN.name, ops.UPSAMPLED_WINOGRAD.name)
 _NORMS: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = MappingProxyType(
     {
@@ -109,22 +118,56 @@ def choose(vae: WanVAE, policy: Policy, tuner: Tuner, *, winograd_bytes: int | N
     )
 
 
-def install(vae: WanVAE, choices: VaeChoices) -> None:
-    """Give every chosen module its kernel; a weight that the kernel holds in another form is let go."""
+def install(vae: WanVAE, choices: VaeChoices, made: Mapping[str, Kernel] = MappingProxyType({})) -> None:
+    """Give every chosen module its kernel; a weight that the kernel holds in another form is let go.
+
+    `made`: kernels by the names of their modules that were made of the same weights before.
+    """
     modules = dict(vae.named_modules())
     for name, rewrite in choices.kernels.items():
         module = modules[name]
-        if isinstance(module, Resample):
-            module.kernel = _MAKERS[rewrite](module.conv.weight, module.conv.bias)
-            module.conv.register_parameter("weight", None)
-        elif isinstance(module, CausalConv3d):
-            module.kernel = _MAKERS[rewrite](module.weight, module.bias)
-            module.register_parameter("weight", None)
+        assert isinstance(module, Resample | CausalConv3d)
+        conv = convolution_of(module)
+        module.kernel = made.get(name) or _MAKERS[rewrite](conv.weight, conv.bias)
+        conv.register_parameter("weight", None)
     for module in modules.values():
         if isinstance(module, RMSNorm) and choices.norm is not None:
             module.fused = _NORMS[choices.norm]
-        elif choices.channels_last and isinstance(module, nn.Conv2d) and module.weight is not None:
+        elif choices.channels_last and isinstance(module, nn.Conv2d) and _lies_otherwise(module.weight):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def _lies_otherwise(weight_OCHW: Tensor | None) -> bool:
+    return weight_OCHW is not None and not weight_OCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolution_of(module: nn.Module) -> nn.Conv2d | nn.Conv3d:
+    """The convolution that a module's kernel computes."""
+    conv = module.conv if isinstance(module, Resample) else module
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    return conv
+
+
+def memory_orders(vae: WanVAE, choices: VaeChoices) -> dict[str, tuple[int, ...]]:
+    """How weights should lie, by their names, so that the kernels use them where they lie.
+
+    Dimensions from the slowest to the fastest. Weights that are not named may lie as they like.
+    """
+    orders: dict[str, tuple[int, ...]] = {}
+    for name, module in vae.named_modules():
+        if (order := _ORDERS.get(choices.kernels.get(name, ""))) is not None:
+            orders[f"{name}.weight"] = order
+        elif choices.channels_last and isinstance(module, nn.Conv2d):
+            orders[f"{name}.weight"] = (0, 2, 3, 1)
+    upsamplers = [f"{name}.resample.1.weight" for name in choices.kernels if f"{name}.resample.1.weight" in orders]
+    for name in upsamplers:  # their kernels make numbers of their own
+        del orders[name]
+    return orders
+
+
+def of_other_numbers(choices: VaeChoices) -> list[str]:
+    """Names of the modules whose kernels compute with other numbers than the weights, which they make of them."""
+    return [name for name, rewrite in choices.kernels.items() if rewrite not in _ORDERS]
 
 
 def without_weights(spec: VaeSpec, dtype: torch.dtype, choices: VaeChoices) -> WanVAE:
@@ -197,8 +240,7 @@ def _choose_kernels(
     # Where Winograd's weights do not all fit, the layers with the most pixels gain the most per byte.
     by_pixels = sorted(_inputs(vae, tuner).items(), key=lambda item: -item[1][1][2:].numel())
     for name, (module, shape, pad_rows) in by_pixels:
-        conv = module.conv if isinstance(module, Resample) else module
-        assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+        conv = convolution_of(module)
         half = name.partition(".")[0]
         winograd = bytes_at_points(conv.weight)
         fits = half in left and winograd <= left[half]
@@ -299,7 +341,7 @@ def _record_inputs(spec: VaeSpec, dtype: torch.dtype) -> dict[str, tuple[list[in
     state = BandState()
     height, width = rows * spec.spatial_scale, columns * spec.spatial_scale
     for frames in (1, spec.temporal_scale):
-        twin.encode_chunk(torch.empty(1, 3, frames, height, width, device="meta", dtype=dtype), state)
+        twin.encode_chunk(torch.empty(1, spec.given_channels, frames, height, width, device="meta", dtype=dtype), state)
     return seen
 
 

@@ -94,7 +94,9 @@ class WanVAE(nn.Module):
         if z_BZTHW.numel() == 0:
             first = (self.spec.temporal_scale - 1) * state.at_start
             state.at_start = False
-            return self._of_no_cells(z_BZTHW, 3, self.spec.temporal_scale * z_BZTHW.shape[2] - first)
+            return self._of_no_cells(
+                z_BZTHW, self.spec.made_channels, self.spec.temporal_scale * z_BZTHW.shape[2] - first
+            )
         x_BCTHW: Tensor = self.decoder(self.post_quant_conv(z_BZTHW, state), state)
         state.at_start = False
         if self.spec.patch_size is not None:

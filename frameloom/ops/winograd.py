@@ -78,6 +78,11 @@ class _Winograd(ABC):
         assert weight is not None, "the points of a kernel were thrown away"
         return kernel_at_points(weight, self.time_matrix(self.taps))
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the weight is at the points, and was let go."""
+        return self._weight is None
+
     def prepare(self) -> None:
         """Bring the weight to the points now."""
         self.points  # noqa: B018  # computed when it is first read

@@ -208,17 +208,7 @@ def decode(
         """Contiguous: equal latents, equal frames."""
         return vae.denormalise(z_BCTHW.to(weight.device, weight.dtype).contiguous())
 
-    def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
-        first = _latent_to_begin_with(vae.spec, done)
-        start = first * vae.spec.temporal_scale  # the first latent frame of a passage makes one frame
-        chunks = vae.decode_stream(latents_BCTHW[:, :, first:], passage, prepare=denormalised)
-        for chunk in _in_own_precision(chunks, weight.device):
-            end = start + chunk.shape[2]
-            if end > done:
-                yield chunk[:, :, max(0, done - start) :], passage
-            start = end
-
-    for chunk, passage in _with_less_memory(passages, new_frames):
+    for chunk, passage in decode_floats(vae, latents_BCTHW, passages, prepare=denormalised, skipped=skipped):
         if is_good and not torch.isfinite(chunk).all():
             is_good = False
             _tell_of_no_numbers(chunk, done)
@@ -227,6 +217,35 @@ def decode(
         on_frames(done)
         if frames is not None:
             yield frames
+
+
+def decode_floats(
+    vae: WanVAE,
+    latents_BCTHW: Tensor,
+    passages: Iterator[Passage],
+    *,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    skipped: int = 0,
+) -> Iterator[tuple[Tensor, Passage]]:
+    """Yield frames (B, 3, t, H, W) in [-1, 1] as they leave the decoder, and the passage that they come from.
+
+    `prepare`, `skipped`: as in `WanVAE.decode_stream` and `decode`. Where memory runs out, the next passage goes on.
+    """
+    device, done = next(vae.parameters()).device, skipped
+
+    def new_frames(passage: Passage) -> Iterator[tuple[Tensor, Passage]]:
+        first = _latent_to_begin_with(vae.spec, done)
+        start = first * vae.spec.temporal_scale  # the first latent frame of a passage makes one frame
+        chunks = vae.decode_stream(latents_BCTHW[:, :, first:], passage, prepare=prepare)
+        for chunk in _in_own_precision(chunks, device):
+            end = start + chunk.shape[2]
+            if end > done:
+                yield chunk[:, :, max(0, done - start) :], passage
+            start = end
+
+    for chunk, passage in _with_less_memory(passages, new_frames):
+        done += chunk.shape[2]
+        yield chunk, passage
 
 
 def _spoilt(latents_BCTHW: Tensor) -> int:
@@ -257,13 +276,21 @@ def encode(vae: WanVAE, levels_THWC: Tensor, passages: Iterator[Passage]) -> Ten
         """In [-1, 1], rounded where the reference rounds."""
         return (2.0 * (chunk.to(weight.device).to(torch.float32) / 255.0) - 1.0).to(weight.dtype)
 
-    def moments(passage: Passage) -> Iterator[Tensor]:
-        yield passage.join(torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=as_floats)), dim=2))
-
-    with own_precision(weight.device):
-        (found,) = _with_less_memory(passages, moments)
-    mode, _ = found.chunk(2, dim=1)
+    mode, _ = encode_floats(vae, x_BCTHW, passages, prepare=as_floats).chunk(2, dim=1)
     return vae.normalise(mode.to(torch.float32))
+
+
+def encode_floats(
+    vae: WanVAE, x_BCTHW: Tensor, passages: Iterator[Passage], *, prepare: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The moments of the posterior of frames, as `WanVAE.encode_stream` takes them, by the first passage that can."""
+
+    def moments(passage: Passage) -> Iterator[Tensor]:
+        yield passage.join(torch.cat(list(vae.encode_stream(x_BCTHW, passage, prepare=prepare)), dim=2))
+
+    with own_precision(next(vae.parameters()).device):
+        (found,) = _with_less_memory(passages, moments)
+    return found
 
 
 def _tell_of_no_numbers(chunk_BCTHW: Tensor, frames_before: int) -> None:

@@ -15,6 +15,7 @@ from frameloom.integrations.diffusers.prompts import take_text_encoder
 from frameloom.integrations.diffusers.report import Entry, Report
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
 from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom.integrations.diffusers.vae import take_vae
 from frameloom.ops.registry import Policy
 from frameloom.settings import LOGGER_NAME
 
@@ -25,7 +26,7 @@ Take = Callable[[str, nn.Module, Policy], Entry | None]
 TakePipe = Callable[[DiffusionPipeline, Policy], Entry | None]
 """Likewise for what a pipeline does itself."""
 _TAKES: Mapping[str, Sequence[Take]] = MappingProxyType(
-    {"vae": (), "transformer": (take_transformer,), "text_encoder": (take_text_encoder,)}
+    {"vae": (take_vae,), "transformer": (take_transformer,), "text_encoder": (take_text_encoder,)}
 )
 _TAKES_PIPES: Mapping[str, Sequence[TakePipe]] = MappingProxyType({"vae": (take_conditioning,)})
 

@@ -1,0 +1,268 @@
+"""Takes over the VAE of a pipeline: AutoencoderKLWan, or AutoencoderKLQwenImage, the same under other names."""
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor, nn
+
+from frameloom.engine.lent_vae import LentVae
+from frameloom.errors import CheckpointError, RequestError
+from frameloom.integrations.diffusers.report import Entry
+from frameloom.integrations.diffusers.swap import held_by, swap
+from frameloom.memory.vae import VaePlanner
+from frameloom.models.spec import VaeSpec
+from frameloom.models.wan_vae import WanVAE
+from frameloom.ops.registry import Policy
+from frameloom.pipeline.stages import decode_floats, encode_floats
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
+
+_KINDS: tuple[Any, ...] = (AutoencoderKLWan, AutoencoderKLQwenImage)
+_OVERRIDDEN = ("encode", "decode", "_encode", "_decode", "forward", "tiled_encode", "tiled_decode")
+_UNUSED = ("dropout", "scale_factor_temporal", "scale_factor_spatial")  # keys that say nothing of what is computed
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FRAMES_AT_A_TIME = 4  # that the plain methods encode, whatever the compression
+
+
+def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
+    """Let a Wan VAE encode and decode by the network here; None for another class."""
+    kind = _kind_of(module)
+    if kind is None:
+        return None
+    if reason := _refuses(module, kind):
+        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+    try:
+        held = _LiveVae(module, VaeSpec.from_config(_config(module), where=f"the config of {name}"), policy)
+    except CheckpointError as error:
+        return Entry(component=name, kind=type(module).__name__, taken=False, what=str(error))
+    if reason := held.mismatch(module):
+        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+    what, extra_bytes = held.told(module)
+    swap(module, _Taken, held)
+    return Entry(component=name, kind=type(module).__name__, taken=True, what=what, extra_bytes=extra_bytes)
+
+
+class _Taken:
+    """The methods that a taken VAE has instead of its own, which are called where ours do not apply."""
+
+    def _encode(self, x: Tensor) -> Tensor:
+        moments = None if torch.compiler.is_compiling() else _live(self).encode(self, x)
+        return super()._encode(x) if moments is None else moments  # type: ignore[misc]  # a mixin
+
+    def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        frames = None if torch.compiler.is_compiling() else _live(self).decode(self, z)
+        if frames is None:
+            return super()._decode(z, return_dict=return_dict)  # type: ignore[misc]  # a mixin
+        return DecoderOutput(sample=frames) if return_dict else (frames,)
+
+
+class _LiveVae:
+    """What computes for a taken VAE, on the weights that it has at each call."""
+
+    def __init__(self, module: nn.Module, spec: VaeSpec, policy: Policy) -> None:
+        self._module = weakref.ref(module)
+        self._lent = LentVae(spec, policy)
+        self._exactness = policy.exactness
+        self._inner = _inner(module)
+        self._lock = threading.RLock()  # the network is bound by one call at a time
+        self._told: set[str] = set()
+
+    def decode(self, module: Any, z_BZTHW: Tensor) -> Tensor | None:
+        """Frames in [-1, 1] of latents; None where the module must do it by itself."""
+        if self._must_be_plain(module, z_BZTHW, self._lent.spec.z_dim):
+            return None
+        with self._at_work(module) as (vae, planner):
+            return self._where_memory_allows(lambda: _decoded(vae, planner, z_BZTHW))
+
+    def encode(self, module: Any, x_BCTHW: Tensor) -> Tensor | None:
+        """Moments of frames; None where the module must do it by itself."""
+        spec = self._lent.spec
+        if self._must_be_plain(module, x_BCTHW, spec.given_channels):
+            return None
+        if spec.temporal_scale > _FRAMES_AT_A_TIME or any(size % spec.spatial_scale for size in x_BCTHW.shape[3:]):
+            return self._leave(f"frames of {tuple(x_BCTHW.shape[2:])} are not divided by the compression")
+        if self._exactness == "bitwise" and (spec.is_residual or spec.temporal_scale < _FRAMES_AT_A_TIME):
+            return self._leave("this encoder adds up in another order here")
+        used = 1 + (x_BCTHW.shape[2] - 1) // _FRAMES_AT_A_TIME * _FRAMES_AT_A_TIME  # the plain method ignores the rest
+        with self._at_work(module) as (vae, planner):
+            return self._where_memory_allows(lambda: _encoded(vae, planner, x_BCTHW[:, :, :used]))
+
+    def mismatch(self, module: nn.Module) -> str | None:
+        """Why the module is not the network that its config speaks of."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        if shapes != self._lent.shapes:
+            different = sorted(set(shapes.items()) ^ set(self._lent.shapes.items()))
+            return f"its weights are not those of its config, such as {different[0][0]}"
+        return None
+
+    def told(self, module: nn.Module) -> tuple[str, int]:
+        """How it is computed, and the bytes that this takes beside its weights; chosen now where that can be known."""
+        weights = _weights(module)
+        first = next(iter(weights.values()))
+        will_move = first.device.type == "cpu" and torch.accelerator.is_available()
+        if will_move or hasattr(module, "_hf_hook") or _refuses_weights(module, weights, first.dtype, first.device):
+            return "by the network here; its kernels are chosen at the first call, where its weights are then", 0
+        with self._at_work(module) as (_, planner):
+            used = [decision.name for decision in planner.choices.decisions if decision.used]
+            return f"by the network here; {', '.join(used)}", self._lent.extra_bytes(weights)
+
+    def release(self) -> None:
+        """Bring the weights back into their own memory order."""
+        module = self._module()
+        if module is not None:
+            self._lent.release(_weights(module))
+
+    @contextmanager
+    def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner]]:
+        weights = _weights(module)
+        with self._lock:
+            try:
+                yield self._lent.bind(weights)
+            finally:
+                self._lent.unbind(weights)
+                if hasattr(module, "_hf_hook"):  # it is moved out of the way after this
+                    self._lent.forget()
+
+    def _must_be_plain(self, module: nn.Module, x: Tensor, channels: int) -> bool:
+        reason = self._refusal(module, x, channels)
+        if reason:
+            self._leave(reason)
+        elif module.use_tiling:
+            self._say(f"{type(module).__name__} makes no tiles: the whole picture is computed within the memory")
+        return reason is not None
+
+    def _refusal(self, module: Any, x: Tensor, channels: int) -> str | None:
+        """Why a call cannot be computed here."""
+        weights = _weights(module)
+        if type(x) not in (Tensor, nn.Parameter) or x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+            return "it was given something else than a video"
+        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights.values())):
+            return "gradients are recorded; call it under torch.no_grad()"
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            return "torch.autocast is on"
+        if module.training and module.config.dropout:
+            return "it is being trained, with dropout"
+        if module.use_tiling and self._exactness == "bitwise":
+            return "tiles that are blended have other bits than a whole picture"
+        if _inner(module) != self._inner or _has_hooks(module):
+            return "its parts are not its own any more, or have hooks"
+        return _refuses_weights(module, weights, x.dtype, x.device)
+
+    def _where_memory_allows(self, compute: Callable[[], Tensor]) -> Tensor | None:
+        try:
+            return compute()
+        except RequestError as error:  # the planner's
+            return self._leave(str(error))
+
+    def _leave(self, reason: str) -> Tensor | None:
+        """The reason is told, and there is nothing to return."""
+        module = self._module()
+        self._say(f"{type(module).__name__} computes by itself: {reason}")
+        return None
+
+    def _say(self, line: str) -> None:
+        """Once: a pipeline calls its VAE for every video."""
+        if line not in self._told:
+            self._told.add(line)
+            log.warning("%s", line)
+
+
+@torch.no_grad()
+def _decoded(vae: WanVAE, planner: VaePlanner, z_BZTHW: Tensor) -> Tensor:
+    """All frames, written where they stay as they come."""
+    spec = vae.spec
+    batch, _, frames, height, width = z_BZTHW.shape
+    size = 1 + spec.temporal_scale * (frames - 1), height * spec.spatial_scale, width * spec.spatial_scale
+    out = z_BZTHW.new_empty(batch, spec.made_channels, *size)
+    done = 0
+    for chunk, _ in decode_floats(vae, z_BZTHW, planner.decode(tuple(z_BZTHW.shape))):
+        out[:, :, done : done + chunk.shape[2]].copy_(chunk)
+        done += chunk.shape[2]
+    return out
+
+
+@torch.no_grad()
+def _encoded(vae: WanVAE, planner: VaePlanner, x_BCTHW: Tensor) -> Tensor:
+    return encode_floats(vae, x_BCTHW, planner.encode(tuple(x_BCTHW.shape)))
+
+
+def _live(module: Any) -> _LiveVae:
+    held: _LiveVae = held_by(module)
+    return held
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+    own = getattr(module, "_orig_mod", module)  # of what torch.compile gives
+    return next((kind for kind in _KINDS if isinstance(own, kind)), None)
+
+
+def _refuses(module: Any, kind: type[nn.Module]) -> str | None:
+    """Why a VAE cannot be taken over, told by its class and its parts."""
+    if not isinstance(module, kind):
+        return "it is compiled as a whole; compile it after it was taken over"
+    own = [name for name in _OVERRIDDEN if getattr(type(module), name) is not getattr(kind, name)]
+    own += [name for name in _OVERRIDDEN if name in vars(module) and name != "forward"]
+    if own:
+        return f"it has {', '.join(dict.fromkeys(own))} of its own, which must be called"
+    foreign = {type(part).__name__ for part in module.modules() if part is not module and not _is_own(part, kind)}
+    if foreign:
+        return f"it has parts of other makers: {', '.join(sorted(foreign))}"
+    if any(parameter.is_meta for parameter in module.parameters()) and not _has_hooks(module):
+        return "its weights are on the meta device: load them first"
+    if any(type(p) is not nn.Parameter or p.dtype not in _DTYPES for p in module.parameters()):
+        return "its weights are quantized"
+    return None
+
+
+def _is_own(part: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(part).__module__ == kind.__module__ or type(part).__module__.startswith("torch.nn.modules.")
+
+
+def _config(module: Any) -> dict[str, Any]:
+    """In the words of AutoencoderKLWan."""
+    config = {name: value for name, value in dict(module.config).items() if name not in _UNUSED}
+    if (channels := config.pop("input_channels", None)) is not None:
+        config |= {"in_channels": channels, "out_channels": channels}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters())
+
+
+def _inner(module: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(part) for name, part in module.named_modules() if name}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a part of it has a hook that would be passed by."""
+    return any(_is_hooked(part) for name, part in module.named_modules() if name)
+
+
+def _is_hooked(part: nn.Module) -> bool:
+    registry = vars(part).get("_diffusers_hook")
+    return bool(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) or getattr(registry, "hooks", None)
+    )
+
+
+def _refuses_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why these weights cannot be computed with for an input of a dtype on a device."""
+    for name, weight in weights.items():
+        if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+            return f"{name} is quantized"
+        if weight.is_inference():
+            return f"{name} was made in inference mode"
+        if weight.dtype != dtype or weight.device != device or weight.is_meta:
+            return f"{name} is {weight.dtype} on {weight.device}, what comes is {dtype} on {device}"
+    return None
