@@ -1,0 +1,225 @@
+"""What others attach to a transformer, before it is taken and after: offloading, caches, hooks, compilers."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    apply_group_offloading,
+)
+from tiny_transformers import TINY
+
+from frameloom.engine.rewrites import policy_of
+from frameloom.integrations.diffusers.swap import is_swapped, unswap
+from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom.ops.registry import ROUNDING_FP32, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
+WHEN = pytest.mark.parametrize("when", ["before", "after"])
+STEPS = 6
+
+
+def take(model, exactness="rounding"):
+    return take_transformer("transformer", model, policy_of(exactness, ()))
+
+
+def give_back(model):
+    for module in model.modules():
+        unswap(module)
+
+
+@torch.no_grad()
+def compute(model, inputs):
+    return model(**inputs).sample
+
+
+def both(attach, when, name="wan", exactness="rounding"):
+    """The same transformer untouched and taken, with the same thing attached to each."""
+    plain = TINY[name].make()
+    model = copy.deepcopy(plain)
+    attach(plain)
+    if when == "before":
+        attach(model)
+    assert take(model, exactness).taken
+    if when == "after":
+        attach(model)
+    return plain, model
+
+
+def agree(plain, model, inputs, tolerance=ROUNDING_FP32):
+    expected = compute(plain, inputs)
+    for _ in range(2):
+        assert relative_error(compute(model, inputs), expected) <= tolerance
+
+
+OFFLOADING = {
+    "accelerate, layer by layer": lambda model: cpu_offload(model, execution_device=torch.device("cpu")),
+    "diffusers, by blocks": lambda model: apply_group_offloading(
+        model, torch.device("cpu"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "diffusers, by leaves": lambda model: apply_group_offloading(
+        model, torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "diffusers, stored narrower": lambda model: model.enable_layerwise_casting(
+        storage_dtype=torch.float16, compute_dtype=torch.float32
+    ),
+}
+
+
+@WHEN
+@pytest.mark.parametrize("name", ["wan", "vace"])
+@pytest.mark.parametrize("how", OFFLOADING)
+def test_offloaded_weights_compute_the_same(how, when, name):
+    plain, model = both(OFFLOADING[how], when, name)
+    agree(plain, model, TINY[name].inputs())
+    give_back(model)
+    assert torch.equal(compute(model, TINY[name].inputs()), compute(plain, TINY[name].inputs()))
+
+
+@WHEN
+def test_offloading_that_ends_leaves_ours(when, caplog):
+    plain, model = both(lambda model: cpu_offload(model, execution_device=torch.device("cpu")), when)
+    inputs = TINY["wan"].inputs()
+    compute(model, inputs)
+    for network in (plain, model):
+        remove_hook_from_submodules(network)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="frameloom"):
+        agree(plain, model, inputs)
+    assert not caplog.messages
+
+
+class Shifts(ModelHook):
+    """Changes what comes out, so that it shows whether it was called."""
+
+    def post_forward(self, module, output):
+        return output * 2 + 1
+
+
+PLACES = (
+    "blocks.0", "blocks.0.norm1", "blocks.0.norm2", "blocks.0.attn1", "blocks.0.attn1.to_q", "blocks.0.attn1.norm_q",
+    "blocks.0.attn1.to_out.0", "blocks.0.attn2", "blocks.0.attn2.to_k", "blocks.0.attn2.norm_k", "blocks.0.ffn",
+    "blocks.0.ffn.net.0", "blocks.0.ffn.net.0.proj", "blocks.0.ffn.net.2", "patch_embedding", "norm_out", "proj_out",
+    "condition_embedder.text_embedder", "condition_embedder.text_embedder.linear_2", "condition_embedder.time_proj",
+)  # fmt: skip
+
+
+@WHEN
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hook_is_called_wherever_it_is(place, when):
+    inputs = TINY["wan"].inputs()
+    untouched = compute(TINY["wan"].make(), inputs)
+    plain, model = both(lambda model: add_hook_to_module(model.get_submodule(place), Shifts()), when)
+    agree(plain, model, inputs)
+    assert relative_error(compute(model, inputs), untouched) > 1e-3
+    remove_hook_from_module(model.get_submodule(place))
+    assert relative_error(compute(model, inputs), untouched) <= ROUNDING_FP32
+
+
+@WHEN
+@pytest.mark.parametrize("place", PLACES)
+def test_torch_s_own_hook_is_called_wherever_it_is(place, when):
+    inputs = TINY["wan"].inputs()
+    untouched = compute(TINY["wan"].make(), inputs)
+
+    def attach(model):
+        model.get_submodule(place).register_forward_hook(lambda module, args, output: output * 2 + 1)
+
+    plain, model = both(attach, when)
+    agree(plain, model, inputs)
+    assert relative_error(compute(model, inputs), untouched) > 1e-3
+
+
+TAYLOR = {"cache_interval": 2, "disable_cache_before_step": 1, "taylor_factors_dtype": torch.float32}
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=0.4),
+    "magnitudes": MagCacheConfig(mag_ratios=torch.ones(STEPS), num_inference_steps=STEPS, threshold=0.5),
+    "taylor": TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=["^blocks.*attn[12]$"]),
+    "taylor, lite": TaylorSeerCacheConfig(**TAYLOR, use_lite_mode=True),
+}
+
+
+def denoise(model, contexts):
+    """Steps with both branches, as the pipelines call a transformer."""
+    results = []
+    for step in range(STEPS):
+        for name, inputs in contexts.items():
+            with model.cache_context(name):
+                results.append(compute(model, inputs | {"timestep": inputs["timestep"] - 50 * step}))
+    return torch.stack(results)
+
+
+@WHEN
+@pytest.mark.parametrize("cache", CACHES)
+def test_step_caches_of_diffusers_skip_the_same(cache, when):
+    contexts = {"cond": TINY["wan"].inputs(1), "uncond": TINY["wan"].inputs(2)}
+    plain, model = both(lambda model: model.enable_cache(copy.deepcopy(CACHES[cache])), when)
+    uncached = denoise(TINY["wan"].make(), contexts)
+    expected = denoise(plain, contexts)
+    assert relative_error(expected, uncached) > 1e-4  # it skips something
+    assert relative_error(denoise(model, contexts), expected) <= ROUNDING_FP32
+    model.disable_cache()
+    assert relative_error(denoise(model, contexts), uncached) <= ROUNDING_FP32
+
+
+@WHEN
+def test_attention_that_is_broadcast_skips_the_same(when):
+    steps = {}
+
+    def attach(model):
+        steps[id(model)] = 500
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            cross_attention_block_skip_range=3,
+            spatial_attention_block_identifiers=("blocks",),
+            cross_attention_block_identifiers=("blocks",),
+            current_timestep_callback=lambda: steps[id(model)],
+        )
+        model.enable_cache(config)
+
+    plain, model = both(attach, when)
+    contexts = {"cond": TINY["wan"].inputs(1)}
+    expected = denoise(plain, contexts)
+    assert relative_error(expected, denoise(TINY["wan"].make(), contexts)) > 1e-4
+    assert relative_error(denoise(model, contexts), expected) <= ROUNDING_FP32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@WHEN
+def test_compiled_blocks_are_those_of_diffusers(when):
+    inputs = TINY["wan"].inputs()
+    expected = compute(TINY["wan"].make(), inputs)
+    _, model = both(lambda model: None, when)
+    torch.compiler.reset()
+    if when == "before":
+        give_back(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    if when == "before":
+        take(model)
+    assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+    torch.compiler.reset()
+
+
+def test_a_transformer_that_is_compiled_as_a_whole_is_left():
+    model = torch.compile(TINY["wan"].make(), backend="eager")
+    entry = take(model)
+    assert not entry.taken
+    assert "torch.compile" in entry.what
+    assert not any(is_swapped(module) for module in model.modules())
+
+
+def test_a_taken_transformer_can_be_compiled():
+    inputs = TINY["wan with times of tokens"].inputs()
+    model = TINY["wan with times of tokens"].make()
+    expected = compute(model, inputs)
+    take(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert relative_error(compute(compiled, inputs), expected) <= ROUNDING_FP32
+    torch.compiler.reset()
