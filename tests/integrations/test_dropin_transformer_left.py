@@ -1,0 +1,293 @@
+"""Where a taken transformer computes as Diffusers has it, and what is not taken: said, and never another number."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from gguf import GGMLQuantizationType, quants
+from tiny_transformers import TINY
+
+from frameloom.engine.rewrites import policy_of
+from frameloom.integrations.diffusers.swap import is_swapped, unswap
+from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom.ops.registry import ROUNDING_FP32, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
+
+
+def take(model, exactness="rounding"):
+    return take_transformer("transformer", model, policy_of(exactness, ()))
+
+
+@torch.no_grad()
+def compute(model, inputs):
+    return model(**inputs).sample
+
+
+def said(caplog):
+    return [
+        line.partition(" computes as Diffusers has it: ")[::2] for line in caplog.messages if "as Diffusers" in line
+    ]
+
+
+@pytest.fixture
+def pair():
+    """The same transformer untouched and taken, and inputs."""
+    tiny = TINY["wan"]
+    model = tiny.make()
+    plain = copy.deepcopy(model)
+    assert take(model).taken
+    return plain, model, tiny.inputs()
+
+
+@pytest.fixture
+def told(caplog):
+    with caplog.at_level("INFO", logger="frameloom"):
+        yield lambda: said(caplog)
+
+
+class Doubling(WanAttnProcessor):
+    """Somebody's own: attention counts twice."""
+
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+def test_somebody_s_processor_computes(pair, told):
+    plain, model, inputs = pair
+    stock = compute(model, inputs)
+    for network in (plain, model):
+        network.set_attn_processor(Doubling())
+    assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
+    assert told() == [("WanAttention", "its processor is Doubling")]  # once, of all calls
+    model.set_attn_processor(WanAttnProcessor())
+    assert torch.equal(compute(model, inputs), stock)
+
+
+def test_a_backend_of_diffusers_that_was_set_computes(pair, told):
+    plain, model, inputs = pair
+    expected = compute(plain, inputs)
+    with attention_backend("native"):  # a model's backend becomes that of all; this gives it back
+        model.set_attention_backend("_native_math")
+        assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+        model.reset_attention_backend()
+    with attention_backend("_native_math"):
+        assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+    assert told() == [("WanAttention", "the attention backend _native_math was set")]
+
+
+def test_projections_that_are_fused_compute(pair, told):
+    plain, model, inputs = pair
+    for act in ("fuse_qkv_projections", "unfuse_qkv_projections"):
+        for network in (plain, model):
+            getattr(network, act)()
+        assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
+    assert told() == [("WanAttention", "its projections are fused")]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of the norms
+def test_autocast_computes(pair, told):
+    plain, model, inputs = pair
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compute(model, inputs), compute(plain, inputs))
+    assert ("WanTransformerBlock", "autocast is on") in told()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_untouched_transformer(pair, told, checkpointing):
+    plain, model, inputs = pair
+    with torch.inference_mode():
+        compute(model, inputs)  # leaves nothing behind that a training step could not use
+    for network in (plain, model):
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        network.train()
+        network(**inputs).sample.square().mean().backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad), name
+    assert ("WanTransformerBlock", "gradients are recorded") in told()
+
+
+def test_gradients_of_the_latents(pair):
+    plain, model, inputs = pair
+    grads = []
+    for network in (plain, model):
+        network.requires_grad_(False)
+        network(**inputs)
+        x = inputs["hidden_states"].clone().requires_grad_()
+        network(**inputs | {"hidden_states": x}).sample.square().mean().backward()
+        grads.append(x.grad)
+    assert relative_error(grads[1], grads[0]) <= ROUNDING_FP32
+
+
+def test_inference_mode_is_as_good(pair):
+    plain, model, inputs = pair
+    expected = compute(plain, inputs)
+    with torch.inference_mode():
+        texts = inputs["encoder_hidden_states"].clone()
+        for _ in range(2):
+            got = model(**inputs | {"encoder_hidden_states": texts}).sample
+            assert relative_error(got, expected) <= ROUNDING_FP32
+        texts.mul_(-1)  # of which such a tensor keeps no count
+        other = model(**inputs | {"encoder_hidden_states": texts}).sample
+    assert relative_error(other, expected) > 1e-3
+
+
+def test_float64_is_left_to_diffusers(pair, told):
+    plain, model, inputs = pair
+    inputs = {name: x.double() for name, x in inputs.items()}
+    assert torch.equal(compute(model.double(), inputs), compute(plain.double(), inputs))
+    assert ("WanTransformerBlock", "the input is torch.float64") in told()
+
+
+def test_timesteps_that_differ_within_a_frame(told):
+    tiny = TINY["wan with times of tokens"]
+    model, inputs = tiny.make(), tiny.inputs()
+    inputs["timestep"][0, 3] += 1
+    expected = compute(model, inputs)
+    take(model)
+    assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+    assert told() == [("WanTransformer3DModel", "tokens of one frame have different timesteps")]
+
+
+def test_times_of_frames_make_nothing_as_large_as_the_tokens():
+    tiny = TINY["wan with times of tokens"]
+    model, inputs = tiny.make(), tiny.inputs()
+    take(model)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[2].shape))
+    compute(model, inputs)
+    assert seen == [(1, 3, 6, 64)]
+
+
+def test_both_ways_to_return(pair):
+    _, model, inputs = pair
+    (velocity,) = model(**inputs, return_dict=False)
+    output = model(*inputs.values(), None, True)
+    assert type(output).__name__ == "Transformer2DModelOutput"
+    assert torch.equal(velocity, output.sample)
+
+
+def quantize(model):
+    """The linear layers of the blocks as GGUF files have them, in the classes of Diffusers."""
+    for block in model.blocks:
+        for place, layer in list(block.named_modules()):
+            if type(layer) is not torch.nn.Linear or layer.in_features % 32:
+                continue
+            parent, _, name = place.rpartition(".")
+            made = GGUFLinear(layer.in_features, layer.out_features, bias=True, compute_dtype=torch.float32)
+            raw = quants.quantize(layer.weight.detach().numpy(), GGMLQuantizationType.Q8_0)
+            made.weight = GGUFParameter(torch.from_numpy(raw), quant_type=GGMLQuantizationType.Q8_0)
+            made.bias = layer.bias
+            setattr(block.get_submodule(parent), name, made)
+    return model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_quantized_layers_compute_as_they_are(when, told):
+    tiny = TINY["wan"]
+    plain, model, inputs = quantize(tiny.make()), tiny.make(), tiny.inputs()
+    if when == "after":
+        take(model)
+        compute(model, inputs)
+    quantize(model)
+    assert isinstance(model.blocks[0].attn1.to_q, GGUFLinear)
+    if when == "before":
+        take(model)
+    expected = compute(plain, inputs)
+    assert relative_error(expected, compute(tiny.make(), inputs)) > 1e-4
+    assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+    assert told() == []
+
+
+def test_without_weights_it_is_left():
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
+    entry = take(model)
+    assert (entry.taken, entry.what) == (False, "its weights are on the meta device; load them first")
+    assert not any(is_swapped(module) for module in model.modules())
+
+
+def test_taking_it_twice_changes_nothing():
+    for name in ("wan", "vace"):
+        model = TINY[name].make()
+        take(model)
+        kinds = [type(module) for module in model.modules()]
+        entry = take(model)
+        assert (entry.taken, entry.what) == (True, "it was taken before")
+        assert [type(module) for module in model.modules()] == kinds
+
+
+class Brighter(WanTransformer3DModel):
+    """A subclass with a forward of its own, which looks into the rotary table."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        cos, _ = self.rope(hidden_states)
+        assert cos.ndim == 4
+        return super().forward(hidden_states + 1, *args, **kwargs)
+
+
+class Named(WanTransformer3DModel):
+    """A subclass that computes as its parent."""
+
+
+def test_a_subclass_keeps_a_forward_of_its_own():
+    for kind, keeps in ((Brighter, True), (Named, False)):
+        model = TINY["wan"].make()
+        model.__class__ = kind
+        inputs = TINY["wan"].inputs()
+        expected = compute(model, inputs)
+        entry = take(model)
+        assert entry.taken
+        assert ("a forward that is its own" in entry.what) == keeps
+        assert is_swapped(model) != keeps
+        assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+
+
+class OwnBlock(WanTransformerBlock):
+    """A block that is not Diffusers'."""
+
+    def forward(self, *args):
+        return super().forward(*args) * 1.5
+
+
+def test_blocks_of_another_class_are_left():
+    model = TINY["wan"].make()
+    for block in model.blocks:
+        block.__class__ = OwnBlock
+    entry = take(model)
+    assert (entry.taken, entry.what) == (False, "its blocks are not those of Diffusers")
+    assert take(torch.nn.Linear(2, 2)) is None
+
+
+def test_copies_and_what_is_saved_know_nothing_of_it(pair, tmp_path):
+    plain, model, inputs = pair
+    expected = compute(plain, inputs)
+    compute(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(is_swapped(module) for module in other.modules())
+        assert torch.equal(compute(other, inputs), expected)
+    model.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert loaded.config.items() >= {"num_layers": 2, "_class_name": "WanTransformer3DModel"}.items()
+    assert torch.equal(compute(loaded, inputs), expected)
+    assert isinstance(model, WanTransformer3DModel)
+    assert type(model).__name__ == "WanTransformer3DModel"
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_seeds_are_the_user_s(monkeypatch, tmp_path):
+    monkeypatch.setenv("FRAMELOOM_CACHE", str(tmp_path))  # nothing was measured here yet
+    model = TINY["wan"].make()
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    take(model)
+    assert torch.equal(torch.rand(3), expected)
+    for module in model.modules():
+        unswap(module)
