@@ -11,6 +11,7 @@ from torch import nn
 from frameloom.engine.rewrites import policy_of
 from frameloom.errors import RequestError
 from frameloom.integrations.diffusers.conditioning import take_conditioning
+from frameloom.integrations.diffusers.ltx2 import take_ltx2
 from frameloom.integrations.diffusers.prompts import take_text_encoder
 from frameloom.integrations.diffusers.report import Entry, Report
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
@@ -26,7 +27,7 @@ Take = Callable[[str, nn.Module, Policy], Entry | None]
 TakePipe = Callable[[DiffusionPipeline, Policy], Entry | None]
 """Likewise for what a pipeline does itself."""
 _TAKES: Mapping[str, Sequence[Take]] = MappingProxyType(
-    {"vae": (take_vae,), "transformer": (take_transformer,), "text_encoder": (take_text_encoder,)}
+    {"vae": (take_vae,), "transformer": (take_transformer, take_ltx2), "text_encoder": (take_text_encoder,)}
 )
 _TAKES_PIPES: Mapping[str, Sequence[TakePipe]] = MappingProxyType({"vae": (take_conditioning,)})
 
