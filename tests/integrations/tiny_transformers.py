@@ -62,7 +62,7 @@ class Tiny:
                 if ".norm" in name and name.endswith("weight"):
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 if any(part in name for part in ("attn2", "text_embedder", "image_embedder", "vace")):
-                    parameter.mul_(3)
+                    parameter.mul_(1.5)
         kept = set(model._keep_in_fp32_modules)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
