@@ -66,6 +66,7 @@ __all__ = [
     "restore",
     "resume",
     "shapes",
+    "vae",
     "verify_model",
 ]
 
@@ -376,6 +377,8 @@ def _named(
 def __getattr__(name: str) -> Any:
     if name in _LAZY and name in __all__:
         return _lazy(name)
+    if name == "vae":  # a module, which needs torch
+        return importlib.import_module("frameloom.vae")
     raise AttributeError(f"module 'frameloom' has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("serve", "bench", "verify", "doctor", "shapes"),
+    ("serve", "bench", "verify", "doctor", "shapes", "vae"),
     ("integrations",),
     ("engine",),
     ("weights", "parallel", "memory", "cache", "pipeline"),

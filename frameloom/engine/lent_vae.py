@@ -36,11 +36,20 @@ class LentVae:
             self._vae = WanVAE(spec).eval()
         set_attention(self._vae, AttentionBlock, expected=2)
         self._slots = {name: _slot(self._vae, name) for name, _ in self._vae.named_parameters()}
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._vae.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._vae.named_parameters()}
         self._ways: dict[tuple[torch.device, torch.dtype], _Way] = {}
         self._made: dict[str, _Made] = {}
         self._lay: dict[str, _Lay] = {}
         self._empty()
+
+    def misfit(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Why weights are not those of this network, or None."""
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        for name in sorted(shapes.keys() | self._shapes.keys()):
+            if shapes.get(name) != self._shapes.get(name):
+                there, wanted = (str(list(x[name])) if name in x else "nothing" for x in (shapes, self._shapes))
+                return f"{name} is {there}, and the config asks for {wanted}"
+        return None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -81,6 +90,7 @@ class LentVae:
     def release(self, weights: Mapping[str, Tensor]) -> None:
         """Bring weights back into the memory order they had, and let all else go."""
         self.forget()
+        self._empty()
         for name, lay in self._lay.items():
             weight = weights.get(name)
             if weight is not None and _is_in(weight, lay.order):
@@ -103,7 +113,7 @@ class LentVae:
 
     def _bring(self, name: str, weight: Tensor, order: tuple[int, ...]) -> None:
         """Into another memory order in its place; what lies in no plain order is left to the kernel, which copies."""
-        if _is_in(weight, order) or not (weight.is_contiguous() or name in self._lay):
+        if _is_in(weight, order) or weight.is_inference() or not (weight.is_contiguous() or name in self._lay):
             return
         stride = self._lay[name].stride if name in self._lay else weight.stride()
         self._lay[name] = _Lay(stride=stride, order=order)

@@ -216,6 +216,9 @@ class VaeSpec:
     @classmethod
     def from_config(cls, config: JsonObject, *, where: str = "vae/config.json") -> Self:
         """Read a Diffusers VAE config. Raises CheckpointError on a key or value we cannot compute."""
+        if (channels := config.get("input_channels")) is not None:  # as AutoencoderKLQwenImage says it
+            rest = {key: value for key, value in config.items() if key != "input_channels"}
+            config = {"in_channels": channels, "out_channels": channels, **rest}
         fixed: JsonObject = {"attn_scales": [], "dropout": 0.0, "clip_output": config.get("clip_output")}
         found = _known_fields(cls, config, where=where, fixed=fixed)
         spec = cls(**found)

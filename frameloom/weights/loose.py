@@ -62,13 +62,16 @@ class Loose:
     facts: JsonObject = field(default_factory=dict)
 
 
-def open_file(path: Path, *, want: str | None = None, must_pair: bool = True) -> Loose:
+def open_file(
+    path: Path, *, want: str | None = None, must_pair: bool = True, config: JsonObject | None = None
+) -> Loose:
     """The components of one weight file, and of the other noise expert's where the name says that there is one.
 
-    `want`: the one component that is taken, whatever else the file holds. Raises CheckpointError, also where several
-    files may be the other expert's, unless `must_pair` is off: then a warning says so.
+    `want`: the one component that is taken, whatever else the file holds. `config`: instead of one that lies beside it.
+    Raises CheckpointError, also where several files may be the other expert's, unless `must_pair` is off: then a
+    warning says so.
     """
-    loose = _open_set(path.parent, [read_file(path)])
+    loose = _open_set(path.parent, [read_file(path)], config=config)
     found = dict(loose.components)
     if want is not None:
         return replace(loose, components={want: _wanted(found, want, where=path)} | _tokenizer_of(found))
@@ -144,18 +147,20 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return files
 
 
-def _open_set(place: Path, read: Sequence[WeightFile]) -> Loose:
+def _open_set(place: Path, read: Sequence[WeightFile], *, config: JsonObject | None = None) -> Loose:
     """What files hold that belong together."""
     files = tuple(file.path for file in read)
     where = files[0] if len(files) == 1 else place
     listed = {file.path: file.entries for file in read}
     metadata = {key: value for file in read for key, value in file.metadata.items()}
     described = next((path for path in (files[0].with_suffix(".json"), place / "config.json") if path.is_file()), None)
+    if config is None and described is not None:
+        config = read_json(described)
     parts = identify(
         read_tensors(files, listed.__getitem__),
         metadata=metadata,
         where=str(where),
-        config=None if described is None else read_json(described),
+        config=config,
     )
     return Loose(components=_components(parts, where, files=files), facts=_facts(metadata, where=where))
 

@@ -84,6 +84,22 @@ def open_parts(model: Source, *, variant: str = "", on_bytes: OnBytes | None = N
     return open_checkpoint(model, variant=variant, on_bytes=on_bytes).components
 
 
+def open_vae(source: Source, *, config: JsonObject | None = None, variant: str = "") -> Component:
+    """The VAE of a folder (its own, a checkpoint's, or one of loose files), of a weight file, or of the hub.
+
+    `config`: in the words of Diffusers' config.json, instead of what lies beside the weights. Raises CheckpointError.
+    """
+    name = os.fspath(source)
+    try:
+        path = _local(name) or _hub_file(name, with_pair=False, on_bytes=None)
+        if path.is_file():
+            return open_file(path, want="vae", config=config).components["vae"]
+        found = _part_of_folder("vae", path, variant=variant).components["vae"]
+        return found if config is None else replace(found, config=config)
+    except OSError as error:
+        raise CheckpointError(f"'{name}' cannot be read ({error}); check the path and its permissions") from None
+
+
 def open_loose(path: Path, *, variant: str = "") -> Loose:
     """What a weight file holds, or a folder that is in no Diffusers layout, whether it makes a checkpoint or not.
 

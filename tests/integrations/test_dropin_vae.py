@@ -222,25 +222,25 @@ def test_weights_are_used_where_they_are():
     live = held_by(vae)
     theirs = {parameter.untyped_storage().data_ptr() for parameter in vae.parameters()}
     weights = dict(vae.named_parameters())
-    network, planner = live._lent.bind(weights)
+    network, planner = live.lent.bind(weights)
     held = 0
     for module in network.modules():
         kernel = getattr(module, "kernel", None)
         for value in [] if kernel is None else vars(kernel).values():
             if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in theirs:
                 held += value.numel() * value.element_size()
-    live._lent.unbind(weights)
-    assert 0 < held <= live._lent.extra_bytes(weights)
+    live.lent.unbind(weights)
+    assert 0 < held <= live.lent.extra_bytes(weights)
     assert planner.choices.channels_last
     entry = frameloom.accelerate(pipe_with(vae_of()))["vae"]
-    assert entry.extra_bytes == live._lent.extra_bytes(weights)
+    assert entry.extra_bytes == live.lent.extra_bytes(weights)
 
 
 def test_between_calls_nothing_holds_the_weights():
     """A VAE that is moved to another device after a call leaves nothing on the first."""
     vae = taken(vae_of())
     decoded(vae, latents(vae)), encoded(vae, frames_for(vae))
-    lent = held_by(vae)._lent
+    lent = held_by(vae).lent
     assert not list(lent._vae.parameters())
     own = {parameter.untyped_storage().data_ptr() for parameter in vae.parameters()}
     kept = [value for made in lent._made.values() for value in vars(made.kernel).values()]
@@ -455,7 +455,7 @@ LEFT = {
     "meta": (on_meta, "meta device"),
     "compiled": (lambda: torch.compile(vae_of(), backend="eager"), "compiled as a whole"),
     "a part of another maker": (with_foreign_part, "Tiny"),
-    "not its config": (unlike_its_config, "not those of its config"),
+    "not its config": (unlike_its_config, "do not fit its config"),
     "attention scales": (lambda: AutoencoderKLWan(**WAN21, attn_scales=[0.5]), "attn_scales"),
     "float8": (lambda: vae_of().to(torch.float8_e4m3fn), "quantized"),
 }
@@ -494,5 +494,5 @@ def test_model_offload_moves_the_weights_and_ours_follows(caplog):
     for _ in range(2):
         assert error(decoded(vae, z), wanted) <= 1e-5
         hook.offload()
-        assert not held_by(vae)._lent._made
+        assert not held_by(vae).lent._made
     assert not caplog.messages

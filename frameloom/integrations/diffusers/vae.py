@@ -43,7 +43,8 @@ def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
         held = _LiveVae(module, VaeSpec.from_config(_config(module), where=f"the config of {name}"), policy)
     except CheckpointError as error:
         return Entry(component=name, kind=type(module).__name__, taken=False, what=str(error))
-    if reason := held.mismatch(module):
+    if misfit := held.lent.misfit(_weights(module)):
+        reason = f"its weights do not fit its config: {misfit}"
         return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
     what, extra_bytes = held.told(module)
     swap(module, _Taken, held)
@@ -69,7 +70,7 @@ class _LiveVae:
 
     def __init__(self, module: nn.Module, spec: VaeSpec, policy: Policy) -> None:
         self._module = weakref.ref(module)
-        self._lent = LentVae(spec, policy)
+        self.lent = LentVae(spec, policy)
         self._exactness = policy.exactness
         self._inner = _inner(module)
         self._lock = threading.RLock()  # the network is bound by one call at a time
@@ -77,14 +78,14 @@ class _LiveVae:
 
     def decode(self, module: Any, z_BZTHW: Tensor) -> Tensor | None:
         """Frames in [-1, 1] of latents; None where the module must do it by itself."""
-        if self._must_be_plain(module, z_BZTHW, self._lent.spec.z_dim):
+        if self._must_be_plain(module, z_BZTHW, self.lent.spec.z_dim):
             return None
         with self._at_work(module) as (vae, planner):
             return self._where_memory_allows(lambda: _decoded(vae, planner, z_BZTHW))
 
     def encode(self, module: Any, x_BCTHW: Tensor) -> Tensor | None:
         """Moments of frames; None where the module must do it by itself."""
-        spec = self._lent.spec
+        spec = self.lent.spec
         if self._must_be_plain(module, x_BCTHW, spec.given_channels):
             return None
         if spec.temporal_scale > _FRAMES_AT_A_TIME or any(size % spec.spatial_scale for size in x_BCTHW.shape[3:]):
@@ -95,14 +96,6 @@ class _LiveVae:
         with self._at_work(module) as (vae, planner):
             return self._where_memory_allows(lambda: _encoded(vae, planner, x_BCTHW[:, :, :used]))
 
-    def mismatch(self, module: nn.Module) -> str | None:
-        """Why the module is not the network that its config speaks of."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        if shapes != self._lent.shapes:
-            different = sorted(set(shapes.items()) ^ set(self._lent.shapes.items()))
-            return f"its weights are not those of its config, such as {different[0][0]}"
-        return None
-
     def told(self, module: nn.Module) -> tuple[str, int]:
         """How it is computed, and the bytes that this takes beside its weights; chosen now where that can be known."""
         weights = _weights(module)
@@ -112,24 +105,24 @@ class _LiveVae:
             return "by the network here; its kernels are chosen at the first call, where its weights are then", 0
         with self._at_work(module) as (_, planner):
             used = [decision.name for decision in planner.choices.decisions if decision.used]
-            return f"by the network here; {', '.join(used)}", self._lent.extra_bytes(weights)
+            return f"by the network here; {', '.join(used)}", self.lent.extra_bytes(weights)
 
     def release(self) -> None:
         """Bring the weights back into their own memory order."""
         module = self._module()
         if module is not None:
-            self._lent.release(_weights(module))
+            self.lent.release(_weights(module))
 
     @contextmanager
     def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner]]:
         weights = _weights(module)
         with self._lock:
             try:
-                yield self._lent.bind(weights)
+                yield self.lent.bind(weights)
             finally:
-                self._lent.unbind(weights)
+                self.lent.unbind(weights)
                 if hasattr(module, "_hf_hook"):  # it is moved out of the way after this
-                    self._lent.forget()
+                    self.lent.forget()
 
     def _must_be_plain(self, module: nn.Module, x: Tensor, channels: int) -> bool:
         reason = self._refusal(module, x, channels)
@@ -227,10 +220,8 @@ def _is_own(part: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _config(module: Any) -> dict[str, Any]:
-    """In the words of AutoencoderKLWan."""
+    """What of its config says how it computes, as if it had been read from a file."""
     config = {name: value for name, value in dict(module.config).items() if name not in _UNUSED}
-    if (channels := config.pop("input_channels", None)) is not None:
-        config |= {"in_channels": channels, "out_channels": channels}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
 
