@@ -78,8 +78,8 @@ class Vae:
     """A VAE that is open. Use it in a `with` statement, or call `close`; by one thread at a time.
 
     Latents are those of the VAE; `normalise` makes of them what the sampler of a Wan model sees, and `denormalise`
-    takes that back. Tensors may come on any device and in any float dtype: they are computed with, and returned, on `device`
-    in `dtype`. No gradients are recorded.
+    takes that back. Tensors may come on any device and in any float dtype: they are computed with, and returned, on
+    `device` in `dtype`. No gradients are recorded.
 
     `chunk` and `band` say how much passes at a time: so many latent frames, and so many rows at most in each part of
     the network. Whatever they are, it is the same function, with neither seams nor blends; None leaves both to the

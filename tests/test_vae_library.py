@@ -206,9 +206,9 @@ def test_what_is_no_vae_is_told_in_a_sentence(tmp_path):
 
 
 def test_memory_that_is_too_short_is_told(tmp_path):
-    with frameloom.vae.open(reference().state_dict(), WAN21, memory=1000) as opened:
-        with pytest.raises(RequestError, match="needs at least"):
-            opened.decode(torch.zeros(1, 4, 2, 3, 3))
+    opened = frameloom.vae.open(reference().state_dict(), WAN21, memory=1000)
+    with opened, pytest.raises(RequestError, match="needs at least"):
+        opened.decode(torch.zeros(1, 4, 2, 3, 3))
 
 
 def test_importing_the_package_does_not_load_it():
