@@ -138,7 +138,7 @@ def _helios(*, stages: int) -> Any:
 def _pyramid(scale: Scale) -> dict[str, Any]:
     """It begins at a quarter of the size, of which a patch of memory takes four cells each way."""
     large = replace(scale, height=max(scale.height, 128), width=max(scale.width, 128))
-    asked = text(large) | {"pyramid_num_inference_steps_list": [scale.steps] * 3}
+    asked = text(large) | {"pyramid_num_inference_steps_list": [scale.steps] * 3, "num_latent_frames_per_chunk": 3}
     del asked["num_inference_steps"]
     return asked
 
@@ -271,7 +271,11 @@ SAMPLES = (
         pipeline="SanaVideoPipeline", parts=_sana(lambda: of_diffusers("DPMSolverMultistepScheduler")), ask=_ask_sana
     ),
     Sample(pipeline="SanaImageToVideoPipeline", parts=_sana(flow_scheduler), ask=_seen(_ask_sana)),
-    Sample(pipeline="HeliosPipeline", parts=_helios(stages=1), ask=text),
+    Sample(
+        pipeline="HeliosPipeline",
+        parts=_helios(stages=1),
+        ask=lambda scale: text(scale) | {"num_latent_frames_per_chunk": 3},
+    ),
     Sample(pipeline="HeliosPyramidPipeline", parts=_helios(stages=3), ask=_pyramid),
     Sample(pipeline="AnyFlowPipeline", parts=_anyflow("AnyFlowTransformer3DModel"), ask=text),
     Sample(
