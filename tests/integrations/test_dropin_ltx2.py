@@ -2,12 +2,15 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, LTX2AudioVideoAttnProcessor
+from peft import LoraConfig
 
 from frameloom.integrations.diffusers.accelerate import accelerate_pipeline, restore_pipeline
 from frameloom.integrations.diffusers.ltx2 import Turns, take_ltx2
@@ -185,6 +188,56 @@ def test_gradients_are_those_of_diffusers() -> None:
         assert a.grad is None or torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["adapter first", "taken first"])
+@torch.no_grad()
+def test_adapters_of_the_projections_come_and_go(late: bool) -> None:
+    model, plain = _transformer(), _transformer()
+    without = plain(**_inputs())
+    seen = _take(model) if late else Counter()
+    for adapted in (model, plain):
+        torch.manual_seed(2)
+        adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    seen = seen if late else _take(model)
+    with_adapter = plain(**_inputs())
+    assert relative_error(with_adapter[0], without[0]) > 1e-3
+    _same(model(**_inputs()), with_adapter)
+    assert seen.total() == TURNED
+    model.fuse_lora()
+    _same(model(**_inputs()), with_adapter)
+    model.unfuse_lora()
+    model.delete_adapters("default")
+    _same(model(**_inputs()), without)
+    assert seen.total() == 3 * TURNED
+
+
+def _offload_groups(model: Any) -> None:
+    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def _offload_layers(model: Any) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["offloaded first", "taken first"])
+@pytest.mark.parametrize("offload", [_offload_groups, _offload_layers])
+@torch.no_grad()
+def test_norms_that_are_offloaded_by_themselves_are_called(offload: Callable[[Any], None], late: bool) -> None:
+    model = _transformer()
+    theirs = model(**_inputs())
+    if late:
+        seen = _take(model)
+        offload(model)
+    else:
+        offload(model)
+        entry = take_ltx2("transformer", model, PLAIN)
+        assert entry is not None
+        assert entry.taken
+        seen = Counter()
+    for a, b in zip(model(**_inputs()), theirs, strict=True):
+        assert torch.equal(a, b)
+    assert not seen
+
+
 @torch.no_grad()
 def test_what_is_traced_is_the_code_of_diffusers() -> None:
     model, plain = _transformer(), _transformer()
@@ -224,6 +277,10 @@ def test_what_cannot_be_taken_is_left_and_told() -> None:
     assert not exact.taken
     assert "bitwise was asked for" in exact.what
     assert not any(map(is_swapped, model.modules()))
+    empty = take_ltx2("transformer", _transformer().to("meta"), PLAIN)
+    assert empty is not None
+    assert not empty.taken
+    assert "meta device" in empty.what
     assert take_ltx2("vae", torch.nn.Linear(2, 2), PLAIN) is None
 
 

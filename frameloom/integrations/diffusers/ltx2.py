@@ -48,13 +48,16 @@ def take_ltx2(name: str, module: nn.Module, policy: Policy) -> Entry | None:
     turning = [part for part in attentions if part.rope_type == "split"]
     if not turning:
         return entry(taken=False, what="its rotary embedding is interleaved, and not by halves")
+    weight = turning[0].norm_q.weight
+    if weight.is_meta and not any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return entry(taken=False, what="its weights are on the meta device; load them first")
     kernels = NORM_ROTATE_TRITON, NORM_ROTATE_NATIVE
     if refusal := next(filter(None, map(policy.refuses, kernels)), None):
         return entry(taken=False, what=f"its norm and rotation in one pass: {refusal}")
     turns = Turns(policy)
     for part in turning:
         swap(part, TurningAttention, turns)
-    how = turns.at(turning[0].norm_q.weight.device, turning[0].norm_q.weight.dtype)[1]
+    how = turns.at(weight.device, weight.dtype)[1]
     return entry(taken=True, what=f"norm and rotation of {len(turning)} attentions in one pass, by {how}")
 
 
