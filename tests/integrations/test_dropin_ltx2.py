@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import accelerate
@@ -13,12 +14,13 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, LTX2Au
 from peft import LoraConfig
 
 from frameloom.integrations.diffusers.accelerate import accelerate_pipeline, restore_pipeline
-from frameloom.integrations.diffusers.ltx2 import Turns, take_ltx2
+from frameloom.integrations.diffusers.ltx2 import Kernel, Turns, take_ltx2
 from frameloom.integrations.diffusers.samples.neighbours import SAMPLES
 from frameloom.integrations.diffusers.samples.sample import Scale
 from frameloom.integrations.diffusers.swap import held_by, is_swapped, unswap
 from frameloom.ops.native import native
 from frameloom.ops.registry import Policy, relative_error
+from frameloom.ops.rope import norm_rotate
 from frameloom.settings import LOGGER_NAME
 
 FRAMES, HEIGHT, WIDTH, SOUNDS, WORDS, BATCH = 2, 3, 4, 5, 6, 2
@@ -65,14 +67,14 @@ def _take(model: Any) -> Counter[Any]:
     assert entry is not None
     assert entry.taken
     turns: Turns = held_by(model.transformer_blocks[0].attn1)
-    run, name = turns.at(torch.device("cpu"), model.dtype)
+    kernel = turns.at(torch.device("cpu"), model.dtype) or Kernel(name="without a compiler", run=norm_rotate)
     seen: Counter[Any] = Counter()
 
     def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         seen[tuple(x.shape[1:])] += 1
-        return run(x, *args, **kwargs)
+        return kernel.run(x, *args, **kwargs)
 
-    turns._chosen[torch.device("cpu"), model.dtype] = counted, name
+    turns._chosen[torch.device("cpu"), model.dtype] = replace(kernel, run=counted)
     return seen
 
 
@@ -285,13 +287,23 @@ def test_what_cannot_be_taken_is_left_and_told() -> None:
 
 
 @torch.no_grad()
+def test_without_a_kernel_it_is_diffusers_own() -> None:
+    model, plain = _transformer().double(), _transformer().double()
+    entry = take_ltx2("transformer", model, PLAIN)
+    assert entry is not None
+    assert entry.what.endswith("where there is a kernel")
+    for a, b in zip(model(**_inputs(torch.float64)), plain(**_inputs(torch.float64)), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
 def test_the_pipeline_is_taken_told_of_and_given_back() -> None:
     sample, scale = next(s for s in SAMPLES if s.pipeline == "LTX2Pipeline"), Scale(frames=5, steps=1)
     pipe: Any = sample.build(scale)
     theirs = sample.run(pipe, scale)
     report = accelerate_pipeline(pipe, "rounding", **OPTIONS)
-    kernel = "dit.norm_rotate_native" if native("dit").library else "the plain operations"
-    assert report["transformer"].what == f"norm and rotation of 12 attentions in one pass, by {kernel}"
+    how = "by dit.norm_rotate_native" if native("dit").library else "where there is a kernel"
+    assert report["transformer"].what == f"norm and rotation of 12 attentions in one pass, {how}"
     assert report["connectors"].taken
     assert (sample.run(pipe, scale) - theirs).abs().max() <= 1 / 255
     assert accelerate_pipeline(pipe, "rounding", **OPTIONS)["transformer"].what == "it was taken before"

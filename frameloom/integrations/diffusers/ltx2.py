@@ -7,6 +7,7 @@ view of the module whose norms turn, too, and which has no rotation left to do.
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ from frameloom.integrations.diffusers.plain import (
 )
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, is_swapped, plain_class, swap
-from frameloom.ops.dit_ops import Ops, ops_for
+from frameloom.ops.dit_ops import ops_for
 from frameloom.ops.dit_rewrites import NORM_ROTATE_NATIVE, NORM_ROTATE_TRITON
 from frameloom.ops.registry import Policy
-from frameloom.ops.rope import RotaryTable, check_rotation
+from frameloom.ops.rope import RotaryTable, check_rotation, norm_rotate
 from frameloom.platform.device import platform_of
 from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
 _ATTENTION = "LTX2Attention"
+_KERNELS = (NORM_ROTATE_TRITON, NORM_ROTATE_NATIVE)
 _PROCESSORS = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
 _HOME = "diffusers.models.transformers.transformer_ltx2"
 
@@ -45,32 +47,40 @@ def take_ltx2(name: str, module: nn.Module, policy: Policy) -> Entry | None:
     entry = functools.partial(Entry, component=name, kind=type(module).__name__)
     if any(map(is_swapped, attentions)):
         return entry(taken=True, what="it was taken before")
-    turning = [part for part in attentions if part.rope_type == "split"]
+    turning = [part for part in attentions if part.rope_type == "split" and part.norm_q.weight is not None]
     if not turning:
-        return entry(taken=False, what="its rotary embedding is interleaved, and not by halves")
+        return entry(taken=False, what="its rotary embedding is interleaved, or its norms have no weights")
     weight = turning[0].norm_q.weight
     if weight.is_meta and not any(hasattr(part, "_hf_hook") for part in module.modules()):
         return entry(taken=False, what="its weights are on the meta device; load them first")
-    kernels = NORM_ROTATE_TRITON, NORM_ROTATE_NATIVE
-    if refusal := next(filter(None, map(policy.refuses, kernels)), None):
+    if refusal := first_reason(map(policy.refuses, _KERNELS)):
         return entry(taken=False, what=f"its norm and rotation in one pass: {refusal}")
     turns = Turns(policy)
     for part in turning:
         swap(part, TurningAttention, turns)
-    how = turns.at(weight.device, weight.dtype)[1]
-    return entry(taken=True, what=f"norm and rotation of {len(turning)} attentions in one pass, by {how}")
+    kernel = turns.at(weight.device, weight.dtype)
+    how = "where there is a kernel" if kernel is None else f"by {kernel.name}"
+    return entry(taken=True, what=f"norm and rotation of {len(turning)} attentions in one pass, {how}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """A provider of `norm_rotate`, and the name of its rewrite."""
+
+    name: str
+    run: Callable[..., Tensor]
 
 
 class Turns:
-    """What the attentions of one network share: the operation for each device and dtype that they meet."""
+    """What the attentions of one network share: the kernel for each device and dtype that they meet."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._chosen: dict[tuple[torch.device, torch.dtype], tuple[Callable[..., Tensor], str]] = {}
+        self._chosen: dict[tuple[torch.device, torch.dtype], Kernel | None] = {}
         self._told: set[str] = set()
 
-    def at(self, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
-        """`norm_rotate` of a place, and its name."""
+    def at(self, device: torch.device, dtype: torch.dtype) -> Kernel | None:
+        """The kernel of a place, or None where there is none."""
         key = device, dtype
         if key not in self._chosen:
             self._chosen[key] = self._choose(device, dtype)
@@ -85,15 +95,14 @@ class Turns:
     def release(self) -> None:
         """Nothing of a module's was changed."""
 
-    def _choose(self, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
-        plain = Ops().norm_rotate, "the plain operations"
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> Kernel | None:
         try:
             ops, decisions = ops_for(platform_of(device).name, policy=self._policy, dtype=dtype)
         except RequestError:  # a kind of device that is not known here
-            return plain
-        names = {NORM_ROTATE_TRITON.name, NORM_ROTATE_NATIVE.name}
-        used = [decision.name for decision in decisions if decision.used and decision.name in names]
-        return (ops.norm_rotate, used[0]) if used else plain
+            return None
+        used = {decision.name for decision in decisions if decision.used}
+        name = next((kernel.name for kernel in _KERNELS if kernel.name in used), None)
+        return None if name is None else Kernel(name=name, run=ops.norm_rotate)
 
 
 class TurningAttention(nn.Module):
@@ -111,7 +120,7 @@ class TurningAttention(nn.Module):
         """hidden_states (B, L, D) -> (B, L, D), turned by cosines and sines (B, H, L, P) of queries and keys."""
         given = encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb
         module: Any = self
-        if query_rotary_emb is not None and not is_traced():
+        if query_rotary_emb is not None and not is_traced() and _has_kernel(self, hidden_states):
             keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             reason = first_reason(_reasons(self, (hidden_states, keys), (query_rotary_emb, key_rotary_emb)))
             if reason is None:
@@ -121,6 +130,11 @@ class TurningAttention(nn.Module):
         plain: Any = plain_class(type(self))
         turned: Tensor = plain.forward(module, hidden_states, *given, **kwargs)
         return turned
+
+
+def _has_kernel(module: nn.Module, x: Tensor) -> bool:
+    """Whether there is anything to gain; where there is not, nothing is to be told."""
+    return held_by(module).at(x.device, x.dtype) is not None
 
 
 class _Turned:
@@ -139,7 +153,8 @@ class _Turned:
 
 def _norm_rotate(module: Any, norm: Any, table: RotaryTable, x_BLD: Tensor) -> Tensor:
     """x_BLD normed over all heads and turned, still as wide."""
-    run, _ = held_by(module).at(x_BLD.device, x_BLD.dtype)
+    kernel = held_by(module).at(x_BLD.device, x_BLD.dtype)
+    run = norm_rotate if kernel is None else kernel.run
     turned: Tensor = run(x_BLD, norm.weight, norm.eps, table, module.head_dim, layout="halves")
     return turned.flatten(2)
 
