@@ -49,15 +49,15 @@ class BoundBlock(BlockSteps[Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class _Reads:
-    """A cross-attention module, which makes its queries itself."""
+    """A cross-attention that makes its queries itself: (x_BLD, context_BSD) -> (B, L, D)."""
 
-    module: Callable[..., Tensor]
+    attend: Callable[[Tensor, Tensor], Tensor]
 
     def queries(self, x_BLD: Tensor, /) -> Tensor:
         return x_BLD
 
     def __call__(self, x_BLD: Tensor, context_BSD: Tensor, /) -> Tensor:
-        return self.module(x_BLD, context_BSD, None, None)
+        return self.attend(x_BLD, context_BSD)
 
 
 class TakenBlock(nn.Module):
@@ -65,7 +65,7 @@ class TakenBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """hidden_states (B, L, D) -> (B, L, D); temb (B, 6, D), or (B, M, 6, D) with an entry for L/M tokens each."""
-        if is_traced() or _refuses_block(self, hidden_states, temb, encoder_hidden_states):
+        if is_traced() or refuses_block(self, hidden_states, temb, encoder_hidden_states):
             each = _for_each_token(temb, hidden_states.shape[1])
             plain: Tensor = super().forward(hidden_states, encoder_hidden_states, each, rotary_emb)
             return plain
@@ -86,7 +86,7 @@ class TakenVaceBlock(nn.Module):
         rotary_emb: Any,
     ) -> tuple[Tensor | None, Tensor]:
         """Return the hint for the video's tokens, and the control's tokens, both (B, L, D)."""
-        if is_traced() or _refuses_block(self, control_hidden_states, temb, encoder_hidden_states, hidden_states):
+        if is_traced() or refuses_block(self, control_hidden_states, temb, encoder_hidden_states, hidden_states):
             given = hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb
             plain: tuple[Tensor | None, Tensor] = super().forward(*given)
             return plain
@@ -110,7 +110,7 @@ class TakenSkyReelsBlock(nn.Module):
         attention_mask: Tensor | None,
     ) -> Tensor:
         """hidden_states (B, L, D) -> (B, L, D); temb (B, 6, D), or (B, 6, L, D) with an entry for each token."""
-        if is_traced() or _refuses_block(self, hidden_states, temb, encoder_hidden_states):
+        if is_traced() or refuses_block(self, hidden_states, temb, encoder_hidden_states):
             plain: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, attention_mask)
             return plain
         by_token = temb if temb.ndim == 3 else temb.transpose(1, 2)
@@ -136,21 +136,27 @@ def compute_block(
     module: Any, x_BLD: Tensor, context_BSD: Tensor, modulation: Sequence[Tensor], rotary_emb: Any, *, mask: Any = None
 ) -> Tensor:
     """A block of a tree by our equations: x_BLD -> x_BLD. `modulation`: see `modulation_of`."""
+    return bind_block(
+        module,
+        x_BLD,
+        lambda normed_BLD, rope: module.attn1(normed_BLD, None, mask, rope),
+        lambda normed_BLD, context: module.attn2(normed_BLD, context, None, None),
+    ).forward(x_BLD, modulation, rotary_emb, context_BSD)
+
+
+def bind_block(
+    module: Any, x_BLD: Tensor, attn1: Callable[..., Tensor], attn2: Callable[[Tensor, Tensor], Tensor]
+) -> BoundBlock:
+    """A block of a tree as it is, for tokens like these, with its attention: `attn1(x, rope)`, `attn2(x, context)`."""
     ways: Ways = held_by(module).ways
-
-    def attend_to_itself(normed_BLD: Tensor, rope: Any) -> Tensor:
-        attended: Tensor = module.attn1(normed_BLD, None, mask, rope)
-        return attended
-
-    bound = BoundBlock(
+    return BoundBlock(
         eps=module.norm1.eps,
         ops=ways.of(x_BLD).ops,
-        attn1=attend_to_itself,
-        attn2=_Reads(module.attn2),
+        attn1=attn1,
+        attn2=_Reads(attn2),
         norm2=None if isinstance(module.norm2, nn.Identity) else module.norm2,
         ffn=module.ffn,
     )
-    return bound.forward(x_BLD, modulation, rotary_emb, context_BSD)
 
 
 def modulation_of(module: Any, x_BLD: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +176,8 @@ def _for_each_token(temb: Tensor, length: int) -> Tensor:
     return temb.repeat_interleave(length // temb.shape[1], dim=1)
 
 
-def _refuses_block(module: Any, x: Tensor, temb: Tensor, *others: Tensor) -> bool:
+def refuses_block(module: Any, x: Tensor, temb: Tensor, *others: Tensor) -> bool:
+    """Whether a block computes as Diffusers has it; the reason is told."""
     reason = first_reason(_reasons(module, x, temb, others))
     if reason is not None:
         held_by(module).ways.tell(type(module).__name__, reason)

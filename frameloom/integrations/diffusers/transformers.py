@@ -21,9 +21,10 @@ from frameloom.integrations.diffusers.blocks import (
 )
 from frameloom.integrations.diffusers.conditions import HeldTables, HeldTexts, TakenRotary, TakenTextEmbedder
 from frameloom.integrations.diffusers.denoiser import TakenDenoiser
+from frameloom.integrations.diffusers.kin import TakenAnyFlowBlock, TakenHeliosBlock
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import is_swapped, plain_class, swap
-from frameloom.integrations.diffusers.ways import Heads, Ways
+from frameloom.integrations.diffusers.ways import Heads, Way, Ways
 from frameloom.ops.registry import Policy
 
 # By module and name, so that a release of Diffusers without one of them is no error.
@@ -34,6 +35,10 @@ _MODELS: Mapping[str, type | None] = MappingProxyType(
         "transformer_wan_vace.WanVACETransformer3DModel": None,
         "transformer_wan_animate.WanAnimateTransformer3DModel": None,
         "transformer_skyreels_v2.SkyReelsV2Transformer3DModel": None,
+        "transformer_helios.HeliosTransformer3DModel": None,
+        "transformer_anyflow.AnyFlowTransformer3DModel": None,
+        "transformer_anyflow_far.AnyFlowFARTransformer3DModel": None,
+        "transformer_wan_animate_2.WanAnimate2Transformer3DModel": None,
     }
 )
 _BLOCKS: Mapping[str, type] = MappingProxyType(
@@ -43,6 +48,9 @@ _BLOCKS: Mapping[str, type] = MappingProxyType(
         "transformer_wan_animate.WanTransformerBlock": TakenBlock,
         "transformer_wan_vace.WanVACETransformerBlock": TakenVaceBlock,
         "transformer_skyreels_v2.SkyReelsV2TransformerBlock": TakenSkyReelsBlock,
+        "transformer_helios.HeliosTransformerBlock": TakenHeliosBlock,
+        "transformer_anyflow.AnyFlowTransformerBlock": TakenAnyFlowBlock,
+        "transformer_anyflow_far.AnyFlowTransformerBlock": TakenAnyFlowBlock,
     }
 )
 _ATTENTIONS = frozenset(
@@ -85,7 +93,19 @@ def take_transformer(name: str, module: nn.Module, policy: Policy) -> Entry | No
     for block in blocks:
         _take_block(block, ways)
     around = _take_around(module, ways)
-    return Entry(component=name, kind=kind, taken=True, what=f"{len(blocks)} blocks{around} by {way.what}; {_OFF}")
+    return Entry(
+        component=name, kind=kind, taken=True, what=f"{len(blocks)} blocks{around} by {_said(way, module, first)}"
+    )
+
+
+def _said(way: Way, module: nn.Module, block: Any) -> str:
+    """Of what is chosen, what these classes use."""
+    attends = is_swapped(block.attn1)
+    elsewhere = {"dit.norm_rotate": attends, "dit.patch": is_swapped(module)}
+    unused = tuple(start for start, is_used in elsewhere.items() if not is_used)
+    used = [name for name in way.rewrites if not name.startswith(unused)]
+    attention = way.attention if attends else "as Diffusers has it"
+    return f"{', '.join(used) or 'the plain operations'}; attention {attention}; {_OFF}"
 
 
 def _left(name: str, kind: str, what: str) -> Entry:
@@ -96,7 +116,7 @@ def _without_blocks(name: str, module: nn.Module) -> Entry | None:
     """A transformer that is known, but for its blocks; None for anything else."""
     if _known_model(module) is None:
         return None
-    return _left(name, type(module).__name__, "its blocks are not those of Diffusers")
+    return _left(name, type(module).__name__, "its blocks are none of those that are known here")
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

@@ -39,11 +39,12 @@ class Padding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
-    """The operations and the attention for a place, and what is said of them."""
+    """The operations and the attention for a place; which rewrites the operations are, and why this attention."""
 
     ops: Ops
     attend: Attend
-    what: str
+    rewrites: tuple[str, ...]
+    attention: str
 
 
 class Ways:
@@ -103,13 +104,16 @@ class Ways:
         try:
             platform = platform_of(device).name
         except RequestError as error:
-            return Way(ops=Ops(), attend=sdpa, what=f"plain operations ({error})")
+            return Way(ops=Ops(), attend=sdpa, rewrites=(), attention=f"sdpa: {error}")
         with torch.random.fork_rng(devices=()):  # what is measured draws numbers, and the user's seed is the user's
             ops, decisions = ops_for(platform, policy=self.policy, compiler=COMPILER, dtype=dtype)
             attend, reason = self._attention(platform, device, dtype)
-        used = [decision.name for decision in decisions if decision.used]
-        named = ", ".join(used) if used else "the plain operations"
-        return Way(ops=ops, attend=attend, what=f"{named}; attention {reason}")
+        return Way(
+            ops=ops,
+            attend=attend,
+            rewrites=tuple(decision.name for decision in decisions if decision.used),
+            attention=reason,
+        )
 
     def _attention(self, platform: str, device: torch.device, dtype: torch.dtype) -> tuple[Attend, str]:
         name, because = "auto", None
