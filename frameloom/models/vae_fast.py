@@ -368,7 +368,9 @@ def _choose_norm(policy: Policy, weight: Tensor) -> tuple[str | None, list[Decis
     }
     reasons[ops.NORM_SILU_NATIVE] = reasons[ops.NORM_SILU_NATIVE] or refuses_native(weight)
     reasons[ops.NORM_SILU_TRITON] = reasons[ops.NORM_SILU_TRITON] or refuses_triton(weight)
-    if weight.device.type != "cpu":
+    if weight.device.type == "cpu" and not policy.insists(ops.NORM_SILU_TRITON):
+        reasons[ops.NORM_SILU_TRITON] = reasons[ops.NORM_SILU_TRITON] or "Triton's interpreter is for tests"
+    elif weight.device.type != "cpu":
         reasons[ops.NORM_SILU_TILED] = reasons[ops.NORM_SILU_TILED] or "it is for the caches of a CPU"
     able = [rewrite for rewrite, reason in reasons.items() if reason is None]
     chosen = next((rewrite for rewrite in able if policy.insists(rewrite)), able[0] if able else None)

@@ -204,6 +204,23 @@ def test_two_ways_for_the_same_layers_cannot_both_be_asked_for(rivals, tmp_path)
         choose(ours, policy, Tuner(torch.device("cpu"), tmp_path))
 
 
+@pytest.mark.parametrize("way", ["vae.norm_silu_triton", "vae.norm_silu_tiled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_norm_that_is_asked_for_decodes_what_diffusers_does(kind: str, way: str, tmp_path) -> None:
+    reference, ours, choices = fast_twin(kind, tmp_path, **{way: True})
+    assert choices.norm == way
+    z = torch.randn(1, ours.spec.z_dim, 3, 3, 5)
+    passage = Passage(steps=2, channels_last=choices.channels_last)
+    assert relative_error(ours.decode(z, passage), reference.decode(z).sample) <= 1e-5
+
+
+def test_a_cpu_computes_norms_through_no_interpreter_unasked(tmp_path) -> None:
+    _, ours = make_pair("2.1")
+    choices = choose(ours.bfloat16(), Policy(), Tuner(torch.device("cpu"), tmp_path))
+    told = {decision.name: decision.used for decision in choices.decisions if "norm_silu" in decision.name}
+    assert told == {"vae.norm_silu_native": False, "vae.norm_silu_triton": False, "vae.norm_silu_tiled": True}
+
+
 def test_a_forced_way_that_does_not_apply_is_an_error(tmp_path) -> None:
     _, ours = make_pair("2.1")
     ours = ours.double()
