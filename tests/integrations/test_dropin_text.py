@@ -13,6 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from frameloom.integrations.diffusers.accelerate import accelerate_pipeline, restore_pipeline
 from frameloom.integrations.diffusers.prompts import MOST_BYTES, Prompts, take_text_encoder
+from frameloom.integrations.diffusers.samples.catalogue import sample_of
+from frameloom.integrations.diffusers.samples.sample import Scale
 from frameloom.integrations.diffusers.swap import held_by, unswap
 from frameloom.ops.registry import Policy
 from frameloom.settings import LOGGER_NAME
@@ -260,6 +262,17 @@ def test_a_pipeline_has_it_on_request_and_gives_it_back() -> None:
     assert type(pipe.text_encoder) is UMT5EncoderModel
     assert not unswap(pipe.text_encoder)
     assert prompts.held_bytes == 0
+
+
+def test_a_pipeline_that_is_asked_again_encodes_nothing_again() -> None:
+    scale = Scale(frames=5, steps=1)
+    sample = sample_of("WanPipeline")
+    pipe: Any = sample.build(scale)
+    theirs = sample.run(pipe, scale)
+    accelerate_pipeline(pipe, "bitwise", vae=False, transformer=False, text_encoder=True)
+    for _ in range(2):
+        assert torch.equal(sample.run(pipe, scale), theirs)
+    assert _counts(held_by(pipe.text_encoder)) == (2, 2)  # the prompt and the negative one
 
 
 def test_encoders_of_other_kinds_are_left_and_told() -> None:
