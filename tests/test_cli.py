@@ -266,7 +266,7 @@ def test_a_signal_leaves_no_half_file(sent, code, word, checkpoint_of, tmp_path)
         assert line, process.stderr and process.stderr.read()
     time.sleep(0.2)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == code
     assert "Traceback" not in err
     assert word in err

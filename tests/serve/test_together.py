@@ -102,12 +102,12 @@ def test_each_video_of_a_batch_is_that_of_the_run_alone(shop, tmp_path):
 
 
 def test_one_of_a_batch_is_cancelled_and_the_other_goes_on(shop, tmp_path):
-    batch = Batch(shop, orders_in(tmp_path, {**LONG, "steps": 80}, {**LONG, "steps": 80}))
+    batch = Batch(shop, orders_in(tmp_path, {**LONG, "steps": 200}, {**LONG, "steps": 200}))
     first, second = batch.orders
     until(lambda: batch.steps(first))
     batch.cancel(first)
     assert isinstance(batch.ends(0), Cancelled)
-    assert max(batch.steps(second, until=batch.heard[first.job])) < 80
+    assert max(batch.steps(second, until=batch.heard[first.job])) < 200
     assert isinstance(batch.ends(1), Done)
     assert not list((tmp_path / "0").iterdir())
 
@@ -203,7 +203,7 @@ class Server:
 
     async def ask_together(self, *asked):
         """Ask for several while the worker is kept from them; alone is known to be slow for small jobs."""
-        for steps in (4, 80):
+        for steps in (4, 200):
             shape = f"64x32, 9 frames, {steps} steps, with guidance"
             for _ in range(3):
                 self.core._known.pace.learn(shape, 1, 1e6)
@@ -241,7 +241,7 @@ def test_one_of_a_batch_is_cancelled_another_deleted_and_the_last_completes(tmp_
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            names = await server.ask_together(*({"seed": seed, "steps": 80} for seed in (1, 2, 3)))
+            names = await server.ask_together(*({"seed": seed, "steps": 200} for seed in (1, 2, 3)))
             for name in names:
                 await server.until(name, lambda standing: standing.stage == "denoise" and standing.step > 0)
             assert len(server.told.batches) == 1
@@ -262,7 +262,7 @@ def test_a_batch_whose_worker_dies_is_made_one_at_a_time(tmp_path):
     async def story():
         server = Server(tmp_path / "data", batch=4)
         async with server.core:
-            names = await server.ask_together(*({"seed": seed, "steps": 80} for seed in (1, 2)))
+            names = await server.ask_together(*({"seed": seed, "steps": 200} for seed in (1, 2)))
             await server.until(names[1], lambda standing: standing.stage == "denoise" and standing.step > 0)
             os.kill(server.pool.all[0].pid, signal.SIGKILL)
             jobs = [await server.ended(name) for name in names]

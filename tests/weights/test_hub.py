@@ -263,7 +263,7 @@ def ask(hub: Hub | str, home, code, *arguments, **settings):
     address = hub if isinstance(hub, str) else hub.address
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=environment(address, home, **settings), capture_output=True, text=True, timeout=60,
+        env=environment(address, home, **settings), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -470,8 +470,8 @@ def test_goes_on_where_a_connection_was_cut(hub, home):
 def test_goes_on_where_the_hub_fell_silent(hub, home):
     data = noise(CHUNK + 2 * 2**20)
     hub.add("o/n", {"x.gguf": data})
-    hub.cut_at, hub.stall_s = CHUNK, 2.5
-    assert Path(ask(hub, home, FILE, "o/n/x.gguf", HF_HUB_DOWNLOAD_TIMEOUT="1")).read_bytes() == data
+    hub.cut_at, hub.stall_s = CHUNK, 6.0
+    assert Path(ask(hub, home, FILE, "o/n/x.gguf", HF_HUB_DOWNLOAD_TIMEOUT="3")).read_bytes() == data
     assert hub.large_ranges() == [None, f"bytes={CHUNK}-"]
 
 
@@ -514,7 +514,7 @@ def test_goes_on_after_an_interruption(hub, home):
     while hub.large_bytes() < CHUNK + 2 * 2**20 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=240)
     assert process.returncode != 0
     assert b"KeyboardInterrupt" in told
     assert not list(home.rglob("*.gguf"))
@@ -622,7 +622,7 @@ def test_two_processes_fetch_a_file_once(hub, home):
         subprocess.Popen(command, env=environment(hub.address, home), stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=60)[0].strip() for process in started]
+    said = [process.communicate(timeout=240)[0].strip() for process in started]
     assert said[0] == said[1]
     assert Path(said[0]).read_bytes() == data
     assert hub.large_bytes() == len(data)
@@ -658,7 +658,7 @@ def test_without_a_terminal_there_are_lines_and_no_bars(hub, home):
     )
     code = PRELUDE + logged + "download_checkpoint(list_files(parse_name('o/n'))); print(file=sys.stderr)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(hub.address, home), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=environment(hub.address, home), capture_output=True, text=True, timeout=240
     )
     assert done.stderr == "\n"
     assert done.stdout.splitlines() == ["fetching o/n (3 files, 2.0 MB)", "o/n: 2.0 MB of 2.0 MB"]
