@@ -1,6 +1,7 @@
 """Runs cases of `frameloom bench` one after the other, each in a process of its own, and keeps their records."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +17,17 @@ def run_cases(command: str, cases: Mapping[str, str], *, device: str, wanted: st
     for name, options in cases.items():
         if wanted not in name:
             continue
-        words = [sys.executable, "-m", "frameloom", "bench", command, "--device", device, "--json", *options.split()]
+        words = [
+            sys.executable,
+            "-m",
+            "frameloom",
+            "bench",
+            command,
+            "--device",
+            device,
+            "--json",
+            *shlex.split(options),
+        ]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name}: failed: {done.stderr.strip()[-300:]}", flush=True)
@@ -35,7 +46,9 @@ def keep(records: Mapping[str, Any], name: str) -> None:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
+    if "pipelines" in record:
+        return "; ".join(f"{found['pipeline']} {_summary(found)}" for found in record["pipelines"])
     speedup, peak = record["speedup"], record.get("peak_bytes")
-    memory = f", memory {peak['ours'] / peak['diffusers']:.2f}x" if peak else ""
+    memory = f", memory {peak.get('ours', peak.get('accelerated')) / peak['diffusers']:.2f}x" if peak else ""
     error = f"relative error {record['relative_error']:.1e}"
     return f"{speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f}){memory}, {error}"
