@@ -36,13 +36,14 @@ class Proof:
     second_is_equal: bool
     restored_is_equal: bool
     weights_are_equal: bool
+    classes_are_equal: bool
 
 
 def prove(sample: Sample, scale: Scale) -> Proof:
     """Run a sample plain, accelerated, once more, and restored."""
     with small_pictures(sample, scale):
         pipe = sample.build(scale)
-        weights = _weights(pipe)
+        weights, classes = _weights(pipe), _classes(pipe)
         plain = sample.run(pipe, scale)
         report = frameloom.accelerate(pipe)
         first, second = sample.run(pipe, scale), sample.run(pipe, scale)
@@ -55,6 +56,7 @@ def prove(sample: Sample, scale: Scale) -> Proof:
         second_is_equal=torch.equal(first, second),
         restored_is_equal=torch.equal(plain, restored),
         weights_are_equal=_same(weights, _weights(pipe)),
+        classes_are_equal=classes == _classes(pipe),
     )
 
 
@@ -98,6 +100,11 @@ def small_pictures(sample: Sample, scale: Scale) -> Iterator[None]:
 def _weights(pipe: Any) -> dict[str, torch.Tensor]:
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {f"{n}.{key}": value.clone() for n, part in parts.items() for key, value in part.state_dict().items()}
+
+
+def _classes(pipe: Any) -> list[type]:
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return [type(pipe), *(type(module) for part in parts for module in part.modules())]
 
 
 def _same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

@@ -26,6 +26,7 @@ def test_a_pipeline_makes_the_same_pictures_accelerated_and_the_very_same_restor
     assert proof.second_is_equal
     assert proof.restored_is_equal
     assert proof.weights_are_equal
+    assert proof.classes_are_equal
     if not sample.needs:  # else the table may say that it was made without that library
         assert row_of(sample, proof.report, "").split("|")[1:5] == rows_in_docs()[sample.name].split("|")[1:5]
 
