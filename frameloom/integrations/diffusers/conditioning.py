@@ -56,7 +56,9 @@ class Conditioning:
         """Nothing of the pipeline's was changed."""
 
     def frames(self, pipe: Any, arguments: Mapping[str, Any]) -> int | None:
-        """How many latent frames have to be encoded; None for all."""
+        """How many latent frames have to be encoded; None for all, as of a VAE that has come to be another since."""
+        if _refuses_vae(pipe.vae) is not None:
+            return None
         used = self.used(pipe, arguments)
         return None if self.exact and used else used
 
@@ -110,11 +112,20 @@ def _beside(pipe: Any, vae: UsedFrames) -> Any:
 
 
 def _refuses(plain: Any, known: Any, vae: Any) -> str | None:
-    if not isinstance(vae, AutoencoderKLWan):
-        return f"its VAE is of class {type(vae).__name__}, not AutoencoderKLWan"
     for name in ("prepare_latents", "_encode_video"):
         if getattr(plain, name, None) is not getattr(known, name, None):
             return f"{plain.__name__} has its own {name}"
+    return _refuses_vae(vae)
+
+
+def _refuses_vae(vae: Any) -> str | None:
+    """Why it may need more frames than are used, or None."""
+    if not isinstance(vae, AutoencoderKLWan):
+        return f"its VAE is of class {type(vae).__name__}, not AutoencoderKLWan"
+    kind: Any = plain_class(type(vae))
+    for name in ("encode", "_encode", "tiled_encode"):
+        if getattr(kind, name) is not getattr(AutoencoderKLWan, name) or name in vars(vae):
+            return f"its VAE has its own {name}"
     config: Any = vae.config  # type: ignore[attr-defined]  # a mixin's
     if 2 ** sum(config.temperal_downsample) != _FRAMES_PER_LATENT:
         return f"its VAE does not make one latent frame of {_FRAMES_PER_LATENT}"
