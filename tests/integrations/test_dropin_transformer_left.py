@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import diffusers
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -205,6 +206,43 @@ def test_quantized_layers_compute_as_they_are(when, told):
     assert told() == []
 
 
+class Halved(torch.Tensor):
+    """A weight that is stored as half of itself, as libraries that quantize make classes of their own."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.half = weight.detach() / 2
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Halved(2 * args[0].half)
+        args = [2 * arg.half if isinstance(arg, Halved) else arg for arg in args]
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_of_a_class_of_their_own(told):
+    tiny = TINY["wan"]
+    model, inputs = tiny.make(), tiny.inputs()
+    expected = compute(model, inputs)
+    take(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.RMSNorm):
+            module.weight = torch.nn.Parameter(Halved(module.weight), requires_grad=False)
+    for _ in range(2):
+        assert relative_error(compute(model, inputs), expected) <= ROUNDING_FP32
+    assert told() == [("WanAttention", "a weight is quantized")]
+    plain = tiny.make()
+    with torch.no_grad():
+        for weight, block in zip(("to_k", "to_v"), (0, 1), strict=True):
+            plain.blocks[block].attn2.get_submodule(weight).weight.mul_(-3)
+            model.blocks[block].attn2.get_submodule(weight).weight.half.mul_(-3)  # which only its parts count
+    assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
+
+
 def test_without_weights_it_is_left():
     with torch.device("meta"):
         model = WanTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
@@ -263,6 +301,14 @@ def test_blocks_of_another_class_are_left():
     entry = take(model)
     assert (entry.taken, entry.what) == (False, "its blocks are none of those that are known here")
     assert take(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "WanAnimate2Transformer3DModel"), reason="not in this release")
+def test_a_transformer_that_keeps_its_reference_in_a_cache_is_left():
+    with torch.device("meta"):
+        model = diffusers.WanAnimate2Transformer3DModel(num_layers=1, num_heads=1, dim=16, ffn_dim=8)
+    entry = take(model)
+    assert (entry.taken, entry.what) == (False, "its blocks are none of those that are known here")
 
 
 def test_copies_and_what_is_saved_know_nothing_of_it(pair, tmp_path):

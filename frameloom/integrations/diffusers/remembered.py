@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
@@ -14,10 +14,11 @@ State = tuple[Any, ...]
 def state_of(tensors: Iterable[Tensor]) -> State | None:
     """What differs once one of these tensors is another, lies elsewhere, or was written to; None where nothing tells.
 
-    Tensors of torch's inference mode do not count how often they were written to.
+    Tensors of torch's inference mode do not count how often they were written to; tensors of other classes, such as
+    quantized ones, may be made of several.
     """
     tensors = tuple(tensors)
-    if any(tensor.is_inference() for tensor in tensors):
+    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
         return None
     return tuple((x.data_ptr(), x._version, x.dtype, x.device, x.shape, x.stride()) for x in tensors)
 
