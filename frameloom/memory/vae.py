@@ -87,7 +87,7 @@ class VaePlanner:
         def run() -> None:
             state = passage.state()
             later = min(passage.steps, max(1, steps)) * (self.spec.temporal_scale if encode else 1)
-            for count in (1, later)[: 1 + min(steps, 1)]:
+            for count in (1, later, later)[: 1 + min(steps, 2 if passage.repeats else 1)]:
                 x = torch.empty((batch, channels, count, height, width), device="meta", dtype=self.dtype)
                 out = pass_on(x, state)
                 out.new_empty(_FRAME_COPIES, *out.shape)
@@ -129,6 +129,9 @@ class VaePlanner:
                 f"{what} needs at least {amount(takes)} besides its weights, and {whose} is {amount(budget)}; "
                 f"allow {takes} bytes or more, or ask for a smaller picture"
             )
+        may_repeat = encode and self.choices.repeats and not self.choices.always_chunks
+        if may_repeat and bytes_of(replace(chosen, steps=1, repeats=True)) <= budget:
+            chosen = replace(chosen, repeats=True)
         known = "at most" if takes == at_most(chosen) else "about"
         log.info("%s: %s; %s %s, %s is %s", what, chosen, known, amount(takes), whose, amount(budget))
         keeps = self.device.type == "cpu" or self.choices.always_chunks

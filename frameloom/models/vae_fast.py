@@ -20,7 +20,7 @@ from frameloom.errors import RequestError
 from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.vae_blocks import AttentionBlock, CausalConv3d, Kernel, Resample, RMSNorm
-from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS, TILE_ROWS, TILES, refuses_tiles
+from frameloom.models.vae_rewrites import BANDS, BUFFERS, CHUNKS, REPEATS, TILE_ROWS, TILES, refuses_tiles
 from frameloom.models.vae_state import BandState, Passage, Reach
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops import vae_rewrites as ops
@@ -72,6 +72,7 @@ class VaeChoices:
     norm: str | None
     channels_last: bool
     buffers: bool = True
+    repeats: bool = True
     tiles: bool = False
     chunks: bool = True
     bands: bool = True
@@ -88,7 +89,13 @@ class VaeChoices:
 
 
 REFERENCE = VaeChoices(
-    kernels=MappingProxyType({}), norm=None, channels_last=False, buffers=False, chunks=False, bands=False
+    kernels=MappingProxyType({}),
+    norm=None,
+    channels_last=False,
+    buffers=False,
+    repeats=False,
+    chunks=False,
+    bands=False,
 )
 
 
@@ -203,6 +210,7 @@ def _choose_passing(policy: Policy, weight: Tensor) -> tuple[dict[str, bool], li
     allowed: dict[str, bool] = {}
     for key, rewrite, reason in (
         ("buffers", BUFFERS, "it applies"),
+        ("repeats", REPEATS, "where frames do not change"),
         ("tiles", TILES, "it applies"),
         ("chunks", CHUNKS, "where memory allows"),
         ("bands", BANDS, "where memory is short, and on a CPU where pictures are large"),

@@ -51,6 +51,20 @@ def _by(passage: Passage) -> Callable[[WanVAE, Tensor], Tensor]:
     return decode
 
 
+def _still_example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """The same VAE, and frames (B, 3, T, H, W) that stop moving after the fifth, and move again at the end."""
+    vae, _ = _example(sizes, dtype, device)
+    height, width = (vae.spec.spatial_scale * (1 + min(side, 12) // 6) for side in (sizes.height, sizes.width))
+    moving = torch.rand(sizes.batch, 3, 9, height, width, generator=torch.Generator().manual_seed(sizes.seed)) * 2 - 1
+    x = torch.cat([moving[:, :, :5], moving[:, :, 5:6].expand(-1, -1, 48, -1, -1), moving[:, :, 5:]], dim=2)
+    return vae, x.to(device, dtype)
+
+
+@torch.inference_mode()
+def _encoded(vae: WanVAE, x: Tensor, passage: Passage) -> Tensor:
+    return vae.encode(x, passage)
+
+
 def refuses_tiles(weight: Tensor) -> str | None:
     """Why convolutions are not computed in tiles of rows where the weights are; None where they are."""
     on_cpu = weight.device.type in ("cpu", "meta")
@@ -67,6 +81,18 @@ BUFFERS = Rewrite(
     example=_example,
     tolerance=0.0,
     because="the same numbers are written to one buffer instead",
+    dtypes=(torch.float32, torch.bfloat16),
+)
+REPEATS = Rewrite(
+    name="vae.repeats",
+    exactness="bitwise",
+    replaces="encoding frames that do not change, such as those behind the picture that a video starts from",
+    reference=lambda vae, x: _encoded(vae, x, Passage(buffers=False)),
+    fast=lambda vae, x: _encoded(vae, x, Passage(repeats=True)),
+    refuses=operations.never,
+    example=_still_example,
+    tolerance=0.0,
+    because="a part of the encoder whose input and memory are those of before gives what it gave; both are compared",
     dtypes=(torch.float32, torch.bfloat16),
 )
 TILES = Rewrite(
@@ -100,4 +126,4 @@ BANDS = Rewrite(
     example=_example,
     because="every row is computed from the same rows; a GPU's library may sum in another order for another height",
 )
-VAE_REWRITES = (BUFFERS, TILES, CHUNKS, BANDS, *operations.OPERATIONS)
+VAE_REWRITES = (BUFFERS, REPEATS, TILES, CHUNKS, BANDS, *operations.OPERATIONS)

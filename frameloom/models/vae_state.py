@@ -77,6 +77,8 @@ class CausalState:
     state along, equals doing it in one piece.
     """
 
+    repeats = False  # whether `repeated` may give what it gave before
+
     def __init__(self) -> None:
         self.at_start = True  # True until the first chunk has passed
         self._tails: dict[object, Tensor] = {}
@@ -127,6 +129,10 @@ class CausalState:
     def whole_groups(self, owner: nn.Module, x_BCTHW: Tensor, group: int) -> Tensor:
         """The rows of x that complete groups of `group` rows; whole pictures always do."""
         return x_BCTHW
+
+    def repeated(self, key: object, x_BCTHW: Tensor, run: Stage) -> Tensor:
+        """`run` on x; a state that `repeats` may give what the part of the network called `key` gave before."""
+        return run(x_BCTHW)
 
     def by_rows(self, x_BCTHW: Tensor, stages: Sequence[Stage]) -> Tensor:
         """x through one stage after the other, in bands if the state is made for them."""
@@ -369,12 +375,59 @@ class BandState(CausalState):
         return flat.view(b, c, t, h, w)
 
 
+class RepeatingState(BandState):
+    """A BandState that computes no part of a network whose input and memory are those of the chunk before.
+
+    The proof is an induction: what a part gives, and what it remembers then, depend on its input and on what it
+    remembers, and on nothing else. Where neither has changed from one chunk to the next, it gives what it gave, and
+    remembers what it remembers; so does the next chunk, as long as the input stays. That the input is the same is told
+    by its being the same tensor: who has equal chunks hands over one of them. Memory is compared number by number.
+    """
+
+    repeats = True
+
+    def __init__(self, *, rows: int | None = None, channels_last: bool = True, tile_rows: int | None = None) -> None:
+        super().__init__(rows=rows, channels_last=channels_last, tile_rows=tile_rows)
+        self._passed: dict[object, _Passed] = {}
+        self._watched = False  # whether what is remembered is compared with what was
+        self._changed = False
+
+    def repeated(self, key: object, x_BCTHW: Tensor, run: Stage) -> Tensor:
+        """What `run` gave for the last chunk, where it is known that it would give that again."""
+        before = self._passed.pop(key, None)  # what it gave is let go while it runs
+        is_same = before is not None and before.given is x_BCTHW and not self.at_start
+        if before is not None and is_same and before.settled:
+            self._passed[key] = before
+            return before.made
+        del before
+        self._watched, self._changed = is_same, False
+        made = run(x_BCTHW)
+        self._passed[key] = _Passed(x_BCTHW, made, is_same and not self._changed)
+        self._watched = False
+        return made
+
+    def _remember(self, owner: nn.Module, x_BCTHW: Tensor, history: int) -> None:
+        if self._watched and not self._changed:
+            tail, end = self._tails.get(self._key(owner)), x_BCTHW[:, :, -history:]
+            self._changed = tail is None or tail.shape != end.shape or not torch.equal(tail, end)
+        super()._remember(owner, x_BCTHW, history)
+
+
+class _Passed(NamedTuple):
+    """What a part of a network was given, what it made of it, and whether it would make that again of the same."""
+
+    given: Tensor
+    made: Tensor
+    settled: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passage:
     """How a video passes through the VAE: latent frames at a time, and rows per band at most (None: whole pictures).
 
     `tile_rows`: rows that a library's convolution gives at a time, None all. `buffers` False is the plain way of
-    `CausalState`, which knows neither bands nor tiles.
+    `CausalState`, which knows neither bands nor tiles. `repeats`: an encoder gives again what it gave for frames that
+    do not change.
     """
 
     steps: int = 1
@@ -382,6 +435,7 @@ class Passage:
     tile_rows: int | None = None
     channels_last: bool = False
     buffers: bool = True
+    repeats: bool = False
 
     def part(self, x_BCTHW: Tensor, cell: int = 1) -> Tensor:
         """What of latents, or of frames with `cell` pixels per latent cell each way, passes here: all of it."""
@@ -399,7 +453,8 @@ class Passage:
         """The state of a video's beginning."""
         if not self.buffers:
             return CausalState()
-        return BandState(rows=self.rows, channels_last=self.channels_last, tile_rows=self.tile_rows)
+        kind = RepeatingState if self.repeats else BandState
+        return kind(rows=self.rows, channels_last=self.channels_last, tile_rows=self.tile_rows)
 
     def __str__(self) -> str:
         pictures = "whole pictures" if self.rows is None else f"bands of {self.rows} rows"

@@ -6,6 +6,7 @@ Source: Wan technical report (arXiv:2503.20314, section 4.1); reference file aut
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -25,6 +26,8 @@ from frameloom.models.vae_blocks import (
 from frameloom.models.vae_state import CausalState, Passage
 
 _PLAINLY = Passage(buffers=False)
+_FEWEST_STILL = 6  # chunks that repeat: with fewer the parts of the encoder that settle have passed most of them
+_SAMPLED = 32  # every so many columns are compared first
 
 
 class WanVAE(nn.Module):
@@ -58,9 +61,18 @@ class WanVAE(nn.Module):
         """Yield the moments chunk by chunk. `prepare` makes frames as above of what is given, such as bytes."""
         self.check_frames(*x_BCTHW.shape[2:])
         passage = passage or _PLAINLY
-        state, x_BCTHW = passage.state(), passage.part(x_BCTHW, self.spec.spatial_scale)
+        x_BCTHW = passage.part(x_BCTHW, self.spec.spatial_scale)
+        if (
+            passage.state().repeats
+        ):  # one latent frame at a time: then few frames pass before what does not change is known
+            still = num_still(x_BCTHW, self.spec.temporal_scale) >= _FEWEST_STILL
+            passage = replace(passage, repeats=still, steps=1 if still else passage.steps)
+        state, last, given = passage.state(), None, None
         for x in _chunks(x_BCTHW, passage.steps * self.spec.temporal_scale):
-            yield self.encode_chunk(x if prepare is None else prepare(x), state)
+            if given is None or not (state.repeats and _are_equal(x, last)):
+                given = x if prepare is None else prepare(x)
+            last = x
+            yield self.encode_chunk(given, state)
 
     def decode(self, z_BZTHW: Tensor, passage: Passage | None = None) -> Tensor:
         """Frames (B, 3, T, H, W) in [-1, 1] of latents (B, Z, T', H', W'); T = 1 + temporal_scale * (T' - 1)."""
@@ -84,8 +96,9 @@ class WanVAE(nn.Module):
         if x_BCTHW.numel() == 0:
             return self._of_no_cells(x_BCTHW, 2 * self.spec.z_dim, -(-x_BCTHW.shape[2] // self.spec.temporal_scale))
         if self.spec.patch_size is not None:
-            x_BCTHW = patchify(x_BCTHW, self.spec.patch_size)
-        moments: Tensor = self.quant_conv(self.encoder(x_BCTHW, state), state)
+            x_BCTHW = state.repeated(patchify, x_BCTHW, functools.partial(patchify, patch=self.spec.patch_size))
+        h = self.encoder(x_BCTHW, state)
+        moments = state.repeated(self.quant_conv, h, functools.partial(self.quant_conv, state=state))
         state.at_start = False
         return moments
 
@@ -157,8 +170,27 @@ class Encoder(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
         """(B, C, T, H, W) -> (B, 2Z, T', H', W')."""
-        stages = [functools.partial(stage, state=state) for stage in (self.conv_in, *self.down_blocks)]
-        h = self.mid_block(state.by_rows(x_BCTHW, stages), state)
+        for segment in self._segments(apart=state.repeats):
+            stages = [functools.partial(stage, state=state) for stage in segment]
+            x_BCTHW = state.repeated(segment[0], x_BCTHW, functools.partial(state.by_rows, stages=stages))
+        return state.repeated(self.mid_block, x_BCTHW, functools.partial(self._end, state=state))
+
+    def _segments(self, *, apart: bool) -> Iterator[list[nn.Module]]:
+        """The stages before the middle; `apart`: those of each size of the picture by themselves.
+
+        Cut behind each halving, as little as can be is kept of what lies between them.
+        """
+        segment: list[nn.Module] = [self.conv_in]
+        for stage in self.down_blocks:
+            segment.append(stage)
+            if apart and (isinstance(stage, Resample) or getattr(stage, "downsampler", None) is not None):
+                yield segment
+                segment = []
+        if segment:
+            yield segment
+
+    def _end(self, x_BCTHW: Tensor, state: CausalState) -> Tensor:
+        h = self.mid_block(x_BCTHW, state)
         out: Tensor = self.conv_out(h, state, prepare=self.norm_out.then_silu)
         return out
 
@@ -267,6 +299,19 @@ def unpatchify(x_BCTHW: Tensor, patch: int) -> Tensor:
     b, c, t, h, w = x_BCTHW.shape
     cells = x_BCTHW.reshape(b, c // (patch * patch), patch, patch, t, h, w)
     return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // (patch * patch), t, h * patch, w * patch)
+
+
+def num_still(x_BCTHW: Tensor, size: int) -> int:
+    """How many of the chunks of `size` frames after the first frame are equal to the chunk before."""
+    whole = list(_chunks(x_BCTHW, size))[1:]
+    return sum(_are_equal(chunk, before) for before, chunk in pairwise(whole))
+
+
+def _are_equal(x: Tensor, y: Tensor | None) -> bool:
+    """A few numbers of each tell of most that are not."""
+    if y is None or x.shape != y.shape:
+        return False
+    return torch.equal(x[..., ::_SAMPLED], y[..., ::_SAMPLED]) and torch.equal(x, y)
 
 
 def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBlock]:

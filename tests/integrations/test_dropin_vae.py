@@ -174,6 +174,20 @@ def test_frames_that_the_plain_method_ignores_are_ignored(kind, frames):
     assert error(encoded(taken(vae), x), moments) <= 1e-5
 
 
+@pytest.mark.parametrize("exactness", ["bitwise", "rounding"])
+def test_frames_that_do_not_change_are_encoded_once(exactness):
+    vae = vae_of()
+    x = torch.cat([frames_for(vae, 1), torch.zeros(1, 3, 48, 32, 48)], dim=2)
+    moments = encoded(vae, x)
+    taken(vae, exactness)
+    ran = []
+    network = held_by(vae).lent._vae
+    network.encoder.conv_in.register_forward_pre_hook(lambda *_: ran.append(1))
+    ours = encoded(vae, x)
+    assert torch.equal(ours, moments) if exactness == "bitwise" else error(ours, moments) <= 1e-5
+    assert 0 < len(ran) <= 6, "of 13 latent frames"
+
+
 @pytest.mark.parametrize("size", [(36, 48), (33, 41), (8, 60)])
 def test_sizes_that_the_compression_does_not_divide(size, caplog):
     vae = vae_of()
