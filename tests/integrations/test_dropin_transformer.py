@@ -11,6 +11,7 @@ from tiny_transformers import TINY, WORDS
 from frameloom.engine.rewrites import policy_of
 from frameloom.integrations.diffusers.swap import held_by, is_swapped, unswap
 from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom.models.wan_dit import ROPE_TABLES_KEPT
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
@@ -141,6 +142,23 @@ def test_a_text_is_read_once_and_two_are_kept(name):
     third = tiny.inputs(3)
     compute(model, third)
     assert len(kept) == len(held_by(model.condition_embedder.text_embedder).embedded) == 2
+
+
+@pytest.mark.parametrize("name", ["wan", "wan with times of tokens", "chronoedit", "skyreels"])
+def test_latents_of_other_sizes_have_other_positions(name):
+    tiny = TINY[name]
+    model, inputs = tiny.make(), tiny.inputs()
+    plain = copy.deepcopy(model)
+    take(model)
+    sizes = [(3, 6, 10), (2, 6, 10), (3, 10, 6), (1, 6, 4), (4, 2, 2), (3, 2, 8)]  # more than there are tables kept
+    for frames, height, width in (*sizes, sizes[0]):
+        x = torch.randn(1, inputs["hidden_states"].shape[1], frames, height, width)
+        times = (
+            inputs["timestep"] if inputs["timestep"].ndim == 1 else torch.full((1, frames * height * width // 4), 9.0)
+        )
+        given = inputs | {"hidden_states": x, "timestep": times}
+        assert relative_error(compute(model, given), compute(plain, given)) <= ROUNDING_FP32
+    assert len(held_by(model.rope)._tables) == ROPE_TABLES_KEPT
 
 
 def test_nothing_is_held_once_the_text_is_gone():
