@@ -9,12 +9,12 @@ import sys
 from records import run_cases
 
 CPU = {
-    "Wan 2.1": "--size 256x320x17 --steps 1",
-    "Wan 2.1, default allocator": "--size 256x320x17 --steps 1 --allocator default --no-peaks",
-    "Wan 2.2 TI2V": "--pipeline 'WanPipeline (2.2 TI2V)' --size 256x320x9 --steps 1",
-    "image to video": "--pipeline 'WanImageToVideoPipeline (2.1)' --size 256x320x9 --steps 1",
-    "Qwen-Image": "--pipeline QwenImagePipeline --size 512x512x1 --steps 1",
-    "Cosmos 3, image to video": "--pipeline 'Cosmos3OmniPipeline (image)' --size 256x320x17 --steps 1",
+    "Wan 2.1": "--size 128x192x9 --steps 1",
+    "Wan 2.1, default allocator": "--size 128x192x9 --steps 1 --allocator default --no-peaks",
+    "Wan 2.2 TI2V": "--pipeline 'WanPipeline (2.2 TI2V)' --size 64x96x9 --steps 1",
+    "image to video": "--pipeline 'WanImageToVideoPipeline (2.1)' --size 128x160x9 --steps 1",
+    "Qwen-Image": "--pipeline QwenImagePipeline --size 256x256x1 --steps 1",
+    "Cosmos 3, image to video": "--pipeline 'Cosmos3OmniPipeline (image)' --size 96x128x17 --steps 1",
     "built-in model": "--model frameloom/shapes/checkpoint --size 64x64x17 --steps 8",
     "all, small": "--pipeline all --widths small --size 64x96x9",
 }
