@@ -1,12 +1,53 @@
 """When a taken module computes as its own class does: what is looked at before every call, and said once."""
 
-from collections.abc import Iterable
-from types import MethodType
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FunctionType, MappingProxyType, MethodType
 
+import diffusers
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import _contextlib
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HOMES: Mapping[str, str] = MappingProxyType(
+    {
+        "diffusers": f"{Path(str(diffusers.__file__)).parent}{os.sep}",
+        "torch": f"{Path(nn.__file__).parent}{os.sep}",  # what torch.compile makes of a method is not from there
+    }
+)
+_FUNCTIONS_KNOWN = 1024  # methods whose origin is remembered
+
+
+def is_diffusers_own(kind: type, name: str) -> bool:
+    """Whether a class has this method as Diffusers, or for its layers torch, wrote it: not a subclass's, not a patch.
+
+    A wrapper counts with what it wraps. False where there is no such method.
+    """
+    owner = next((parent for parent in kind.__mro__ if name in vars(parent)), None)
+    if owner is None:
+        return False
+    method = vars(owner)[name]
+    method = method.__func__ if isinstance(method, staticmethod | classmethod) else method
+    home = _HOMES.get(owner.__module__.partition(".")[0])
+    return home is not None and isinstance(method, FunctionType) and _is_written_in(method, home)
+
+
+def refuses_method(kind: type, name: str) -> str | None:
+    """Why what a class does may be something else than is known of it, or None."""
+    return None if is_diffusers_own(kind, name) else f"{kind.__name__}.{name} is not as Diffusers has it"
+
+
+@functools.lru_cache(_FUNCTIONS_KNOWN)
+def _is_written_in(function: FunctionType, home: str) -> bool:
+    """`torch.no_grad` as a decorator is a function of torch's."""
+    if not function.__code__.co_filename.startswith((home, _contextlib.__file__)):
+        return False
+    wrapped = (cell.cell_contents for cell in function.__closure__ or ())
+    return all(_is_written_in(inner, home) for inner in wrapped if isinstance(inner, FunctionType))
 
 
 def is_traced() -> bool:
@@ -14,8 +55,15 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def is_transformed() -> bool:
+    """Whether tensors may carry more than their values: tangents, or the levels of torch.func (grad, jvp, vmap)."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuses_input(module: nn.Module, *inputs: Tensor | None) -> str | None:
     """Why these inputs are not for ours, or None; the first of them decides on the dtype and the device."""
+    if is_transformed():
+        return "a transform of torch.func, or forward-mode differentiation, is going on"
     given = [x for x in inputs if x is not None]
     first = given[0]
     if strange := next((type(x).__name__ for x in given if type(x) not in (Tensor, nn.Parameter)), None):
@@ -45,9 +93,10 @@ def refuses_weights(weights: Iterable[Tensor | None], x: Tensor, *, same_dtype: 
 
 def refuses_layer(layer: nn.Module, *kinds: type[nn.Module]) -> str | None:
     """Why a layer has to be called, and its weights may not be used without it; None where it is plain."""
-    if type(layer) not in kinds:
-        return f"a layer is {type(layer).__name__}"
-    return f"{type(layer).__name__} has hooks" if is_hooked(layer) else None
+    kind: type = type(layer)
+    if kind not in kinds:
+        return f"a layer is {kind.__name__}"
+    return f"{kind.__name__} has hooks" if is_hooked(layer) else refuses_method(kind, "forward")
 
 
 def first_reason(reasons: Iterable[str | None]) -> str | None:
