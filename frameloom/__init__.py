@@ -232,9 +232,10 @@ def accelerate(
 ) -> "Report":
     """Compute a live Diffusers pipeline's VAE and transformers by the networks here, on its own weights.
 
-    `pipe`: a pipeline, modular or not, or components of one by their names. `exactness`: as in `load`. `text_encoder`:
-    prompts that came before are remembered. Returns what was taken over, and why the rest was not; printed it is a
-    table. Raises RequestError where nothing is known, which stays as it was, and where Diffusers is not here.
+    `pipe`: a pipeline, modular or not, or components of one by their names. `exactness`: "rounding" or "bitwise".
+    `text_encoder`: prompts that came before are remembered. Returns what was taken over, what it holds, and why the
+    rest was not; printed it is a table. Raises RequestError where nothing is known, which stays as it was, and where
+    Diffusers is not here.
     """
     report: Report = _lazy("accelerate_pipeline")(
         pipe, exactness, vae=vae, transformer=transformer, text_encoder=text_encoder
@@ -243,7 +244,10 @@ def accelerate(
 
 
 def restore(pipe: Any) -> None:
-    """Give a pipeline that was accelerated its own ways to compute back, bit for bit; others stay as they are."""
+    """Give a pipeline that was accelerated its own ways to compute back, bit for bit; others stay as they are.
+
+    Raises RequestError, before anything is changed, where a class was put on top since, as FSDP2 does.
+    """
     _lazy("restore_pipeline")(pipe)
 
 

@@ -61,15 +61,42 @@ def test_a_pipeline_of_which_nothing_is_known_stays_as_it_was() -> None:
     assert not any(is_swapped(module) for module in pipe.vae.modules())
 
 
-def test_an_exactness_that_is_unknown_is_refused_before_anything_is_taken(pipe: Any) -> None:
-    with pytest.raises(RequestError, match="roundig"):
-        frameloom.accelerate(pipe, "roundig")
+@pytest.mark.parametrize("asked", ["roundig", "lossy"])
+def test_an_exactness_that_is_not_to_be_had_is_refused_before_anything_is_taken(pipe: Any, asked: str) -> None:
+    with pytest.raises(RequestError, match=f"'{asked}' is unknown in a pipeline; use one of bitwise, rounding$"):
+        frameloom.accelerate(pipe, asked)
     assert not is_swapped(pipe.vae)
 
 
 def test_nothing_asked_for_is_refused(pipe: Any) -> None:
     with pytest.raises(RequestError, match="nothing is to be taken over; let one of vae"):
         frameloom.accelerate(pipe, vae=False, transformer=False)
+
+
+@pytest.mark.parametrize("option", ["vae", "transformer", "text_encoder"])
+def test_a_choice_that_is_neither_true_nor_false_is_refused(pipe: Any, option: str) -> None:
+    with pytest.raises(RequestError, match=f"{option} is 'no'; use True or False"):
+        frameloom.accelerate(pipe, **{option: "no"})
+    assert not is_swapped(pipe.vae)
+
+
+def test_components_that_have_no_names_are_refused(pipe: Any) -> None:
+    for call in (frameloom.accelerate, frameloom.restore):
+        with pytest.raises(RequestError, match="components are given by their names, such as"):
+            call({5: pipe.vae})
+    assert not is_swapped(pipe.vae)
+
+
+@pytest.mark.parametrize("asked", [{}, {"vae": None}])
+def test_where_nothing_is_given_it_says_so(asked: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="none of the components given is a network: there is nothing to take over"):
+        frameloom.accelerate(asked)
+    frameloom.restore(asked)
+
+
+def test_components_of_which_none_is_known_are_told_as_such() -> None:
+    with pytest.raises(RequestError, match="what is given has no vae or transformer that can be taken over"):
+        frameloom.accelerate({"vae": unknown().vae})
 
 
 def test_the_second_time_says_so_and_changes_nothing(pipe: Any) -> None:
@@ -131,13 +158,34 @@ def test_diffusers_that_is_missing_or_too_old_is_named_with_what_to_install(monk
     assert extras["diffusers"] == ["diffusers>=0.40,<0.43"]
 
 
-def test_long_reasons_are_wrapped_below_each_other() -> None:
-    reason = "its weights are quantized, " * 8
-    entry = Entry(component="transformer", kind="WanTransformer3DModel", taken=False, what=reason.strip(", "))
-    text = str(Report((entry, Entry(component="vae", kind="AutoencoderKLWan", taken=True, what="decoded here"))))
-    lines = text.splitlines()
+REASON = ", ".join(["its weights are quantized"] * 8)
+ENTRIES = (
+    Entry(component="transformer", kind="WanTransformer3DModel", taken=False, what=REASON),
+    Entry(component="vae", kind="AutoencoderKLWan", taken=True, what="decoded here", extra_bytes=2_463_000_000),
+)
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("0", 100), ("130", 130), ("80", 80)])
+def test_long_reasons_are_wrapped_below_each_other_as_wide_as_the_terminal(
+    monkeypatch: Any, columns: str, widest: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = str(Report(ENTRIES)).splitlines()
     column = lines[0].index("how, or why not")
-    assert max(map(len, lines)) <= 100
+    assert widest - 15 < max(map(len, lines)) <= widest
     assert all(line[column - 1] == " " and line[column] != " " for line in lines)
-    assert " ".join(line[column:] for line in lines[1:-1]) == entry.what
-    assert lines[-1].endswith("decoded here")
+    told = " ".join(line[column:] for line in lines[1:])
+    assert told == f"{REASON} decoded here; holds up to 2.46 GB beside its weights"
+
+
+@pytest.mark.parametrize("columns", ["60", "20"])
+def test_in_a_narrow_terminal_reasons_are_below_what_they_are_of(monkeypatch: Any, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = str(Report(ENTRIES)).splitlines()
+    assert max(map(len, lines)) <= 60
+    start = lines.index("transformer  WanTransformer3DModel  left")
+    assert lines[start + 1].startswith("    its weights are quantized, ")
+    assert lines[-2:] == [
+        "vae          AutoencoderKLWan       taken",
+        "    decoded here; holds up to 2.46 GB beside its weights",
+    ]

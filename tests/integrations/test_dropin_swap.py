@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
+import frameloom
+from frameloom.errors import RequestError
 from frameloom.integrations.diffusers.swap import held_by, is_swapped, plain_class, swap, unswap
 
 
@@ -204,3 +211,103 @@ def test_two_modules_of_a_class_are_taken_for_themselves(dit: Any) -> None:
     unswap(dit)
     assert is_swapped(other)
     assert calls_of(other) == 1
+
+
+class Scaled(torch.nn.Module):
+    """A parametrization: torch puts a class of its own on top of the module's."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 1.5
+
+
+def test_a_class_on_top_of_ours_must_go_first_and_nothing_is_changed_before(dit: Any) -> None:
+    plain = compute(dit)
+    frameloom.accelerate({"transformer": dit})
+    ours = {name: type(module) for name, module in dit.named_modules()}
+    parametrize.register_parametrization(dit.blocks[0], "scale_shift_table", Scaled())
+    with pytest.raises(
+        RequestError, match=r"class Parametrized\w+ was put on top of it after it was accelerated; undo that first"
+    ):
+        frameloom.restore({"transformer": dit})
+    assert {name: type(dit.get_submodule(name)) for name in ours if name != "blocks.0"} == {
+        name: kind for name, kind in ours.items() if name != "blocks.0"
+    }
+    parametrize.remove_parametrizations(dit.blocks[0], "scale_shift_table", leave_parametrized=False)
+    frameloom.restore({"transformer": dit})
+    assert not any(map(is_swapped, dit.modules()))
+    assert torch.equal(compute(dit), plain)
+
+
+def test_the_plain_class_is_found_below_what_was_put_on_top(dit: Any) -> None:
+    swap(dit, Counted, Counting())
+    parametrize.register_parametrization(dit, "scale_shift_table", Scaled())
+    assert plain_class(type(dit)) is WanTransformer3DModel
+    assert type(copy.deepcopy(dit)) is type(dit)
+    with pytest.raises(RuntimeError, match="parametrized"):
+        torch.save(dit, io.BytesIO())
+
+
+@pytest.fixture
+def alone(tmp_path: Any) -> Any:
+    """A group of this process alone, as FSDP2 needs one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp_that_comes_after_keeps_the_module_and_restore_says_so(dit: Any, alone: Any) -> None:
+    plain = compute(dit)
+    swap(dit, Counted, held := Counting())
+    fully_shard(dit, mesh=alone)
+    with pytest.raises(RequestError, match="a WanTransformer3DModel cannot be restored: the class FSDP"):
+        frameloom.restore({"transformer": dit})
+    assert not held.is_released
+    with torch.no_grad():
+        latents, text = torch.ones(1, 4, 1, 4, 4), torch.ones(1, 3, 8)
+        dit(latents, torch.tensor([3]), text)
+    assert held.calls == 1
+    assert plain.shape
+
+
+def test_what_fsdp_has_sharded_is_left(dit: Any, alone: Any) -> None:
+    fully_shard(dit.blocks[0], mesh=alone)
+    entry = frameloom.accelerate({"transformer": dit})["transformer"]
+    assert not entry.taken
+    assert entry.what == "its weights are sharded by FSDP2"
+    assert not any(map(is_swapped, dit.modules()))
+
+
+def offloads_whole(dit: Any) -> None:
+    cpu_offload_with_hook(dit, execution_device="cpu")
+
+
+def offloads_layers(dit: Any) -> None:
+    cpu_offload(dit, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [offloads_whole, offloads_layers])
+def test_a_copy_of_what_is_offloaded_computes_as_a_plain_one(dit: Any, offload: Callable[[Any], None]) -> None:
+    plain = compute(dit)
+    offload(dit)
+    frameloom.accelerate({"transformer": dit}, "bitwise")
+    twin = copy.deepcopy(dit)
+    assert not any(map(is_swapped, twin.modules()))
+    assert torch.equal(compute(twin), plain)
+    assert torch.equal(compute(dit), plain)
+
+
+@KINDS
+def test_a_copy_keeps_its_hooks_and_gives_them_up_for_its_own_forward(dit: Any, attach: Any, factor: int) -> None:
+    plain = compute(dit)
+    attach(dit)
+    swap(dit, Counted, Counting())
+    twin = copy.deepcopy(dit)
+    assert torch.equal(compute(twin), plain * factor)
+    assert calls_of(dit) == 1, "the one that lives is still ours"
+    if attach is accelerates:
+        remove_hook_from_module(twin)
+    else:
+        twin._diffusers_hook.remove_hook("tripling")
+    assert twin.forward.__func__ is WanTransformer3DModel.forward
+    assert twin.forward.__self__ is twin
+    assert torch.equal(compute(twin), plain)

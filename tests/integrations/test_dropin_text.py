@@ -103,6 +103,10 @@ def _write(encoder: Any) -> None:
     encoder.shared.weight[_tokens(0)[0, 0], 3] += 0.5
 
 
+def _rewrite_a_word(encoder: Any) -> None:
+    encoder.shared.weight.data[_tokens(0)[0, 3], 5] = 5.0  # one number, which the samples of a weight may pass by
+
+
 def _replace(encoder: Any) -> None:
     encoder.encoder.final_layer_norm.weight = nn.Parameter(torch.full((16,), 2.0))
 
@@ -115,7 +119,7 @@ def _configure(encoder: Any) -> None:
     encoder.config.output_hidden_states = True
 
 
-@pytest.mark.parametrize("change", [_merge, _write, _replace, _convert, _configure])
+@pytest.mark.parametrize("change", [_merge, _write, _rewrite_a_word, _replace, _convert, _configure])
 @torch.no_grad()
 def test_what_has_changed_is_computed_anew(change: Callable[[Any], None]) -> None:
     encoder, prompts = _taken()
@@ -205,6 +209,23 @@ def test_nothing_is_remembered_while_gradients_are_recorded_or_autocast_is_on() 
         encoder(_tokens(0), MASK)
     assert _counts(prompts) == (0, 0)
     assert prompts.held_bytes == 0
+
+
+@torch.no_grad()
+def test_every_number_of_a_words_embedding_is_part_of_its_key() -> None:
+    encoder, prompts = _taken()
+    words = encoder.shared.weight.data
+    for place in range(words.shape[1]):
+        encoder(_tokens(0), MASK)
+        words[_tokens(0)[0, 3], place] += 1
+    assert _counts(prompts) == (0, words.shape[1])
+
+
+@torch.no_grad()
+def test_words_that_there_are_not_are_for_the_encoder_to_refuse() -> None:
+    encoder, _ = _taken()
+    with pytest.raises(IndexError, match="index out of range in self"):
+        encoder(torch.tensor([[1, 40]]))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ What is remembered is bound to all that it was made of: tokens, mask, options, c
 machine computes. A hit gives copies, and needs no weight: an encoder that is offloaded stays where it is.
 """
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ class _Remembering:
         asked = _asked(args, kwargs)
         if asked is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        key = (asked, _made_of(module))
+        key = (asked, _made_of(module), _embedding_of(module, args, kwargs))
         output = prompts.find(key)
         if output is None:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -174,6 +175,19 @@ def _made_of(module: Any) -> Key:
     places = (str(place),) if place is not None else tuple(sorted({str(weight.device) for _, weight in named}))
     computed = (module.config.to_json_string(), module.config._attn_implementation, *_arithmetic())
     return identities, _sampled([weight for _, weight in named]), places, computed
+
+
+def _embedding_of(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
+    """The rows of the embedding that a prompt uses, in full: single words are what people rewrite."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if not isinstance(tokens, Tensor):
+        return None
+    weight = module.get_input_embeddings().weight.detach()
+    used = torch.unique(tokens).long().to(weight.device)
+    if used.numel() == 0 or int(used[0]) < 0 or int(used[-1]) >= len(weight):  # the encoder says what is wrong
+        return None
+    rows = weight.index_select(0, used).contiguous().view(torch.uint8).cpu()
+    return hashlib.sha256(rows.numpy()).digest()
 
 
 def _sampled(weights: Sequence[Tensor]) -> bytes:

@@ -1,10 +1,14 @@
 """What `accelerate` did with a pipeline, component by component."""
 
+import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_WIDTH, _NARROWEST = 100, 40
+from frameloom.memory.meter import amount
+
+_WIDTH, _NARROWEST = 100, 60  # without a terminal; at least
+_ROOM = 30  # what the last column needs beside the others, else it is below them
 _GAP = "  "
 
 
@@ -46,21 +50,29 @@ class Report:
         raise KeyError(component)
 
     def __str__(self) -> str:
-        """A row per component, in columns; what is said of each is wrapped."""
+        """A row per component, in columns; what is said of each is wrapped to the width of the terminal."""
         rows = [("component", "class", "", "how, or why not")]
-        rows += [(e.component, e.kind, "taken" if e.taken else "left", e.what) for e in self.entries]
+        rows += [(e.component, e.kind, "taken" if e.taken else "left", _told(e)) for e in self.entries]
         return "\n".join(_lines(rows))
 
 
+def _told(entry: Entry) -> str:
+    if not entry.extra_bytes:
+        return entry.what
+    return f"{entry.what}; holds up to {amount(entry.extra_bytes)} beside its weights"
+
+
 def _lines(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their cells, the last in what is left of a hundred characters."""
+    """Columns as wide as their cells, the last in what is left of the terminal, or below the others."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    room = max(_NARROWEST, _WIDTH - sum(widths) - len(widths) * len(_GAP))
+    width = max(_NARROWEST, shutil.get_terminal_size((_WIDTH, 24)).columns)
+    start = sum(widths) + len(widths) * len(_GAP)
+    is_beside = width - start >= _ROOM
+    indent = " " * (start if is_beside else 2 * len(_GAP))
     lines = []
     for *cells, last in rows:
-        first, *more = textwrap.wrap(last, room) or [""]
-        start = _GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{start}{_GAP}{first}".rstrip())
-        lines += [" " * len(start) + _GAP + line for line in more]
-    return lines
+        head = "".join(cell.ljust(width) + _GAP for cell, width in zip(cells, widths, strict=True))
+        more = [indent + line for line in textwrap.wrap(last, width - len(indent))]
+        lines += [head + more[0][start:], *more[1:]] if more and is_beside else [head, *more]
+    return [line.rstrip() for line in lines]

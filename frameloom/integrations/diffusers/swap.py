@@ -5,14 +5,17 @@ becomes one made of the class it had and of ours. Names and signatures stay: wha
 finds what it knows.
 """
 
+import copy
 import copyreg
 import functools
 from collections.abc import Iterator
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
 from diffusers import DiffusionPipeline
 from torch import nn
+
+from frameloom.errors import RequestError
 
 _HELD = "_frameloom"
 _OURS = "_frameloom_mixin"
@@ -40,13 +43,23 @@ def swap(module: nn.Module | DiffusionPipeline, mixin: type, held: Held) -> None
 
 
 def unswap(module: nn.Module | DiffusionPipeline) -> bool:
-    """Give a module or a pipeline its own class back; False where it has it."""
+    """Give a module or a pipeline its own class back; False where it has it. RequestError as in `check_uncovered`."""
     if not is_swapped(module):
         return False
+    check_uncovered(module)
     held: Held = module.__dict__.pop(_HELD)
     _become(module, plain_class(type(module)))
     held.release()
     return True
+
+
+def check_uncovered(module: object) -> None:
+    """Raise RequestError where a class was put on top of ours since, as FSDP2 and torch's parametrizations do."""
+    if is_swapped(module) and _OURS not in vars(type(module)):
+        raise RequestError(
+            f"a {plain_class(type(module)).__name__} cannot be restored: the class {type(module).__name__} was put on "
+            "top of it after it was accelerated; undo that first"
+        )
 
 
 def is_swapped(module: object) -> bool:
@@ -60,27 +73,56 @@ def held_by(module: object) -> Any:
 
 
 def plain_class(kind: type) -> type:
-    """The class that a swapped module had; others are their own."""
-    return kind.__bases__[1] if hasattr(kind, _OURS) else kind
+    """The class that a swapped module had, whatever was put on top since; others are their own."""
+    ours = next((each for each in kind.__mro__ if _OURS in vars(each)), None)
+    return ours.__bases__[1] if ours is not None else kind
 
 
 @functools.cache
 def _joined(kind: type, mixin: type) -> type:
     """A class of the same name and place: what is written of it, such as a checkpoint's `_class_name`, stays true."""
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), {**named, _OURS: mixin, "__reduce_ex__": _reduce_to_plain})
+    return type(kind.__name__, (mixin, kind), {**named, _OURS: mixin, **_COPIES})
 
 
 def _reduce_to_plain(module: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class, and read where ours is not: made by the standard library."""
-    state = {name: value for name, value in module.__dict__.items() if name != _HELD}
-    return copyreg._reconstructor, (plain_class(type(module)), object, None), state  # type: ignore[attr-defined]
+    kind = type(module)
+    if _OURS not in vars(kind):  # whose class is on top decides
+        return object.__reduce_ex__(module, protocol)
+    return copyreg._reconstructor, (plain_class(kind), object, None), _state(module)  # type: ignore[attr-defined]
+
+
+def _copy_to_plain(module: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, of the plain class; hooks in it that hold the module's forward hold the copy's."""
+    kind = type(module)
+    is_top = _OURS in vars(kind)
+    twin: Any = object.__new__(plain_class(kind) if is_top else kind)
+    memo[id(module)] = twin
+    state = copy.deepcopy(_state(module) if is_top else module.__dict__, memo)
+    twin.__setstate__(state) if hasattr(twin, "__setstate__") else twin.__dict__.update(state)
+    if is_top:
+        _bind_forwards(twin, getattr(kind, "forward", None))
+    return twin
+
+
+_COPIES = MappingProxyType({"__reduce_ex__": _reduce_to_plain, "__deepcopy__": _copy_to_plain})
+
+
+def _state(module: Any) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name != _HELD}
 
 
 def _become(module: Any, kind: Any) -> None:
     """Change the class; hooks that were attached before, and hold the class's forward, get the new one."""
     before = getattr(type(module), "forward", None)
     module.__class__ = kind
+    _bind_forwards(module, before)
+
+
+def _bind_forwards(module: Any, before: Any) -> None:
+    """Where the forward is kept that the class had, keep the one that it has."""
+    kind: Any = type(module)
     for holder, name in _forwards(module):
         kept = getattr(holder, name, None)
         if isinstance(kept, MethodType) and kept.__self__ is module and kept.__func__ is before:
