@@ -1,8 +1,8 @@
 """A VAE that computes with the weights of somebody else, such as a live model's, and keeps no second copy of them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy
 from frameloom.ops.winograd import bytes_at_points
 
-_SAMPLED = 64  # numbers of a weight by which a change is told that torch does not count
+_WORDS: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32, 8: torch.int32})
+_SUMMED_AT_A_TIME = 1 << 20  # numbers, in int64
 
 
 class LentVae:
@@ -39,6 +40,7 @@ class LentVae:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._vae.named_parameters()}
         self._ways: dict[tuple[torch.device, torch.dtype], _Way] = {}
         self._made: dict[str, _Made] = {}
+        self._stamps: dict[str, _Stamp] = {}
         self._lay: dict[str, _Lay] = {}
         self._empty()
 
@@ -60,7 +62,9 @@ class LentVae:
         way = self._way(weights)
         for name, order in way.orders.items():
             self._bring(name, weights[name], order)
-        self._made = {name: made for name, made in self._made.items() if made.stamp.holds(*self._of(name))}
+        self._stamps = {name: _Stamp.of(*self._of(name)) for name in way.computed}
+        kept = {name: made for name, made in self._made.items() if name in way.computed}
+        self._made = {name: made for name, made in kept.items() if made.stamp.is_that_of(self._stamps[name])}
         install(self._vae, way.planner.choices, {name: made.kernel for name, made in self._made.items()})
         return self._vae, way.planner
 
@@ -73,7 +77,8 @@ class LentVae:
             if name not in self._made and module.kernel is not None and getattr(module.kernel, "is_prepared", True):
                 prefix = _convolution_name(name, module)
                 stamp = _Stamp.of(weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
-                self._made[name] = _Made(kernel=module.kernel, stamp=stamp)
+                if stamp.is_that_of(self._stamps[name]):  # else they were changed meanwhile
+                    self._made[name] = _Made(kernel=module.kernel, stamp=stamp)
         self._empty()
 
     def extra_bytes(self, weights: Mapping[str, Tensor]) -> int:
@@ -152,24 +157,25 @@ class _Lay:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Stamp:
-    """By what a change of a weight and its bias is told: place, torch's count of changes, and some of the numbers.
+    """By what a change of a weight and its bias is told: their place, and sums over the bits of all their numbers.
 
-    Changes by way of `.data` are not counted, such as those of adapters that are fused into weights.
+    torch counts neither the changes by way of `.data`, such as those of adapters that are fused into weights, nor those
+    of fused optimizers.
     """
 
     places: tuple[object, ...]
-    numbers: tuple[Tensor, ...]
+    sums: tuple[Tensor, ...]
 
     @classmethod
+    @torch.no_grad()
     def of(cls, *tensors: Tensor | None) -> "_Stamp":
         there = [tensor.detach() for tensor in tensors if tensor is not None]
-        counts = [tensor._version for tensor in tensors if tensor is not None]
-        places = [(x.data_ptr(), count, x.device, x.dtype, x.shape) for x, count in zip(there, counts, strict=True)]
-        return cls(places=tuple(places), numbers=tuple(map(_sample, there)))
+        places = tuple((x.data_ptr(), x.device, x.dtype, x.shape, x.stride()) for x in there)
+        return cls(places=places, sums=tuple(map(_sums_of_bits, there)))
 
-    def holds(self, *tensors: Tensor | None) -> bool:
-        now = _Stamp.of(*tensors)
-        return now.places == self.places and all(map(torch.equal, now.numbers, self.numbers))
+    def is_that_of(self, other: "_Stamp") -> bool:
+        """Whether nothing has changed from the one to the other."""
+        return other.places == self.places and all(map(torch.equal, other.sums, self.sums))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -194,11 +200,17 @@ def _computed_bytes(module: nn.Module) -> int:
     return bytes_at_points(convolution_of(module).weight)
 
 
-def _sample(x: Tensor) -> Tensor:
-    step = max(1, x.numel() // _SAMPLED)
-    if math.prod(x.shape) and _span(x) == x.numel():
-        return x.as_strided((x.numel() // step,), (step,)).clone()
-    return x.reshape(-1)[::step].clone()
+def _sums_of_bits(x: Tensor) -> Tensor:
+    """One sum for each row of x as it lies in memory: of its bits as whole numbers, times a random one for each column.
+
+    Modulo 2**64. What has other numbers, or the same in another order, has other sums, but by a chance of 1 in 2**33.
+    """
+    flat = x.as_strided((x.numel(),), (1,)) if _span(x) == x.numel() else x.reshape(-1)
+    rows = flat.view(_WORDS[x.element_size()]).view(x.shape[0], -1)
+    factors = torch.randint(-(2**63), 2**63 - 1, rows.shape[1:], generator=torch.Generator().manual_seed(0))
+    factors = factors.to(x.device)
+    parts = torch.split(rows, max(1, _SUMMED_AT_A_TIME // rows.shape[1]))
+    return torch.cat([part.to(torch.int64).mul_(factors).sum(dim=1) for part in parts])
 
 
 def _span(x: Tensor) -> int:
