@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import frameloom
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.models.vae_fast import of_other_numbers
 from frameloom.weights import keymap
 
 WAN21 = {
@@ -73,15 +75,20 @@ def test_from_a_folder_a_file_and_a_mapping(kind, tmp_path):
             assert same(opened, vae)
 
 
-def test_the_tensors_of_a_mapping_are_shared_and_given_back():
-    state = reference().state_dict()
+def test_parameters_are_shared_and_given_back():
+    state = dict(reference().named_parameters())
     before = {name: (value.clone(), value.stride(), id(value)) for name, value in state.items()}
     opened = frameloom.vae.open(state, WAN21)
     z = torch.randn(1, 4, 2, 5, 4)
     shown = opened.decode(z)
+    assert any(value.stride() != before[name][1] for name, value in state.items())
     theirs = {value.untyped_storage().data_ptr() for value in state.values()}
-    own = [p for p in opened._vae.parameters() if p.untyped_storage().data_ptr() not in theirs]
-    assert not own
+    with opened._network.bound() as network:
+        computed = of_other_numbers(opened._planner.choices)  # those keep numbers of their own
+        kernels = [getattr(module, "kernel", None) for name, module in network.named_modules() if name not in computed]
+        used = [*network.parameters(), *(kernel.weight for kernel in kernels if kernel is not None)]
+        assert len(used) > 100
+        assert {x.untyped_storage().data_ptr() for x in used} <= theirs
     assert opened.dtype == torch.float32
     opened.close()
     opened.close()
@@ -92,6 +99,77 @@ def test_the_tensors_of_a_mapping_are_shared_and_given_back():
         assert torch.equal(again.decode(z), shown)
     with pytest.raises(RequestError, match="closed"):
         opened.decode(z)
+
+
+def test_tensors_of_a_state_dict_stay_views_of_the_parameters():
+    vae = reference()
+    state = vae.state_dict()
+    lie = {name: (value.data_ptr(), value.stride()) for name, value in vae.named_parameters()}
+    with frameloom.vae.open(state, WAN21) as opened:
+        assert same(opened, vae)
+        for each in (vae.state_dict(), state):
+            assert {name: (value.data_ptr(), value.stride()) for name, value in each.items()} == lie
+
+
+def scaled(p):
+    with torch.no_grad():
+        p.mul_(1.2)
+
+
+def scaled_uncounted(p):
+    p.data.mul_(1.2)
+
+
+@KIND
+@pytest.mark.parametrize("change", [scaled, scaled_uncounted])
+@pytest.mark.parametrize("names", [lambda vae: vae.state_dict(), lambda vae: dict(vae.named_parameters())])
+def test_the_owner_may_change_the_weights_between_two_calls(kind, change, names):
+    vae = reference(kind)
+    with frameloom.vae.open(names(vae), vae.config) as opened:
+        before = opened.decode(latents(vae))
+        for parameter in vae.parameters():
+            change(parameter)
+        assert same(opened, vae)
+        assert error(opened.decode(latents(vae)), before) > 0.01
+
+
+def test_weights_that_have_become_others_are_told():
+    vae = reference()
+    with frameloom.vae.open(dict(vae.named_parameters()), WAN21) as opened:
+        vae.to(torch.bfloat16)
+        with pytest.raises(RequestError, match="bfloat16 on cpu now"):
+            opened.decode(latents(vae).float())
+
+
+def test_streams_may_be_read_in_turns():
+    vae = reference()
+    z, other = latents(vae, 3), latents(vae, 4)[..., :4]
+    with frameloom.vae.open(vae.state_dict(), WAN21) as opened:
+        parts = list(zip(opened.stream(z, chunk=1), opened.stream(other, chunk=1), strict=False))
+        assert error(torch.cat([part for part, _ in parts], dim=2), vae.decode(z).sample) <= 1e-5
+        assert error(torch.cat([part for _, part in parts], dim=2), vae.decode(other[:, :, :3]).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_stream_that_is_read_after_close_says_so(from_file, tmp_path):
+    vae = reference()
+    vae.save_pretrained(tmp_path)
+    opened = frameloom.vae.open(tmp_path, device="cpu") if from_file else frameloom.vae.open(vae.state_dict(), WAN21)
+    begun, fresh = opened.stream(latents(vae), chunk=1), opened.stream(latents(vae), chunk=1)
+    next(begun)
+    opened.close()
+    for stream in (begun, fresh):
+        with pytest.raises(RequestError, match="closed"):
+            next(stream)
+
+
+def test_torchs_own_devices_and_dtypes_and_integers_of_numpy():
+    vae = reference()
+    with frameloom.vae.open(vae.state_dict(), WAN21, device=torch.device("cpu"), dtype=torch.bfloat16) as opened:
+        assert opened.dtype == torch.bfloat16
+    with frameloom.vae.open(vae.state_dict(), WAN21) as opened:
+        z = latents(vae)
+        assert torch.equal(opened.decode(z, chunk=np.int64(1), band=np.int32(8)), opened.decode(z, chunk=1, band=8))
 
 
 def test_a_mapping_in_another_dtype_is_not_touched():
@@ -169,6 +247,11 @@ WRONG_INPUTS = [
     (lambda o: o.encode(torch.zeros(1, 3, 4, 16, 16)), "4 frames"),
     (lambda o: o.encode(torch.zeros(1, 3, 5, 20, 16)), "height 20"),
     (lambda o: o.encode(torch.zeros(1, 5, 3, 16, 16)), r"give \(B, 3, T, H, W\)"),
+    (lambda o: o.decode(torch.zeros(1, 4, 2, 3, 3, device="meta")), "latents are without values; give a dense"),
+    (lambda o: o.decode(torch.zeros(1, 4, 2, 3, 3).to_sparse()), "latents are torch.sparse_coo; give a dense"),
+    (lambda o: o.normalise(torch.zeros(1, 3, 2, 3, 3)), r"\(1, 3, 2, 3, 3\); give \(B, 4, T, H, W\)"),
+    (lambda o: o.denormalise(torch.zeros(4)), r"\(4,\); give"),
+    (lambda o: o.normalise(None), "latents are NoneType"),
 ]
 
 
@@ -185,7 +268,10 @@ def test_what_is_no_vae_is_told_in_a_sentence(tmp_path):
         (tmp_path / "nothing", None, CheckpointError, "no file or folder"),
         (tmp_path / "other.safetensors", None, CheckpointError, "other.safetensors"),
         (7, None, CheckpointError, "7 is no VAE"),
-        ({}, None, CheckpointError, "mapping"),
+        ({}, None, CheckpointError, "the mapping is empty; give the tensors of a VAE by their names"),
+        (reference(), None, CheckpointError, "a module (AutoencoderKLWan) is not opened as such; give dict("),
+        (state, "x", CheckpointError, "config is str; give"),
+        (state, 7, CheckpointError, "config is int; give"),
         ({"a": 1}, None, CheckpointError, "int under 'a'"),
         ({name: x.to(torch.int8) for name, x in state.items()}, WAN21, CheckpointError, "int8"),
         (state, None, CheckpointError, "mean and deviation"),

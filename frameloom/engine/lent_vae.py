@@ -70,6 +70,11 @@ class LentVae:
 
     def unbind(self, weights: Mapping[str, Tensor]) -> None:
         """Let the weights go, and keep what was computed of them."""
+        self.keep(weights)
+        self._empty()
+
+    def keep(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep what was computed of the weights that are bound, for the next binding."""
         modules = dict(self._vae.named_modules())
         for name in self._way(weights).computed:
             module = modules[name]
@@ -79,7 +84,6 @@ class LentVae:
                 stamp = _Stamp.of(weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
                 if stamp.is_that_of(self._stamps[name]):  # else they were changed meanwhile
                     self._made[name] = _Made(kernel=module.kernel, stamp=stamp)
-        self._empty()
 
     def extra_bytes(self, weights: Mapping[str, Tensor]) -> int:
         """What the kernels will hold besides these weights when all of them have been used."""

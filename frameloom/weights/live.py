@@ -27,6 +27,8 @@ def vae_of_tensors(
     all. Raises CheckpointError.
     """
     where = "the mapping"
+    if not tensors:
+        raise CheckpointError(f"{where} is empty; give the tensors of a VAE by their names")
     entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
     parts = identify(entries, config=config, where=where)
     for part in parts:
