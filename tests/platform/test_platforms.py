@@ -1,11 +1,13 @@
 """Which device is taken and why, on machines that are not here: a stand-in for torch answers as their drivers would."""
 
 import re
+import subprocess
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -480,6 +482,19 @@ def test_this_cpu_has_memory_and_a_name():
     assert timed(lambda: time.sleep(0.01), cpu) >= 0.01
     assert re.search(r"\w+, (1 thread|\d+ threads)$", CPU.detect().reason)
     assert "cpu" in available_devices()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say more than ru_maxrss")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    """A process that has held 240 MB starts one that does nothing: that one has not had them."""
+    asked = "import torch; from frameloom.platform.device import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    code = (
+        f"import subprocess, sys, torch; held = torch.ones(60_000_000); command = [sys.executable, '-c', {asked!r}]; "
+        f"print(subprocess.run(command, capture_output=True, text=True, check=True).stdout); {asked}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    started, starting = map(int, done.stdout.split())
+    assert 10e6 < started < starting - 150e6
 
 
 def test_a_device_that_nobody_described_is_refused():
