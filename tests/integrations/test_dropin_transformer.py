@@ -2,16 +2,14 @@
 
 import copy
 import gc
-import weakref
 
 import pytest
 import torch
-from tiny_transformers import TINY, WORDS
+from tiny_transformers import TEXT_TOKENS, TINY, WORDS
 
 from frameloom.engine.rewrites import policy_of
 from frameloom.integrations.diffusers.swap import held_by, is_swapped, unswap
 from frameloom.integrations.diffusers.transformers import take_transformer
-from frameloom.models.wan_dit import ROPE_TABLES_KEPT
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
@@ -126,22 +124,17 @@ def test_another_text_at_the_same_place_is_another_text(name):
 
 
 @pytest.mark.parametrize("name", WITH_OUR_FORWARD)
-def test_a_text_is_read_once_and_two_are_kept(name):
+@pytest.mark.parametrize(("exactness", "read"), [("rounding", WORDS + 1), ("bitwise", TEXT_TOKENS)])
+def test_of_the_padding_one_position_is_computed_and_as_many_are_handed_on(name, exactness, read):
     tiny = TINY[name]
-    model = tiny.make()
-    take(model)
-    cross, texts = model.blocks[0].attn2, [tiny.inputs(seed) for seed in (1, 2)]
-    kept = held_by(cross).keys_values._kept
+    model, inputs = tiny.make(), tiny.inputs()
+    take(model, exactness)
     seen = []
-    for step in range(3):
-        for inputs in texts:
-            compute(model, inputs | {"timestep": inputs["timestep"] - step})
-        seen.append([keys_values.text[0].data_ptr() for _, keys_values in kept.values()])
-    assert len(seen[0]) == 2
-    assert seen[0] == seen[1] == seen[2]
-    third = tiny.inputs(3)
-    compute(model, third)
-    assert len(kept) == len(held_by(model.condition_embedder.text_embedder).embedded) == 2
+    model.blocks[1].attn2.to_k.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    model.blocks[1].register_forward_pre_hook(lambda block, args: seen.append(args[1].shape[1]))
+    compute(model, inputs)
+    images = 0 if "encoder_hidden_states_image" not in inputs else 7
+    assert seen == [TEXT_TOKENS + images, read]
 
 
 @pytest.mark.parametrize("name", ["wan", "wan with times of tokens", "chronoedit", "skyreels"])
@@ -150,7 +143,7 @@ def test_latents_of_other_sizes_have_other_positions(name):
     model, inputs = tiny.make(), tiny.inputs()
     plain = copy.deepcopy(model)
     take(model)
-    sizes = [(3, 6, 10), (2, 6, 10), (3, 10, 6), (1, 6, 4), (4, 2, 2), (3, 2, 8)]  # more than there are tables kept
+    sizes = [(3, 6, 10), (2, 6, 10), (3, 10, 6), (1, 6, 4), (4, 2, 2), (3, 2, 8)]
     for frames, height, width in (*sizes, sizes[0]):
         x = torch.randn(1, inputs["hidden_states"].shape[1], frames, height, width)
         times = (
@@ -158,22 +151,19 @@ def test_latents_of_other_sizes_have_other_positions(name):
         )
         given = inputs | {"hidden_states": x, "timestep": times}
         assert relative_error(compute(model, given), compute(plain, given)) <= ROUNDING_FP32
-    assert len(held_by(model.rope)._tables) == ROPE_TABLES_KEPT
 
 
-def test_nothing_is_held_once_the_text_is_gone():
+def test_nothing_of_a_text_is_held_after_a_forward():
     tiny = TINY["wan with image"]
-    model, inputs = tiny.make(), tiny.inputs()
+    model = tiny.make()
     take(model)
-    compute(model, inputs)
-    held = held_by(model.blocks[0].attn2)
-    (kept,) = held.keys_values._kept.values()
-    keys = weakref.ref(kept[1].text[0])
-    del kept, inputs
+    paddings = held_by(model.blocks[0].attn2).ways.paddings
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda block, args: seen.append(len(paddings)))
+    compute(model, tiny.inputs())
     gc.collect()
-    assert len(held.keys_values) == 0
-    assert keys() is None
-    assert len(held.ways.padding) == len(held.ways.texts) == 0
+    assert seen == [2]
+    assert len(paddings) == 0
 
 
 def test_weights_that_changed_are_read_again():

@@ -18,11 +18,11 @@ from frameloom.integrations.diffusers.plain import (
     is_traced,
     refuses_input,
     refuses_layer,
+    refuses_method,
     refuses_weights,
 )
-from frameloom.integrations.diffusers.remembered import Remembered
-from frameloom.integrations.diffusers.swap import held_by, is_swapped
-from frameloom.integrations.diffusers.ways import PROMPTS_KEPT, Padding, Way, Ways
+from frameloom.integrations.diffusers.swap import held_by, plain_class
+from frameloom.integrations.diffusers.ways import Way, Ways
 from frameloom.models.dit_block import CrossAttentionSteps, KeysValues, Norm, SelfAttentionSteps
 from frameloom.ops.dit_ops import Ops
 from frameloom.ops.quantized import Kernel
@@ -67,34 +67,7 @@ class BoundCrossAttention(CrossAttentionSteps):
     norm_added_k: Any
 
 
-class HeldAttention:
-    """What a taken attention module holds: its ways, and the keys and values of the texts it has seen."""
-
-    def __init__(self, ways: Ways) -> None:
-        self.ways = ways
-        self.keys_values: Remembered[KeysValues] = Remembered(PROMPTS_KEPT)
-
-    def forget(self) -> None:
-        """A layer was replaced: what it computed may not hold any more."""
-        self.keys_values.clear()
-
-    release = forget
-
-
-class ForgetsReplaced(nn.Module):
-    """Tells what a taken module holds when one of its layers is replaced, as adapters do when they come and go.
-
-    A weight that such an adapter is merged into does not count that it was written to.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set it; what was remembered of the layers before is let go."""
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module) and is_swapped(self):
-            held_by(self).forget()
-
-
-class TakenAttention(ForgetsReplaced):
+class TakenAttention(nn.Module):
     """Mixin of WanAttention and of the classes that are the same."""
 
     def forward(
@@ -185,20 +158,14 @@ def _in_order(layers: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def _prompt(module: Any, bound: BoundCrossAttention, context_BSD: Tensor) -> KeysValues:
-    """Keys and values of text and image; the text's are remembered where it is known to come again."""
-    held: HeldAttention = held_by(module)
+    """Keys and values of text and image; of the text those that stand for all, where its padding is known."""
+    ways: Ways = held_by(module).ways
     text_BSD, image_BND = _split(module, context_BSD)
-    source = context_BSD if image_BND is None else held.ways.texts.known(context_BSD)
-    padding = None if source is None else held.ways.padding.known(source)
-    if source is None or padding is None:
+    padding = ways.paddings.of(context_BSD)
+    if padding is None or padding.start != context_BSD.shape[1] - text_BSD.shape[1]:
         return bound.keys_and_values(text_BSD, image_BND, None)
-    read = functools.partial(_read, bound, text_BSD, padding)
-    weights = list(_weights_of_text(module))
-    known = held.keys_values.get(source, weights, read) if weights else read()
-    if image_BND is None:
-        return known
-    k_BND = bound.norm_added_k(bound.add_k_proj(image_BND))
-    return known._replace(image=(bound.split_heads(k_BND), bound.split_heads(bound.add_v_proj(image_BND))))
+    bias_BN = padding.bias_N.expand(text_BSD.shape[0], -1)
+    return bound.keys_and_values(text_BSD[:, : padding.length], image_BND, bias_BN)
 
 
 def _split(module: Any, context_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -208,17 +175,9 @@ def _split(module: Any, context_BSD: Tensor) -> tuple[Tensor, Tensor | None]:
     return context_BSD[:, num_image:], context_BSD[:, :num_image]
 
 
-def _read(bound: BoundCrossAttention, text_BSD: Tensor, padding: Padding) -> KeysValues:
-    bias_BS = None if padding.bias_S is None else padding.bias_S.expand(text_BSD.shape[0], -1)
-    return bound.keys_and_values(text_BSD[:, : padding.length], None, bias_BS)
-
-
-def _weights_of_text(module: Any) -> Iterator[Tensor]:
-    """What keys and values of a text are made with; nothing where that is more than plain weights."""
-    layers = module.to_k, module.to_v, module.norm_k
-    if all(refuses_layer(layer, nn.Linear, nn.RMSNorm) is None for layer in layers):
-        for layer in layers:
-            yield from layer.parameters(recurse=False)
+def refuses_attention(kind: Any) -> str | None:
+    """Why what an attention class of Diffusers does, with its processor, may not be what is known of it, or None."""
+    return refuses_method(kind, "forward") or refuses_method(kind._default_processor_cls, "__call__")
 
 
 def _refuses_call(mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
@@ -233,6 +192,7 @@ def _refuses(module: Any, x: Tensor, context: Tensor | None, rotary_emb: Rotary)
 
 
 def _reasons(module: Any, x: Tensor, context: Tensor | None, rotary_emb: Rotary) -> Iterator[str | None]:
+    yield refuses_attention(plain_class(type(module)))
     yield _refuses_processor(module)
     yield refuses_input(module, x, context)
     if getattr(module, "fused_projections", False):
@@ -241,6 +201,8 @@ def _reasons(module: Any, x: Tensor, context: Tensor | None, rotary_emb: Rotary)
         yield "keys are not as wide as queries"
     if context is None:
         yield _refuses_self(module, x, rotary_emb)
+    elif context.shape[0] != x.shape[0]:
+        yield "the text comes in another number than the tokens"
     elif rotary_emb is not None:
         yield "the keys of a text would be rotated"
     elif module.add_k_proj is not None and context.shape[1] <= TEXT_TOKENS:
@@ -250,6 +212,10 @@ def _reasons(module: Any, x: Tensor, context: Tensor | None, rotary_emb: Rotary)
 def _refuses_self(module: Any, x: Tensor, rotary_emb: Rotary) -> str | None:
     if rotary_emb is None:
         return "no positions are given"
+    if not isinstance(rotary_emb, RotaryTable) and any(
+        angles.ndim != 4 or angles.shape[:3] != (1, x.shape[1], 1) for angles in rotary_emb
+    ):
+        return "its positions are not one for each token"
     norms = module.norm_q, module.norm_k
     return first_reason(refuses_layer(norm, nn.RMSNorm) for norm in norms) or refuses_weights(
         (norm.weight for norm in norms), x, same_dtype=True

@@ -16,23 +16,14 @@ from frameloom.integrations.diffusers.plain import (
     is_traced,
     refuses_input,
     refuses_layer,
+    refuses_method,
     refuses_weights,
 )
-from frameloom.integrations.diffusers.swap import held_by
+from frameloom.integrations.diffusers.swap import held_by, plain_class
 from frameloom.integrations.diffusers.ways import Ways
 from frameloom.models.dit_block import Affine, BlockSteps, ReadsPrompt
 from frameloom.ops.dit_ops import Ops
 from frameloom.ops.mlp import mlp
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldWays:
-    """What a taken module holds that keeps nothing of its own."""
-
-    ways: Ways
-
-    def release(self) -> None:
-        """There is nothing to let go."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +176,10 @@ def refuses_block(module: Any, x: Tensor, temb: Tensor, *others: Tensor) -> bool
 
 
 def _reasons(module: Any, x: Tensor, temb: Tensor, others: Sequence[Tensor]) -> Iterator[str | None]:
+    yield refuses_method(plain_class(type(module)), "forward")
     yield refuses_input(module, x, temb, *others)
+    if len({given.shape[0] for given in (x, temb, *others)}) > 1:
+        yield "tokens, timesteps and texts come in different numbers"
     yield refuses_layer(module.norm2, FP32LayerNorm, nn.Identity)
     norms = [norm for norm in (module.norm1, module.norm2, module.norm3) if not isinstance(norm, nn.Identity)]
     yield from (refuses_layer(norm, FP32LayerNorm) for norm in norms)
@@ -202,12 +196,14 @@ def _refuses_mlp(module: Any, x: Tensor) -> str | None:
 def _reasons_of_mlp(module: Any, x: Tensor) -> Iterator[str | None]:
     ways: Ways = held_by(module).ways
     yield refuses_input(module, x)
+    yield refuses_method(plain_class(type(module)), "forward")
     if ways.of(x).ops.mlp is mlp:
         yield "nothing is gained"
     kinds = (GELU,), (nn.Dropout,), (nn.Linear,)
     yield "other layers" if len(module.net) != len(kinds) else None
     yield from (refuses_layer(layer, *kind) for layer, kind in zip(module.net, kinds, strict=True))
     first, dropout, last = module.net
+    yield refuses_method(GELU, "gelu")
     yield refuses_layer(first.proj, nn.Linear)
     if first.approximate != "tanh" or (dropout.p and dropout.training):
         yield "other layers"

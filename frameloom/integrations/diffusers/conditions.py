@@ -1,93 +1,81 @@
-"""What a denoiser of Diffusers makes anew at every step though it does not change: embedded texts, rotary tables."""
+"""What a denoiser of Diffusers makes beside its blocks: embedded texts and rotary tables. Nothing is kept."""
 
 import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from frameloom.integrations.diffusers.attention import ForgetsReplaced, as_table
-from frameloom.integrations.diffusers.plain import first_reason, is_hooked, is_traced, refuses_input, refuses_layer
-from frameloom.integrations.diffusers.remembered import Remembered, State, state_of
-from frameloom.integrations.diffusers.swap import held_by
-from frameloom.integrations.diffusers.ways import PROMPTS_KEPT, Padding, Ways
-from frameloom.models.wan_dit import ROPE_TABLES_KEPT, collapse_padding
+from frameloom.integrations.diffusers.attention import as_table
+from frameloom.integrations.diffusers.plain import (
+    first_reason,
+    is_hooked,
+    is_traced,
+    refuses_input,
+    refuses_layer,
+    refuses_method,
+)
+from frameloom.integrations.diffusers.swap import held_by, plain_class
+from frameloom.integrations.diffusers.ways import Padding, Ways
+from frameloom.models.wan_dit import collapse_padding
 from frameloom.ops.rope import RotaryTable
 
 
-class HeldTexts:
-    """The embedded texts of a transformer."""
+class TakenTextEmbedder(nn.Module):
+    """Mixin of the layers that bring a text to the width of a network: of its padding one position is embedded.
 
-    def __init__(self, ways: Ways) -> None:
-        self.ways = ways
-        self.embedded: Remembered[Tensor] = Remembered(PROMPTS_KEPT)
-
-    def forget(self) -> None:
-        """A layer was replaced: what it computed may not hold any more."""
-        self.embedded.clear()
-        self.ways.forget()
-
-    release = forget
-
-
-class TakenTextEmbedder(ForgetsReplaced):
-    """Mixin of the layers that bring a text to the width of a network: once for each text that lives."""
+    Where the padding begins is read at each call, and only of a text on the CPU: others would make the host wait.
+    """
 
     def forward(self, caption: Tensor) -> Tensor:
         """(B, S, E) -> (B, S, D)."""
-        embed = functools.partial(super().forward, caption)
-        if is_traced() or not held_by(self).ways.remembers_prompts or _refuses_text(self, caption):
-            plain: Tensor = embed()
+        ways: Ways = held_by(self).ways
+        if is_traced() or first_reason(_reasons(self, ways, caption)):
+            plain: Tensor = super().forward(caption)
             return plain
-        held: HeldTexts = held_by(self)
-        return held.embedded.get(caption, list(self.parameters()), functools.partial(_embed, held.ways, caption, embed))
+        return _embed(ways, caption, super().forward)
 
 
-class HeldTables:
-    """The rotary tables that a transformer used last."""
-
-    def __init__(self, ways: Ways) -> None:
-        self.ways = ways
-        self._tables: dict[tuple[torch.Size, torch.device], tuple[State | None, RotaryTable]] = {}
-
-    def table(self, module: Any, x_BCTHW: Tensor, make: Any) -> RotaryTable:
-        """For latents like these, on their device."""
-        key, state = (x_BCTHW.shape[2:], x_BCTHW.device), state_of(module.buffers())
-        known = self._tables.pop(key, None)
-        if known is None or known[0] != state or state is None:
-            with torch.inference_mode(False):  # so that a later training step may use it too
-                known = state, RotaryTable(*(angles.contiguous() for angles in as_table(make())))
-        while len(self._tables) >= ROPE_TABLES_KEPT:
-            del self._tables[next(iter(self._tables))]  # the one that was not used for longest
-        self._tables[key] = known
-        return known[1]
-
-    def release(self) -> None:
-        """Let the tables go."""
-        self._tables.clear()
-
-
-class TakenRotary(nn.Module):
-    """Mixin of the modules that make rotary tables: each pair's angle once, and not at every step."""
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        """Latents (B, C, T, H, W) -> cosines and sines: a RotaryTable, or (1, L, 1, K) each where hooks see them."""
-        make = functools.partial(super().forward, hidden_states)
-        if is_traced() or is_hooked(self) or refuses_input(self, hidden_states):
-            return make()
-        held: HeldTables = held_by(self)
-        return held.table(self, hidden_states, make)
-
-
-def _embed(ways: Ways, text_BSE: Tensor, embed: Any) -> Tensor:
-    """Embedded, and known as a text: of its padding one position is enough."""
-    text_BSD: Tensor = embed()
-    short, bias_S = collapse_padding(text_BSE) if ways.collapses_padding else (text_BSE, None)
-    ways.padding.put(text_BSD, Padding(short.shape[1], bias_S))
+def _embed(ways: Ways, text_BSE: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """Embedded, and known by its padding to the blocks; as long as ever, for whoever else reads it."""
+    short_BNE, bias_N = collapse_padding(text_BSE)
+    if bias_N is None:
+        return embed(text_BSE)
+    short_BND = embed(short_BNE)
+    rest_BSD = short_BND[:, -1:].expand(-1, text_BSE.shape[1] - short_BND.shape[1], -1)
+    text_BSD = torch.cat((short_BND, rest_BSD), dim=1)
+    ways.paddings.put(text_BSD, Padding(0, short_BND.shape[1], bias_N))
     return text_BSD
 
 
-def _refuses_text(module: Any, caption: Tensor) -> str | None:
-    layers = module.linear_1, module.act_1, module.linear_2
-    plain = (refuses_layer(layer, nn.Linear, nn.GELU) for layer in layers)
-    return refuses_input(module, caption) or first_reason(plain)
+def _reasons(module: Any, ways: Ways, caption: Tensor) -> Iterator[str | None]:
+    yield None if ways.collapses_padding else "padding has to be counted as it is"
+    yield refuses_input(module, caption)
+    yield None if caption.device.type == "cpu" and caption.ndim == 3 else "its padding cannot be read"
+    yield refuses_method(plain_class(type(module)), "forward")
+    yield from (refuses_layer(layer, nn.Linear, nn.GELU) for layer in (module.linear_1, module.act_1, module.linear_2))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldTables:
+    """What a taken module of rotary tables holds: the class of the network that asks for them."""
+
+    network: type
+
+    def release(self) -> None:
+        """There is nothing to let go."""
+
+
+class TakenRotary(nn.Module):
+    """Mixin of the modules that make rotary tables: each pair's angle once."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Latents (B, C, T, H, W) -> cosines and sines: a RotaryTable, or (1, L, 1, K) each where others see them."""
+        make = functools.partial(super().forward, hidden_states)
+        network: type = held_by(self).network
+        methods = (refuses_method(kind, "forward") for kind in (network, plain_class(type(self))))
+        if is_traced() or is_hooked(self) or refuses_input(self, hidden_states) or first_reason(methods):
+            return make()
+        return RotaryTable(*(angles.contiguous() for angles in as_table(make())))

@@ -1,7 +1,7 @@
 """The forward of WanTransformer3DModel and of the class that is the same: what lies around its blocks.
 
 Beside what the blocks gain: patches by one product, the timestep of a frame embedded once and not for each of its
-tokens, a text that comes again with the same image known as that text, and the last layer's norm in one pass.
+tokens, the padding of a text known beside an image, too, and the last layer's norm in one pass.
 """
 
 import functools
@@ -20,9 +20,10 @@ from frameloom.integrations.diffusers.plain import (
     is_traced,
     refuses_input,
     refuses_layer,
+    refuses_method,
     refuses_weights,
 )
-from frameloom.integrations.diffusers.swap import held_by
+from frameloom.integrations.diffusers.swap import held_by, plain_class
 from frameloom.integrations.diffusers.ways import Way, Ways
 from frameloom.ops.norm import at_least_fp32
 from frameloom.ops.patch import Grid, unpatchify
@@ -91,9 +92,11 @@ def _patches(module: Any, way: Way, x_BCTHW: Tensor) -> Tensor:
 
 
 def _joined(ways: Ways, text_BSD: Tensor, image_BND: Tensor) -> Tensor:
-    """Image first, as Diffusers joins them; the blocks know the text again."""
+    """Image first, as Diffusers joins them; the blocks know the text's padding again."""
     context_BSD = torch.cat((image_BND, text_BSD), dim=1)
-    ways.texts.put(context_BSD, text_BSD)
+    padding = ways.paddings.of(text_BSD)
+    if padding is not None:
+        ways.paddings.put(context_BSD, padding._replace(start=image_BND.shape[1]))
     return context_BSD
 
 
@@ -122,7 +125,10 @@ def _by_frame(timestep_BL: Tensor, grid: Grid) -> Tensor | None:
 def _reasons(
     module: Any, ways: Ways, x: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None
 ) -> Iterator[str | None]:
+    yield refuses_method(plain_class(type(module)), "forward")
     yield refuses_input(module, x, text, image)
+    if timestep.ndim not in (1, 2) or not x.shape[0] == timestep.shape[0] == text.shape[0]:
+        yield "latents, timesteps and texts come in different numbers"
     if any(size % patch for size, patch in zip(x.shape[2:], module.config.patch_size, strict=True)):
         yield "the latents cannot be cut into whole patches"
     if timestep.ndim == 2 and not ways.embeds_frames:

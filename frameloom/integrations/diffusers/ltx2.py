@@ -19,6 +19,7 @@ from frameloom.integrations.diffusers.plain import (
     is_traced,
     refuses_input,
     refuses_layer,
+    refuses_method,
     refuses_weights,
 )
 from frameloom.integrations.diffusers.report import Entry
@@ -163,6 +164,8 @@ def _reasons(
     module: Any, sides: tuple[Tensor, Tensor], tables: tuple[tuple[Tensor, Tensor], Rotary]
 ) -> Iterator[str | None]:
     yield None if _is_known(module.processor, *_PROCESSORS) else f"its processor is {type(module.processor).__name__}"
+    yield refuses_method(plain_class(type(module)), "forward")
+    yield refuses_method(type(module.processor), "__call__")
     yield refuses_input(module, *sides)
     queries, keys = tables[0], tables[1] or tables[0]
     widths = module.inner_dim, module.inner_kv_dim

@@ -11,20 +11,20 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from torch import nn
 
-from frameloom.integrations.diffusers.attention import HeldAttention, TakenAttention
+from frameloom.integrations.diffusers.attention import TakenAttention, refuses_attention
 from frameloom.integrations.diffusers.blocks import (
-    HeldWays,
     TakenBlock,
     TakenFeedForward,
     TakenSkyReelsBlock,
     TakenVaceBlock,
 )
-from frameloom.integrations.diffusers.conditions import HeldTables, HeldTexts, TakenRotary, TakenTextEmbedder
+from frameloom.integrations.diffusers.conditions import HeldTables, TakenRotary, TakenTextEmbedder
 from frameloom.integrations.diffusers.denoiser import TakenDenoiser
 from frameloom.integrations.diffusers.kin import TakenAnyFlowBlock, TakenHeliosBlock
+from frameloom.integrations.diffusers.plain import refuses_method
 from frameloom.integrations.diffusers.report import Entry
-from frameloom.integrations.diffusers.swap import is_swapped, plain_class, swap
-from frameloom.integrations.diffusers.ways import Heads, Way, Ways
+from frameloom.integrations.diffusers.swap import Held, is_swapped, plain_class, swap
+from frameloom.integrations.diffusers.ways import Heads, HeldWays, Way, Ways
 from frameloom.ops.registry import Policy
 
 # By module and name, so that a release of Diffusers without one of them is no error.
@@ -84,18 +84,18 @@ def take_transformer(name: str, module: nn.Module, policy: Policy) -> Entry | No
         return _without_blocks(name, module)
     if any(is_swapped(block) for block in blocks):
         return Entry(component=name, kind=kind, taken=True, what="it was taken before")
+    if changed := next(filter(None, map(_changed, blocks)), None):
+        return _left(name, kind, changed)
     first: Any = blocks[0]
     weight = first.attn1.norm_q.weight
     if weight.is_meta and not any(hasattr(part, "_hf_hook") for part in module.modules()):
         return _left(name, kind, "its weights are on the meta device; load them first")
     ways = Ways(policy, Heads(first.attn1.heads, first.attn1.inner_dim // first.attn1.heads))
     way = ways.at(weight.device, weight.dtype)
-    for block in blocks:
-        _take_block(block, ways)
-    around = _take_around(module, ways)
-    return Entry(
-        component=name, kind=kind, taken=True, what=f"{len(blocks)} blocks{around} by {_said(way, module, first)}"
-    )
+    changes = {reason for block in blocks for reason in _take_block(block, ways)}
+    around = _take_around(module, ways, changes)
+    what = f"{len(blocks)} blocks{around} by {_said(way, module, first)}"
+    return Entry(component=name, kind=kind, taken=True, what="; ".join((what, *sorted(changes))))
 
 
 def _said(way: Way, module: nn.Module, block: Any) -> str:
@@ -139,30 +139,50 @@ def _known_model(module: nn.Module) -> Any:
     return next((kind for kind in type(module).__mro__ if _place_of(kind) in _MODELS), None)
 
 
-def _take_block(block: nn.Module, ways: Ways) -> None:
+def _changed(module: nn.Module) -> str | None:
+    """Why a part that is known is left: somebody has changed its class; None where nobody has."""
+    kind: type = type(module)
+    return refuses_attention(kind) if _place(module) in _ATTENTIONS else refuses_method(kind, "forward")
+
+
+def _take_block(block: nn.Module, ways: Ways) -> set[str]:
+    """Take a block and what it is made of. Returns why parts that are known were left."""
     parts: Any = block
     swap(block, _BLOCKS[_place(block)], HeldWays(ways=ways))
     with suppress(ValueError):  # the step caches of Diffusers know some blocks, by their class
         taken: Any = type(block)
         TransformerBlockRegistry.register(taken, replace(TransformerBlockRegistry.get(plain_class(taken))))
-    for attention in (parts.attn1, parts.attn2):
-        if _place(attention) in _ATTENTIONS:
-            swap(attention, TakenAttention, HeldAttention(ways))
+    attentions = [part for part in (parts.attn1, parts.attn2) if _place(part) in _ATTENTIONS]
+    known: list[tuple[nn.Module, type]] = [(part, TakenAttention) for part in attentions]
     if type(parts.ffn) is FeedForward:
-        swap(parts.ffn, TakenFeedForward, HeldWays(ways=ways))
+        known.append((parts.ffn, TakenFeedForward))
+    return {reason for part, mixin in known if (reason := _take_part(part, mixin, HeldWays(ways=ways)))}
 
 
-def _take_around(module: Any, ways: Ways) -> str:
-    """What lies around the blocks, where its forward is the one that is known. Returns what is said of it."""
+def _take_part(part: nn.Module, mixin: type, held: Held) -> str | None:
+    """Take it, or return why it is left."""
+    reason = _changed(part)
+    if reason is None:
+        swap(part, mixin, held)
+    return reason
+
+
+def _take_around(module: Any, ways: Ways, changes: set[str]) -> str:
+    """What lies around the blocks, where its forward is the one that is known. Returns what is said of it.
+
+    Why parts that are known were left comes to `changes`.
+    """
     model = _known_model(module)
-    if model is None or type(module).forward is not model.forward:
+    if model is None or refuses_method(type(module), "forward"):
         return ", in a forward that is its own,"
     embedder = module.condition_embedder.text_embedder
+    known: list[tuple[nn.Module, type, Held]] = []
     if type(embedder) is PixArtAlphaTextProjection:
-        swap(embedder, TakenTextEmbedder, HeldTexts(ways))
+        known.append((embedder, TakenTextEmbedder, HeldWays(ways=ways)))
     if _place(module.rope) in _TABLES:
-        swap(module.rope, TakenRotary, HeldTables(ways))
+        known.append((module.rope, TakenRotary, HeldTables(network=type(module))))
     mixin = _MODELS[_place_of(model)]
     if mixin is not None:
-        swap(module, mixin, HeldWays(ways=ways))
+        known.append((module, mixin, HeldWays(ways=ways)))
+    changes.update(filter(None, (_take_part(*each) for each in known)))
     return ""

@@ -2,17 +2,17 @@
 
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from frameloom.attention.core import Attend, choose, cuda_capability, sdpa
 from frameloom.engine.compiled import COMPILER
 from frameloom.engine.dit import MEASURED, fastest_attention
 from frameloom.errors import RequestError
-from frameloom.integrations.diffusers.remembered import Remembered
-from frameloom.models.dit_rewrites import COLLAPSED_PADDING, DISTINCT_TIMESTEPS, PROMPT_ONCE
+from frameloom.models.dit_rewrites import COLLAPSED_PADDING, DISTINCT_TIMESTEPS
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.registry import Policy, Rewrite
 from frameloom.platform.device import platform_of
@@ -20,7 +20,6 @@ from frameloom.platform.tuning import Tuner
 from frameloom.settings import LOGGER_NAME
 
 log = logging.getLogger(LOGGER_NAME)
-PROMPTS_KEPT = 2  # both branches of the guidance
 
 
 class Heads(NamedTuple):
@@ -31,10 +30,34 @@ class Heads(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """Of an embedded text: its first `length` positions stand for all, with this bias (length,) on their keys."""
+    """Of an embedded text, which begins at position `start`: `length` positions stand for all of it.
 
+    bias_N (length,) is for their keys.
+    """
+
+    start: int
     length: int
-    bias_S: Tensor | None
+    bias_N: Tensor
+
+
+class Paddings:
+    """What is known of the texts that a forward embeds: for as long as the tensor lives, and is not written to."""
+
+    def __init__(self) -> None:
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def put(self, text_BSD: Tensor, padding: Padding) -> None:
+        """Keep it; not of a tensor of torch's inference mode, which does not count how often it was written to."""
+        if not text_BSD.is_inference():
+            self._known[text_BSD] = text_BSD._version, padding
+
+    def of(self, text_BSD: Tensor) -> Padding | None:
+        """The padding of this very tensor, as it is."""
+        version, padding = self._known.get(text_BSD, (None, None))
+        return padding if padding is None or text_BSD._version == version else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,24 +71,18 @@ class Way:
 
 
 class Ways:
-    """What one transformer's modules share: their choices, and what they know of texts. Made by the taker."""
+    """What one transformer's modules share: their choices, and the paddings of texts. Made by the taker."""
 
     def __init__(self, policy: Policy, heads: Heads) -> None:
         self.policy = policy
         self.heads = heads
-        self.padding: Remembered[Padding] = Remembered(PROMPTS_KEPT)
-        self.texts: Remembered[Tensor] = Remembered(PROMPTS_KEPT)  # of what was joined with an image, the text
+        self.paddings = Paddings()
         self._ways: dict[tuple[torch.device, torch.dtype], Way] = {}
         self._told: set[str] = set()
 
     def allows(self, rewrite: Rewrite) -> bool:
         """Whether the user's wishes do."""
         return self.policy.refuses(rewrite) is None
-
-    @property
-    def remembers_prompts(self) -> bool:
-        """Whether what does not depend on the step is computed once."""
-        return self.allows(PROMPT_ONCE)
 
     @property
     def collapses_padding(self) -> bool:
@@ -94,11 +111,6 @@ class Ways:
         if line not in self._told:
             self._told.add(line)
             log.info("%s", line)
-
-    def forget(self) -> None:
-        """Let go what is known of texts."""
-        self.padding.clear()
-        self.texts.clear()
 
     def _choose(self, device: torch.device, dtype: torch.dtype) -> Way:
         try:
@@ -130,3 +142,13 @@ class Ways:
             capability=cuda_capability(device, platform),
             because=because,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldWays:
+    """What a taken module holds."""
+
+    ways: Ways
+
+    def release(self) -> None:
+        """There is nothing to let go."""
