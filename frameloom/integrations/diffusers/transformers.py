@@ -179,7 +179,8 @@ def _take_around(module: Any, ways: Ways, changes: set[str]) -> str:
     known: list[tuple[nn.Module, type, Held]] = []
     if type(embedder) is PixArtAlphaTextProjection:
         known.append((embedder, TakenTextEmbedder, HeldWays(ways=ways)))
-    if _place(module.rope) in _TABLES:
+    readers: list[Any] = _blocks(module)
+    if _place(module.rope) in _TABLES and all(is_swapped(block.attn1) for block in readers):
         known.append((module.rope, TakenRotary, HeldTables(network=type(module))))
     mixin = _MODELS[_place_of(model)]
     if mixin is not None:
