@@ -2,12 +2,16 @@
 
 import copy
 import logging
+import threading
 
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.autoencoders import autoencoder_kl_wan
 from releases import skip_groups_without_an_accelerator
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import frameloom
 from frameloom.integrations.diffusers.swap import held_by, is_swapped
@@ -508,6 +512,12 @@ def unlike_its_config():
     return vae
 
 
+def of_two_dtypes():
+    vae = vae_of()
+    vae.decoder.half()
+    return vae
+
+
 LEFT = {
     "a subclass": (of_class(Overrides), "_decode of its own"),
     "a method of its own": (with_own_method, "decode of its own"),
@@ -516,6 +526,7 @@ LEFT = {
     "a part of another maker": (with_foreign_part, "Tiny"),
     "not its config": (unlike_its_config, "do not fit its config"),
     "attention scales": (lambda: AutoencoderKLWan(**WAN21, attn_scales=[0.5]), "attn_scales"),
+    "two dtypes": (of_two_dtypes, "several dtypes, torch.float16 and torch.float32"),
     "float8": (lambda: vae_of().to(torch.float8_e4m3fn), "quantized"),
 }
 
@@ -532,6 +543,91 @@ def test_what_is_left_is_told_and_unchanged(what):
     assert "\n" not in entry.what
     assert (sorted(vars(vae)), type(vae)) == before
     frameloom.restore(pipe)
+
+
+PATCHED = [
+    (AutoencoderKLWan, "_decode"),
+    (AutoencoderKLWan, "encode"),
+    (autoencoder_kl_wan.WanRMS_norm, "forward"),
+    (autoencoder_kl_wan.WanCausalConv3d, "forward"),
+    (torch.nn.Conv2d, "_conv_forward"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), PATCHED)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_was_patched_in_a_class_is_called(kind, method, when, monkeypatch, caplog):
+    vae = vae_of()
+    z, x = latents(vae), frames_for(vae, 5)
+    own, called = getattr(kind, method), []
+
+    def patched(self, *args, **words):
+        called.append(1)
+        return own(self, *args, **words)
+
+    pipe = pipe_with(vae)
+    if when == "before":
+        monkeypatch.setattr(kind, method, patched)
+        entry = frameloom.accelerate(pipe)["vae"]
+        assert not entry.taken
+        assert f"{method} is not as Diffusers has it" in entry.what
+    else:
+        frameloom.accelerate(pipe, "bitwise")
+        decoded(vae, z)
+        assert not caplog.messages
+        monkeypatch.setattr(kind, method, patched)
+    decoded(vae, z), encoded(vae, x)
+    assert called
+    assert when == "before" or f"{method} is not as Diffusers has it" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own rules of differentiation
+def test_forward_mode_tangents_are_those_of_the_plain_method(caplog):
+    vae = vae_of().requires_grad_(False)
+    z, v = latents(vae, 2, 4, 4), latents(vae, 2, 4, 4, seed=7)
+
+    def tangents():
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            made = forward_ad.unpack_dual(decoded(vae, forward_ad.make_dual(z, v))).tangent
+        with sdpa_kernel(SDPBackend.MATH):
+            return made, torch.func.jvp(lambda z: decoded(vae, z), (z,), (v,))[1]
+
+    wanted = tangents()
+    taken(vae)
+    assert all(map(torch.equal, tangents(), wanted))
+    assert "forward-mode" in caplog.text
+
+
+def test_restore_waits_for_the_call_that_another_thread_is_in():
+    vae = vae_of()
+    z = latents(vae)
+    wanted = decoded(vae, z)
+    before, pipe = as_it_is(vae), pipe_with(vae)
+    frameloom.accelerate(pipe)
+    live = held_by(vae)
+    inside, go_on, made = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        inside.set()
+        go_on.wait(30)
+
+    live.lent._vae.decoder.conv_in.register_forward_pre_hook(wait)
+    caller = threading.Thread(target=lambda: made.append(vae.decode(z.detach()).sample.detach()))
+    vae.requires_grad_(False)
+    caller.start()
+    assert inside.wait(30)
+    restorer = threading.Thread(target=frameloom.restore, args=(pipe,))
+    restorer.start()
+    restorer.join(0.3)
+    assert restorer.is_alive()
+    go_on.set()
+    caller.join(60), restorer.join(60)
+    assert levels(made[0], wanted) < 0.1
+    vae.requires_grad_(True)
+    assert same(before, as_it_is(vae))
+    assert live.decode(vae, z) is None, "a call that began before, and comes to the weights after"
+    assert type(vae) is AutoencoderKLWan
+    assert torch.equal(decoded(vae, z), wanted)
 
 
 def test_a_subclass_that_changes_nothing_of_it_is_taken():

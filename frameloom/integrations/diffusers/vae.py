@@ -1,10 +1,10 @@
 """Takes over the VAE of a pipeline: AutoencoderKLWan, or AutoencoderKLQwenImage, the same under other names."""
 
+import contextlib
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from frameloom.engine.lent_vae import LentVae
 from frameloom.errors import CheckpointError, RequestError
+from frameloom.integrations.diffusers.plain import first_reason, is_traced, is_transformed, refuses_method
 from frameloom.integrations.diffusers.report import Entry
-from frameloom.integrations.diffusers.swap import held_by, swap
+from frameloom.integrations.diffusers.swap import held_by, plain_class, swap
 from frameloom.memory.vae import VaePlanner
 from frameloom.models.spec import VaeSpec
 from frameloom.models.wan_vae import WanVAE
@@ -27,6 +28,7 @@ log = logging.getLogger(LOGGER_NAME)
 
 _KINDS: tuple[Any, ...] = (AutoencoderKLWan, AutoencoderKLQwenImage)
 _OVERRIDDEN = ("encode", "decode", "_encode", "_decode", "forward", "tiled_encode", "tiled_decode")
+_PASSED_BY = ("__call__", "forward", "_conv_forward")  # of its parts
 _UNUSED = ("dropout", "scale_factor_temporal", "scale_factor_spatial")  # keys that say nothing of what is computed
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FRAMES_AT_A_TIME = 4  # that the plain methods encode, whatever the compression
@@ -54,14 +56,20 @@ def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
 class _Taken:
     """The methods that a taken VAE has instead of its own, which are called where ours do not apply."""
 
-    def _encode(self, x: Tensor) -> Tensor:
-        moments = None if torch.compiler.is_compiling() else _live(self).encode(self, x)
-        return super()._encode(x) if moments is None else moments  # type: ignore[misc]  # a mixin
+    def _encode(self, x: Tensor) -> Any:
+        if is_traced():
+            return super()._encode(x)  # type: ignore[misc]  # a mixin
+        live = _live(self)
+        moments = live.encode(self, x) if live else None
+        return _plain(self)._encode(self, x) if moments is None else moments
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        frames = None if torch.compiler.is_compiling() else _live(self).decode(self, z)
-        if frames is None:
+        if is_traced():
             return super()._decode(z, return_dict=return_dict)  # type: ignore[misc]  # a mixin
+        live = _live(self)
+        frames = live.decode(self, z) if live else None
+        if frames is None:
+            return _plain(self)._decode(self, z, return_dict=return_dict)
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
 
@@ -74,14 +82,15 @@ class _LiveVae:
         self._exactness = policy.exactness
         self._inner = _inner(module)
         self._lock = threading.RLock()  # the network is bound by one call at a time
+        self._is_released = False
         self._told: set[str] = set()
 
     def decode(self, module: Any, z_BZTHW: Tensor) -> Tensor | None:
         """Frames in [-1, 1] of latents; None where the module must do it by itself."""
         if self._must_be_plain(module, z_BZTHW, self.lent.spec.z_dim):
             return None
-        with self._at_work(module) as (vae, planner):
-            return self._where_memory_allows(lambda: _decoded(vae, planner, z_BZTHW))
+        with self._at_work(module) as bound:
+            return self._where_memory_allows(lambda: _decoded(*bound, z_BZTHW)) if bound else None
 
     def encode(self, module: Any, x_BCTHW: Tensor) -> Tensor | None:
         """Moments of frames; None where the module must do it by itself."""
@@ -93,8 +102,8 @@ class _LiveVae:
         if self._exactness == "bitwise" and (spec.is_residual or spec.temporal_scale < _FRAMES_AT_A_TIME):
             return self._leave("this encoder adds up in another order here")
         used = 1 + (x_BCTHW.shape[2] - 1) // _FRAMES_AT_A_TIME * _FRAMES_AT_A_TIME  # the plain method ignores the rest
-        with self._at_work(module) as (vae, planner):
-            return self._where_memory_allows(lambda: _encoded(vae, planner, x_BCTHW[:, :, :used]))
+        with self._at_work(module) as bound:
+            return self._where_memory_allows(lambda: _encoded(*bound, x_BCTHW[:, :, :used])) if bound else None
 
     def told(self, module: nn.Module) -> tuple[str, int]:
         """How it is computed, and the bytes that this takes beside its weights; chosen now where that can be known."""
@@ -103,20 +112,26 @@ class _LiveVae:
         will_move = first.device.type == "cpu" and torch.accelerator.is_available()
         if will_move or hasattr(module, "_hf_hook") or _refuses_weights(module, weights, first.dtype, first.device):
             return "by the network here; its kernels are chosen at the first call, where its weights are then", 0
-        with self._at_work(module) as (_, planner):
-            used = [decision.name for decision in planner.choices.decisions if decision.used]
+        with self._at_work(module) as bound:
+            used = [decision.name for decision in bound[1].choices.decisions if decision.used] if bound else []
             return f"by the network here; {', '.join(used)}", self.lent.extra_bytes(weights)
 
     def release(self) -> None:
-        """Bring the weights back into their own memory order."""
+        """Bring the weights back into their own memory order, after the call that may be going on in another thread."""
         module = self._module()
-        if module is not None:
-            self.lent.release(_weights(module))
-
-    @contextmanager
-    def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner]]:
-        weights = _weights(module)
         with self._lock:
+            self._is_released = True
+            if module is not None:
+                self.lent.release(_weights(module))
+
+    @contextlib.contextmanager
+    def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner] | None]:
+        """The network on the weights; None where they were given back since the call began."""
+        with self._lock:
+            if self._is_released:
+                yield None
+                return
+            weights = _weights(module)
             try:
                 yield self.lent.bind(weights)
             finally:
@@ -134,8 +149,16 @@ class _LiveVae:
 
     def _refusal(self, module: Any, x: Tensor, channels: int) -> str | None:
         """Why a call cannot be computed here."""
+        if is_transformed():
+            return "a transform of torch.func, or forward-mode differentiation, is going on"
         weights = _weights(module)
-        if type(x) not in (Tensor, nn.Parameter) or x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+        if (
+            type(x) not in (Tensor, nn.Parameter)
+            or x.layout != torch.strided
+            or x.ndim != 5
+            or x.shape[1] != channels
+            or 0 in x.shape
+        ):
             return "it was given something else than a video"
         if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights.values())):
             return "gradients are recorded; call it under torch.no_grad()"
@@ -147,6 +170,8 @@ class _LiveVae:
             return "tiles that are blended have other bits than a whole picture"
         if _inner(module) != self._inner or _has_hooks(module):
             return "its parts are not its own any more, or have hooks"
+        if patched := _patched(module):
+            return patched
         return _refuses_weights(module, weights, x.dtype, x.device)
 
     def _where_memory_allows(self, compute: Callable[[], Tensor]) -> Tensor | None:
@@ -187,9 +212,17 @@ def _encoded(vae: WanVAE, planner: VaePlanner, x_BCTHW: Tensor) -> Tensor:
     return encode_floats(vae, x_BCTHW, planner.encode(tuple(x_BCTHW.shape)))
 
 
-def _live(module: Any) -> _LiveVae:
-    held: _LiveVae = held_by(module)
-    return held
+def _live(module: Any) -> _LiveVae | None:
+    """None once it was restored, which another thread may do while a call begins."""
+    with contextlib.suppress(KeyError):
+        live: _LiveVae = held_by(module)
+        return live
+    return None
+
+
+def _plain(module: Any) -> Any:
+    """The class it had, even where it has it again since the call began."""
+    return plain_class(type(module))
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -208,11 +241,23 @@ def _refuses(module: Any, kind: type[nn.Module]) -> str | None:
     foreign = {type(part).__name__ for part in module.modules() if part is not module and not _is_own(part, kind)}
     if foreign:
         return f"it has parts of other makers: {', '.join(sorted(foreign))}"
+    if patched := _patched(module):
+        return patched
     if any(parameter.is_meta for parameter in module.parameters()) and not _has_hooks(module):
         return "its weights are on the meta device: load them first"
     if any(type(p) is not nn.Parameter or p.dtype not in _DTYPES for p in module.parameters()):
         return "its weights are quantized"
+    if len(dtypes := {str(p.dtype) for p in module.parameters()}) > 1:
+        return f"its weights are of several dtypes, {' and '.join(sorted(dtypes))}; bring them into one"
     return None
+
+
+def _patched(module: nn.Module) -> str | None:
+    """Which method that is passed by was replaced in a class of Diffusers or torch, or None."""
+    whole = ((plain_class(type(module)), name) for name in _OVERRIDDEN)
+    kinds = dict.fromkeys(type(part) for _, part in module.named_modules() if part is not module)
+    parts = ((kind, name) for kind in kinds for name in _PASSED_BY if hasattr(kind, name))
+    return first_reason(refuses_method(kind, name) for kind, name in (*whole, *parts))
 
 
 def _is_own(part: nn.Module, kind: type[nn.Module]) -> bool:
