@@ -261,7 +261,7 @@ def test_the_engine_tells_what_it_decided(checkpoint_of) -> None:
         told = {decision.name: decision for decision in engine.decisions}
         assert set(told) == {*(rewrite.name for rewrite in REWRITES), "attention.sdpa"}
         used = {name for name, decision in told.items() if decision.used}
-        assert used == {"vae.buffers", "dit.prompt_once", "dit.shared_branches", "attention.sdpa"}
+        assert used == {"vae.buffers", "vae.repeats", "dit.prompt_once", "dit.shared_branches", "attention.sdpa"}
         assert "bitwise was asked for" in told["vae.conv_winograd_plain"].reason
     with frameloom.load(checkpoint_of()) as engine:
         assert sum(decision.used for decision in engine.decisions) >= 10
