@@ -90,21 +90,14 @@ class _Queued(logging.handlers.QueueHandler):
             self.lost += 1
 
 
-class _Listener(logging.handlers.QueueListener):
-    """The writing thread; its end waits for room behind lines that are still to be written."""
-
-    def enqueue_sentinel(self) -> None:
-        """Tell it to end after those."""
-        self.queue.put(None)
-
-
 @contextmanager
 def logging_to(stream: TextIO | None = None, *, style: Style = "text", level: int = logging.INFO) -> Iterator[None]:
     """Write the log of this process to a stream, by default standard error, until the end of the block."""
     writer = logging.StreamHandler(stream or sys.stderr)
     writer.setFormatter(JsonLines() if style == "json" else TextLines())
-    handler = _Queued(queue.Queue(_KEPT))
-    listener = _Listener(handler.queue, writer)
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(_KEPT)
+    handler = _Queued(lines)
+    listener = logging.handlers.QueueListener(lines, writer)
     ours = logging.getLogger(LOGGER_NAME)
     loggers = [ours, *(logging.getLogger(name) for name in _TOLD)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
@@ -120,6 +113,7 @@ def logging_to(stream: TextIO | None = None, *, style: Style = "text", level: in
             logger.handlers[:] = handlers
             logger.setLevel(old_level)
             logger.propagate = propagates
+        lines.join()  # written, before the listener's end asks for room among them
         listener.stop()
 
 
