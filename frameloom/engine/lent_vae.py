@@ -19,7 +19,6 @@ from frameloom.ops.registry import Policy
 from frameloom.ops.winograd import bytes_at_points
 
 _WORDS: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32, 8: torch.int32})
-_SUMMED_AT_A_TIME = 1 << 20  # numbers, in int64
 
 
 class LentVae:
@@ -205,16 +204,15 @@ def _computed_bytes(module: nn.Module) -> int:
 
 
 def _sums_of_bits(x: Tensor) -> Tensor:
-    """One sum for each row of x as it lies in memory: of its bits as whole numbers, times a random one for each column.
+    """Sums of x's bits as whole numbers, over the rows and over the columns of a table as they lie in memory.
 
-    Modulo 2**64. What has other numbers, or the same in another order, has other sums, but by a chance of 1 in 2**33.
+    Modulo 2**64. Changes are seen unless they cancel out in every row and in every column, so any single one is.
     """
     flat = x.as_strided((x.numel(),), (1,)) if _span(x) == x.numel() else x.reshape(-1)
-    rows = flat.view(_WORDS[x.element_size()]).view(x.shape[0], -1)
-    factors = torch.randint(-(2**63), 2**63 - 1, rows.shape[1:], generator=torch.Generator().manual_seed(0))
-    factors = factors.to(x.device)
-    parts = torch.split(rows, max(1, _SUMMED_AT_A_TIME // rows.shape[1]))
-    return torch.cat([part.to(torch.int64).mul_(factors).sum(dim=1) for part in parts])
+    row_bytes = x.numel() // x.shape[0] * x.element_size()
+    is_whole = row_bytes % 8 == flat.data_ptr() % 8 == flat.storage_offset() * x.element_size() % 8 == 0
+    table = flat.view(torch.int64 if is_whole else _WORDS[x.element_size()]).view(x.shape[0], -1)
+    return torch.cat([table.sum(dim=dim, dtype=torch.int64) for dim in (0, 1)])
 
 
 def _span(x: Tensor) -> int:
