@@ -62,9 +62,8 @@ class WanVAE(nn.Module):
         self.check_frames(*x_BCTHW.shape[2:])
         passage = passage or _PLAINLY
         x_BCTHW = passage.part(x_BCTHW, self.spec.spatial_scale)
-        if (
-            passage.state().repeats
-        ):  # one latent frame at a time: then few frames pass before what does not change is known
+        if passage.buffers and passage.repeats:
+            # One latent frame at a time: then few frames pass before what does not change is known.
             still = num_still(x_BCTHW, self.spec.temporal_scale) >= _FEWEST_STILL
             passage = replace(passage, repeats=still, steps=1 if still else passage.steps)
         state, last, given = passage.state(), None, None
