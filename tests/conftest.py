@@ -45,7 +45,9 @@ def run(monkeypatch, capsys):
         return stop.value.code, out, err
 
     yield call
-    logging.getLogger("frameloom").handlers.clear()
+    logger = logging.getLogger("frameloom")  # as the command set it up for a process of its own
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
