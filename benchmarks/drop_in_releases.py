@@ -3,8 +3,8 @@
     python benchmarks/drop_in_releases.py                    # 0.40.0, 0.41.0 and 0.42.1
     python benchmarks/drop_in_releases.py 0.41.0 -- -k vae   # one of them, some of the tests
 
-Each release is installed into a folder of its own, with what it needs beside what is here, and stands before the
-environment's own on the path.
+Each release is installed into a folder of its own, with what it needs and is not here in a version that it takes, and
+stands before the environment's own on the path. The counts of whole runs are kept in benchmarks/results/.
 """
 
 import argparse
@@ -16,6 +16,12 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import torch
+from packaging.requirements import Requirement
+from records import keep
+
+from frameloom.bench.paired import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 RELEASES = ("0.40.0", "0.41.0", "0.42.1")
 
@@ -25,18 +31,17 @@ def install(release: str, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(folder)]
     subprocess.run([*pip, "--no-deps", f"diffusers=={release}"], check=True)
     (found,) = metadata.distributions(name="diffusers", path=[str(folder)])
-    wanted = [line for line in found.requires or () if "extra ==" not in line]
-    missing = [line for line in wanted if not _is_here(re.split(r"[^\w.-]", line)[0])]
+    wanted = [Requirement(line) for line in found.requires or () if "extra ==" not in line]
+    missing = [f"{need.name}{need.specifier}" for need in wanted if not _is_here(need)]
     if missing:
-        subprocess.run([*pip, *(line.partition(";")[0].strip() for line in missing)], check=True)
+        subprocess.run([*pip, *missing], check=True)
 
 
-def _is_here(name: str) -> bool:
+def _is_here(need: Requirement) -> bool:
     try:
-        metadata.version(name)
+        return need.specifier.contains(metadata.version(need.name), prereleases=True)
     except metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def run_tests(folder: Path, options: list[str]) -> tuple[str, list[str]]:
@@ -54,8 +59,14 @@ def run_tests(folder: Path, options: list[str]) -> tuple[str, list[str]]:
     return lines[-1] if lines else "nothing", [line for line in lines if line.startswith(("FAILED", "ERROR"))]
 
 
+def counts(told: str) -> dict[str, int]:
+    """How many passed, failed and were skipped, of pytest's last line."""
+    found = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", told)}
+    return {"passed": 0, "failed": 0, "skipped": 0, **found}
+
+
 def main() -> None:
-    """Run them all, and print a table."""
+    """Run them all, keep what came of it, and print a table."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("releases", nargs="*", default=RELEASES)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -64,6 +75,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             install(release, Path(folder))
             told, failed = run_tests(Path(folder), sys.argv[split + 1 :])
+        if not sys.argv[split + 1 :]:
+            found = {**counts(told), "those that failed": failed, "machine": machine(torch.device("cpu"))}
+            keep({f"Diffusers {release}": found}, "drop-in-releases")
         rows.append(f"| {release} | {told.strip('= ')} |")
         rows += [f"    {line}" for line in failed]
     print("\n| Diffusers | tests/integrations |\n|---|---|", *rows, sep="\n")
