@@ -5,14 +5,12 @@ Projections are called: whatever they are by now (a LoRA's, quantized, with hook
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 
-from frameloom.attention.core import Attend
 from frameloom.integrations.diffusers.plain import (
     first_reason,
     is_traced,
@@ -23,48 +21,42 @@ from frameloom.integrations.diffusers.plain import (
 )
 from frameloom.integrations.diffusers.swap import held_by, plain_class
 from frameloom.integrations.diffusers.ways import Way, Ways
-from frameloom.models.dit_block import CrossAttentionSteps, KeysValues, Norm, SelfAttentionSteps
+from frameloom.models.dit_block import AttentionSteps, CrossAttentionSteps, KeysValues, SelfAttentionSteps
 from frameloom.ops.dit_ops import Ops
-from frameloom.ops.quantized import Kernel
 from frameloom.ops.rope import RotaryTable
 
-TEXT_TOKENS = (
-    512  # where an image comes with the text, the processors of Diffusers count the text's tokens from the end
-)
+TEXT_TOKENS = 512  # where an image comes with the text, Diffusers' processors count the text's from the end
 Rotary = RotaryTable | tuple[Tensor, Tensor] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoundSelfAttention(SelfAttentionSteps):
-    """Layers of a tree, as they are at a call."""
+class _Bound(AttentionSteps):
+    """The layers of an attention module, as they are at a call."""
 
-    head_dim: int
-    to_q: Callable[..., Tensor]
-    to_k: Callable[..., Tensor]
-    to_v: Callable[..., Tensor]
-    to_out: Callable[..., Tensor]
-    norm_q: Norm
-    norm_k: Norm
-    attend: Attend
-    ops: Ops
-    project: Kernel | None = None
+    def __init__(self, module: Any, way: Way) -> None:
+        self.head_dim = module.inner_dim // module.heads
+        self.to_q, self.to_k, self.to_v = module.to_q, module.to_k, module.to_v
+        self.to_out = functools.partial(_in_order, module.to_out)
+        self.norm_q, self.norm_k = module.norm_q, module.norm_k
+        self.attend = way.attend
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoundCrossAttention(CrossAttentionSteps):
-    """Layers of a tree, as they are at a call. Those of an image are None where there is none."""
+class BoundSelfAttention(_Bound, SelfAttentionSteps):
+    """Of every token to every token."""
 
-    head_dim: int
-    to_q: Callable[..., Tensor]
-    to_k: Callable[..., Tensor]
-    to_v: Callable[..., Tensor]
-    to_out: Callable[..., Tensor]
-    norm_q: Norm
-    norm_k: Norm
-    attend: Attend
-    add_k_proj: Any
-    add_v_proj: Any
-    norm_added_k: Any
+    project = None
+
+    def __init__(self, module: Any, way: Way, ops: Ops) -> None:
+        super().__init__(module, way)
+        self.ops = ops
+
+
+class BoundCrossAttention(_Bound, CrossAttentionSteps):
+    """Of every token to the text and the image; the layers of an image are None where there is none."""
+
+    def __init__(self, module: Any, way: Way) -> None:
+        super().__init__(module, way)
+        self.add_k_proj, self.add_v_proj = module.add_k_proj, module.add_v_proj
+        self.norm_added_k: Any = getattr(module, "norm_added_k", None)
 
 
 class TakenAttention(nn.Module):
@@ -92,7 +84,7 @@ class TakenAttention(nn.Module):
         way = ways.of(hidden_states)
         if encoder_hidden_states is None:
             return _to_itself(self, way, hidden_states, as_table(rotary_emb))
-        bound = bind_cross(self, way)
+        bound = BoundCrossAttention(self, way)
         return bound.forward(bound.queries(hidden_states), _prompt(self, bound, encoder_hidden_states))
 
 
@@ -111,16 +103,6 @@ def as_pairs(rotary_emb: Any) -> Any:
     return tuple(angles.repeat_interleave(2, dim=-1)[None, :, None] for angles in rotary_emb)
 
 
-def bind_cross(module: Any, way: Way) -> BoundCrossAttention:
-    """The layers of a cross-attention module as they are."""
-    return BoundCrossAttention(
-        **_layers(module, way),
-        add_k_proj=module.add_k_proj,
-        add_v_proj=module.add_v_proj,
-        norm_added_k=getattr(module, "norm_added_k", None),
-    )
-
-
 def _plainly(
     forward: Callable[..., Tensor],
     x: Tensor,
@@ -135,20 +117,7 @@ def _plainly(
 def _to_itself(module: Any, way: Way, x_BLD: Tensor, rope: RotaryTable) -> Tensor:
     # tables narrower than float32 are multiplied as they are, which is the reference's rounding
     ops = way.ops if rope.cos_LP.dtype == torch.float32 else Ops()
-    return BoundSelfAttention(**_layers(module, way), ops=ops).forward(x_BLD, rope)
-
-
-def _layers(module: Any, way: Way) -> dict[str, Any]:
-    return {
-        "head_dim": module.inner_dim // module.heads,
-        "to_q": module.to_q,
-        "to_k": module.to_k,
-        "to_v": module.to_v,
-        "to_out": functools.partial(_in_order, module.to_out),
-        "norm_q": module.norm_q,
-        "norm_k": module.norm_k,
-        "attend": way.attend,
-    }
+    return BoundSelfAttention(module, way, ops).forward(x_BLD, rope)
 
 
 def _in_order(layers: nn.ModuleList, x: Tensor) -> Tensor:

@@ -21,21 +21,8 @@ from frameloom.integrations.diffusers.plain import (
 )
 from frameloom.integrations.diffusers.swap import held_by, plain_class
 from frameloom.integrations.diffusers.ways import Ways
-from frameloom.models.dit_block import Affine, BlockSteps, ReadsPrompt
-from frameloom.ops.dit_ops import Ops
+from frameloom.models.dit_block import BlockSteps
 from frameloom.ops.mlp import mlp
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoundBlock(BlockSteps[Tensor]):
-    """Layers of a tree, as they are at a call. The prompt is what the tree hands on: embedded text, (B, S, D)."""
-
-    eps: float
-    ops: Ops
-    attn1: Callable[..., Tensor]
-    attn2: ReadsPrompt[Tensor]
-    norm2: Affine | None
-    ffn: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +36,25 @@ class _Reads:
 
     def __call__(self, x_BLD: Tensor, context_BSD: Tensor, /) -> Tensor:
         return self.attend(x_BLD, context_BSD)
+
+
+class BoundBlock(BlockSteps[Tensor]):
+    """A block of a tree, with its layers as they are at a call, for tokens like x.
+
+    Its attention is `attn1(x, rope)` and `attn2(x, context)`; the prompt is what the tree hands on: embedded text,
+    (B, S, D).
+    """
+
+    def __init__(
+        self, module: Any, x_BLD: Tensor, attn1: Callable[..., Tensor], attn2: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        norm2, ways = module.norm2, held_by(module).ways
+        self.eps = module.norm1.eps
+        self.ops = ways.of(x_BLD).ops
+        self.attn1 = attn1
+        self.attn2 = _Reads(attn2)
+        self.norm2 = None if isinstance(norm2, nn.Identity) else norm2
+        self.ffn = module.ffn
 
 
 class TakenBlock(nn.Module):
@@ -118,36 +124,22 @@ class TakenFeedForward(nn.Module):
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)
             return plain
         module: Any = self
-        first, last = module.net[0].proj, module.net[2]
+        first, _, last = module.net
+        linear = first.proj
         ways: Ways = held_by(self).ways
-        return ways.of(hidden_states).ops.mlp(hidden_states, first.weight, first.bias, last.weight, last.bias)
+        return ways.of(hidden_states).ops.mlp(hidden_states, linear.weight, linear.bias, last.weight, last.bias)
 
 
 def compute_block(
     module: Any, x_BLD: Tensor, context_BSD: Tensor, modulation: Sequence[Tensor], rotary_emb: Any, *, mask: Any = None
 ) -> Tensor:
     """A block of a tree by our equations: x_BLD -> x_BLD. `modulation`: see `modulation_of`."""
-    return bind_block(
+    return BoundBlock(
         module,
         x_BLD,
         lambda normed_BLD, rope: module.attn1(normed_BLD, None, mask, rope),
         lambda normed_BLD, context: module.attn2(normed_BLD, context, None, None),
     ).forward(x_BLD, modulation, rotary_emb, context_BSD)
-
-
-def bind_block(
-    module: Any, x_BLD: Tensor, attn1: Callable[..., Tensor], attn2: Callable[[Tensor, Tensor], Tensor]
-) -> BoundBlock:
-    """A block of a tree as it is, for tokens like these, with its attention: `attn1(x, rope)`, `attn2(x, context)`."""
-    ways: Ways = held_by(module).ways
-    return BoundBlock(
-        eps=module.norm1.eps,
-        ops=ways.of(x_BLD).ops,
-        attn1=attn1,
-        attn2=_Reads(attn2),
-        norm2=None if isinstance(module.norm2, nn.Identity) else module.norm2,
-        ffn=module.ffn,
-    )
 
 
 def modulation_of(module: Any, x_BLD: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
@@ -180,13 +172,15 @@ def _reasons(module: Any, x: Tensor, temb: Tensor, others: Sequence[Tensor]) -> 
     yield refuses_input(module, x, temb, *others)
     if len({given.shape[0] for given in (x, temb, *others)}) > 1:
         yield "tokens, timesteps and texts come in different numbers"
-    yield refuses_layer(module.norm2, FP32LayerNorm, nn.Identity)
-    norms = [norm for norm in (module.norm1, module.norm2, module.norm3) if not isinstance(norm, nn.Identity)]
-    yield from (refuses_layer(norm, FP32LayerNorm) for norm in norms)
-    if len({norm.eps for norm in norms}) > 1 or any(norm.weight is not None for norm in (module.norm1, module.norm3)):
+    norm1, norm2, norm3 = module.norm1, module.norm2, module.norm3
+    yield refuses_layer(norm1, FP32LayerNorm)
+    yield refuses_layer(norm2, FP32LayerNorm, nn.Identity)
+    yield refuses_layer(norm3, FP32LayerNorm)
+    affine = [] if isinstance(norm2, nn.Identity) else [norm2]
+    if len({norm.eps for norm in (norm1, *affine, norm3)}) > 1 or not norm1.weight is norm3.weight is None:
         yield "its norms are not those of Wan"
-    yield from (refuses_weights((norm.weight, norm.bias), x) for norm in norms)
-    yield refuses_weights((module.scale_shift_table, temb), x)
+    weights = [weight for norm in affine for weight in (norm.weight, norm.bias)]
+    yield refuses_weights((module.scale_shift_table, temb, *weights), x)
 
 
 def _refuses_mlp(module: Any, x: Tensor) -> str | None:
@@ -199,12 +193,14 @@ def _reasons_of_mlp(module: Any, x: Tensor) -> Iterator[str | None]:
     yield refuses_method(plain_class(type(module)), "forward")
     if ways.of(x).ops.mlp is mlp:
         yield "nothing is gained"
-    kinds = (GELU,), (nn.Dropout,), (nn.Linear,)
-    yield "other layers" if len(module.net) != len(kinds) else None
-    yield from (refuses_layer(layer, *kind) for layer, kind in zip(module.net, kinds, strict=True))
-    first, dropout, last = module.net
+    layers = tuple(module.net)
+    kinds = GELU, nn.Dropout, nn.Linear
+    yield "other layers" if len(layers) != len(kinds) else None
+    yield from map(refuses_layer, layers, kinds)
+    first, dropout, last = layers
+    linear = first.proj
     yield refuses_method(GELU, "gelu")
-    yield refuses_layer(first.proj, nn.Linear)
+    yield refuses_layer(linear, nn.Linear)
     if first.approximate != "tanh" or (dropout.p and dropout.training):
         yield "other layers"
-    yield refuses_weights((first.proj.weight, first.proj.bias, last.weight, last.bias), x, same_dtype=True)
+    yield refuses_weights((linear.weight, linear.bias, last.weight, last.bias), x, same_dtype=True)

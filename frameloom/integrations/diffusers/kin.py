@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frameloom.integrations.diffusers.blocks import bind_block, modulation_of, refuses_block
+from frameloom.integrations.diffusers.blocks import BoundBlock, modulation_of, refuses_block
 from frameloom.integrations.diffusers.plain import is_traced
 
 
@@ -34,7 +34,7 @@ class TakenHeliosBlock(nn.Module):
             new_BLD = normed_BLD[:, past:].contiguous()  # as the norm of these tokens alone would give them
             return F.pad(module.attn2(new_BLD, context_BSD, None, None, length), (0, 0, past, 0))
 
-        bound = bind_block(
+        bound = BoundBlock(
             self, hidden_states, lambda normed, rope: module.attn1(normed, None, None, rope, length), to_text
         )
         modulation = modulation_of(self, hidden_states, temb)
@@ -63,7 +63,7 @@ class TakenAnyFlowBlock(nn.Module):
         named = {"attention_mask": attention_mask}
         if kv_cache is not None:
             named |= {"kv_cache": kv_cache, "kv_cache_flag": kv_cache_flag}
-        bound = bind_block(
+        bound = BoundBlock(
             self,
             hidden_states,
             lambda normed, rope: module.attn1(hidden_states=normed, rotary_emb=rope, **named),
