@@ -19,7 +19,7 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "torch": f"{Path(nn.__file__).parent}{os.sep}",  # what torch.compile makes of a method is not from there
     }
 )
-_FUNCTIONS_KNOWN = 1024  # methods whose origin is remembered
+_METHODS_KNOWN = 1024  # whose origin is remembered
 
 
 def is_diffusers_own(kind: type, name: str) -> bool:
@@ -27,9 +27,14 @@ def is_diffusers_own(kind: type, name: str) -> bool:
 
     A wrapper counts with what it wraps. False where there is no such method.
     """
-    owner = next((parent for parent in kind.__mro__ if name in vars(parent)), None)
-    if owner is None:
-        return False
+    method = getattr(kind, name, None)
+    return method is not None and _is_own_method(kind, name, method)
+
+
+@functools.lru_cache(_METHODS_KNOWN)
+def _is_own_method(kind: type, name: str, found: object) -> bool:
+    """`found` is what the class has now: looking it up is cheap, where it is from is looked at once."""
+    owner = next(parent for parent in kind.__mro__ if name in vars(parent))
     method = vars(owner)[name]
     method = method.__func__ if isinstance(method, staticmethod | classmethod) else method
     home = _HOMES.get(owner.__module__.partition(".")[0])
@@ -41,7 +46,6 @@ def refuses_method(kind: type, name: str) -> str | None:
     return None if is_diffusers_own(kind, name) else f"{kind.__name__}.{name} is not as Diffusers has it"
 
 
-@functools.lru_cache(_FUNCTIONS_KNOWN)
 def _is_written_in(function: FunctionType, home: str) -> bool:
     """`torch.no_grad` as a decorator is a function of torch's."""
     if not function.__code__.co_filename.startswith((home, _contextlib.__file__)):
@@ -106,16 +110,15 @@ def first_reason(reasons: Iterable[str | None]) -> str | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does anything else than its class's forward."""
-    return (
-        any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
-        or module._compiled_call_impl is not None
-        or not _is_own(module, module.__dict__.get("forward"))
-    )
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    if module._compiled_call_impl is not None:
+        return True
+    forward = module.__dict__.get("forward")
+    return forward is not None and not _is_own(module, forward)
 
 
 def _is_own(module: nn.Module, forward: object) -> bool:
     """What is left of a hook that was removed is the forward of the class again."""
-    if forward is None:
-        return True
     is_bound = isinstance(forward, MethodType) and forward.__self__ is module
     return is_bound and getattr(forward, "__func__", None) is type(module).forward
