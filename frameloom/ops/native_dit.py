@@ -99,7 +99,7 @@ def norm_rotate_native(
     x_BLD: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int, *, layout: Layout = "interleaved"
 ) -> Tensor:
     """x_BLD -> x_BLHK, normed over D and turned; see `norm_rotate`."""
-    check_rotation(x_BLD, table, head_dim, layout)
+    check_rotation(x_BLD.shape, table, head_dim, layout)
     out = torch.empty(x_BLD.shape, dtype=x_BLD.dtype, device=x_BLD.device)
     if out.numel() and not out.is_meta:
         rows = _dense(x_BLD, x_BLD.dtype)

@@ -4,6 +4,7 @@ A pair is two neighbours ("interleaved", as in Wan) or the same place in both ha
 Shapes: B batch, L tokens, D width, H heads, K head dimension, P = K/2 pairs.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -79,14 +80,14 @@ def norm_rotate(
 
     Raises RequestError where head_dim, the table and the layout do not fit.
     """
-    check_rotation(x_BLD, table, head_dim, layout)
+    check_rotation(x_BLD.shape, table, head_dim, layout)
     x_BLHK = rms_norm(x_BLD, weight, eps).view(*x_BLD.shape[:2], x_BLD.shape[2] // head_dim, head_dim)
     return rotate(x_BLHK, table) if layout == "interleaved" else rotate_halves(x_BLHK, table)
 
 
-def check_rotation(x_BLD: Tensor, table: RotaryTable, head_dim: int, layout: str) -> None:
-    """Raise RequestError unless the heads can be cut from x and every token has an angle for every pair."""
-    batch, length, width = x_BLD.shape
+def check_rotation(size: Sequence[int], table: RotaryTable, head_dim: int, layout: str) -> None:
+    """Raise RequestError unless heads can be cut from x_BLD of this size and each token has an angle for each pair."""
+    batch, length, width = size
     if layout not in ("interleaved", "halves"):
         raise RequestError(f"rotary layout {layout!r} is unknown; use 'interleaved' or 'halves'")
     if head_dim < 2 or head_dim % 2 or width % head_dim:

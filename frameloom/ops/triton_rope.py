@@ -22,7 +22,7 @@ def norm_rotate_triton(
     x_BLD: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int, *, layout: Layout = "interleaved"
 ) -> Tensor:
     """x_BLD -> x_BLHK, normed over D and turned; see `norm_rotate`."""
-    check_rotation(x_BLD, table, head_dim, layout)
+    check_rotation(x_BLD.shape, table, head_dim, layout)
     out = empty_result(x_BLD.shape, x_BLD)
     if not skips(x_BLD):
         launch(

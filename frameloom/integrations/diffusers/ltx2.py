@@ -182,9 +182,7 @@ def _refuses_table(x_BLD: Tensor, width: int, table: tuple[Tensor, Tensor], head
     if any(angles.dtype != torch.float32 or angles.device != x_BLD.device for angles in table):
         return "its angles are not in float32 beside the tokens"
     try:
-        check_rotation(
-            x_BLD.new_empty((*x_BLD.shape[:2], width), device="meta"), RotaryTable(*table), head_dim, "halves"
-        )
+        check_rotation((*x_BLD.shape[:2], width), RotaryTable(*table), head_dim, "halves")
     except RequestError as error:
         return str(error)
     return None
