@@ -5,30 +5,14 @@ import gc
 
 import pytest
 import torch
-from tiny_transformers import TEXT_TOKENS, TINY, WORDS
+from tiny_transformers import TEXT_TOKENS, TINY, WORDS, compute, give_back, take
 
-from frameloom.engine.rewrites import policy_of
-from frameloom.integrations.diffusers.swap import held_by, is_swapped, unswap
-from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom.integrations.diffusers.swap import held_by, is_swapped
 from frameloom.ops.registry import BF16_SLACK, ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
 NAMES = pytest.mark.parametrize("name", TINY)
 WITH_OUR_FORWARD = "wan", "wan with image", "wan with times of tokens", "chronoedit"
-
-
-def take(model, exactness="rounding"):
-    return take_transformer("transformer", model, policy_of(exactness, ()))
-
-
-def give_back(model):
-    for module in model.modules():
-        unswap(module)
-
-
-@torch.no_grad()
-def compute(model, inputs):
-    return model(**inputs).sample
 
 
 @NAMES
@@ -43,6 +27,13 @@ def test_float32_is_the_untouched_transformer_but_for_rounding(name, batch):
     first, second = compute(model, inputs), compute(model, inputs)
     assert relative_error(first, expected) <= ROUNDING_FP32
     assert torch.equal(first, second)
+
+
+@NAMES
+def test_the_report_says_where_padding_is_computed_once(name):
+    said = "of a text's padding one position is computed, where the text is on the CPU"
+    assert said in take(TINY[name].make()).what
+    assert said not in take(TINY[name].make(), "bitwise").what
 
 
 @NAMES

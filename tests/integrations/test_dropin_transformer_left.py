@@ -11,23 +11,12 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from gguf import GGMLQuantizationType, quants
-from tiny_transformers import TINY
+from tiny_transformers import TINY, compute, take
 
-from frameloom.engine.rewrites import policy_of
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
-from frameloom.integrations.diffusers.transformers import take_transformer
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
-
-
-def take(model, exactness="rounding"):
-    return take_transformer("transformer", model, policy_of(exactness, ()))
-
-
-@torch.no_grad()
-def compute(model, inputs):
-    return model(**inputs).sample
 
 
 def said(caplog):

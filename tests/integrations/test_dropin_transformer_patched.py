@@ -13,16 +13,14 @@ from diffusers.models.transformers.transformer_wan import (
     WanRotaryPosEmbed,
     WanTransformerBlock,
 )
-from tiny_transformers import TINY
+from tiny_transformers import TINY, compute, take
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from frameloom import accelerate
-from frameloom.engine.rewrites import policy_of
 from frameloom.integrations.diffusers.samples.catalogue import sample_of
 from frameloom.integrations.diffusers.samples.sample import Scale, frames_of
 from frameloom.integrations.diffusers.swap import is_swapped
-from frameloom.integrations.diffusers.transformers import take_transformer
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")  # by torch, of itself
@@ -63,15 +61,6 @@ LEFT = [
     (PixArtAlphaTextProjection, "forward", "PixArtAlphaTextProjection.forward is not as Diffusers has it"),
     (WanRotaryPosEmbed, "forward", "WanRotaryPosEmbed.forward is not as Diffusers has it"),
 ]
-
-
-def take(model, exactness="rounding"):
-    return take_transformer("transformer", model, policy_of(exactness, ()))
-
-
-@torch.no_grad()
-def compute(model, inputs):
-    return model(**inputs).sample
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

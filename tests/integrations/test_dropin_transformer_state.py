@@ -5,18 +5,11 @@ import copy
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from tiny_transformers import TINY
+from tiny_transformers import TINY, compute, take
 
-from frameloom.engine.rewrites import policy_of
-from frameloom.integrations.diffusers.transformers import take_transformer
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
 
 NAMES = pytest.mark.parametrize("name", ["wan", "wan with image", "skyreels", "vace"])
-
-
-@torch.no_grad()
-def compute(model, inputs):
-    return model(**inputs).sample
 
 
 def agree(plain, model, inputs):
@@ -30,7 +23,7 @@ def pair(name):
     """The same transformer untouched and taken, both used once, and inputs that stay the same objects."""
     tiny = TINY[name]
     plain, model, inputs = tiny.make(), tiny.make(), tiny.inputs()
-    assert take_transformer("transformer", model, policy_of("rounding", ())).taken
+    assert take(model).taken
     return plain, model, inputs, agree(plain, model, inputs)
 
 

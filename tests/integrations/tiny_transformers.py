@@ -1,4 +1,4 @@
-"""Small random transformers of Diffusers whose blocks are Wan's, and inputs for each."""
+"""Small random transformers of Diffusers whose blocks are Wan's, inputs for each, and how they are taken and used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +12,11 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
+
+from frameloom.engine.rewrites import policy_of
+from frameloom.integrations.diffusers.report import Entry
+from frameloom.integrations.diffusers.swap import unswap
+from frameloom.integrations.diffusers.transformers import take_transformer
 
 TEXT_TOKENS = 512  # as Diffusers' processors expect them where an image comes with the text
 WORDS = 30
@@ -124,3 +129,20 @@ TINY = {
     "skyreels by blocks of frames": Tiny(SkyReelsV2Transformer3DModel, {"num_frame_per_block": 3}),
     "skyreels with times of frames": Tiny(SkyReelsV2Transformer3DModel, more=_forcing),
 }
+
+
+def take(model: Any, exactness: str = "rounding") -> Entry | None:
+    """Let it compute by ours."""
+    return take_transformer("transformer", model, policy_of(exactness, ()))
+
+
+def give_back(model: torch.nn.Module) -> None:
+    """Restore it."""
+    for module in model.modules():
+        unswap(module)
+
+
+@torch.no_grad()
+def compute(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The velocity."""
+    return model(**inputs).sample

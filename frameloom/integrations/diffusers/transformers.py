@@ -70,6 +70,7 @@ _TABLES = frozenset(
     }
 )
 _HOME = "diffusers.models.transformers."
+_PADDING = "of a text's padding one position is computed, where the text is on the CPU"
 _OFF = "the weights stay as they lie, so none are packed or fused"
 
 
@@ -95,7 +96,9 @@ def take_transformer(name: str, module: nn.Module, policy: Policy) -> Entry | No
     changes = {reason for block in blocks for reason in _take_block(block, ways)}
     around = _take_around(module, ways, changes)
     what = f"{len(blocks)} blocks{around} by {_said(way, module, first)}"
-    return Entry(component=name, kind=kind, taken=True, what="; ".join((what, *sorted(changes))))
+    embeds = ways.collapses_padding and any(isinstance(part, TakenTextEmbedder) for part in module.modules())
+    said = (what, *([_PADDING] if embeds else []), _OFF, *sorted(changes))
+    return Entry(component=name, kind=kind, taken=True, what="; ".join(said))
 
 
 def _said(way: Way, module: nn.Module, block: Any) -> str:
@@ -105,7 +108,7 @@ def _said(way: Way, module: nn.Module, block: Any) -> str:
     unused = tuple(start for start, is_used in elsewhere.items() if not is_used)
     used = [name for name in way.rewrites if not name.startswith(unused)]
     attention = way.attention if attends else "as Diffusers has it"
-    return f"{', '.join(used) or 'the plain operations'}; attention {attention}; {_OFF}"
+    return f"{', '.join(used) or 'the plain operations'}; attention {attention}"
 
 
 def _left(name: str, kind: str, what: str) -> Entry:
