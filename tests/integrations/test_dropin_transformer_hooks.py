@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -14,30 +15,17 @@ from diffusers.hooks import (
     apply_group_offloading,
 )
 from releases import skip_groups_without_an_accelerator
-from tiny_transformers import TINY
+from tiny_transformers import TINY, compute, give_back, take
 
-from frameloom.engine.rewrites import policy_of
-from frameloom.integrations.diffusers.swap import is_swapped, unswap
-from frameloom.integrations.diffusers.transformers import take_transformer
+from frameloom import accelerate, restore
+from frameloom.integrations.diffusers.samples.catalogue import sample_of
+from frameloom.integrations.diffusers.samples.sample import Scale
+from frameloom.integrations.diffusers.swap import is_swapped
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should be kept in float32.*")
 WHEN = pytest.mark.parametrize("when", ["before", "after"])
 STEPS = 6
-
-
-def take(model, exactness="rounding"):
-    return take_transformer("transformer", model, policy_of(exactness, ()))
-
-
-def give_back(model):
-    for module in model.modules():
-        unswap(module)
-
-
-@torch.no_grad()
-def compute(model, inputs):
-    return model(**inputs).sample
 
 
 def both(attach, when, name="wan", exactness="rounding"):
@@ -156,6 +144,37 @@ def denoise(model, contexts):
             with model.cache_context(name):
                 results.append(compute(model, inputs | {"timestep": inputs["timestep"] - 50 * step}))
     return torch.stack(results)
+
+
+@WHEN
+def test_faster_cache_skips_the_same_in_a_pipeline(when):
+    sample, scale = sample_of("WanPipeline (2.1)"), Scale(frames=5, height=32, width=32, steps=STEPS)
+    plain, ours = sample.build(scale), sample.build(scale)
+    uncached = sample.run(plain, scale)
+
+    def attach(pipe):
+        pipe.transformer.enable_cache(
+            FasterCacheConfig(
+                spatial_attention_timestep_skip_range=(-1, 901),
+                attention_weight_callback=lambda _: 0.5,
+                current_timestep_callback=lambda: pipe.current_timestep,
+                is_guidance_distilled=True,  # Wan's pipelines call a transformer once for each branch
+            )
+        )
+
+    attach(plain)
+    if when == "before":
+        attach(ours)
+    assert accelerate(ours, vae=False)["transformer"].taken
+    if when == "after":
+        attach(ours)
+    expected = sample.run(plain, scale)
+    assert (expected - uncached).abs().max() > 0.5 / 255
+    made = sample.run(ours, scale)
+    assert (made - expected).abs().max() <= 0.01 / 255
+    assert torch.equal(sample.run(ours, scale), made)
+    restore(ours)
+    assert torch.equal(sample.run(ours, scale), expected)
 
 
 @WHEN
