@@ -238,6 +238,24 @@ def test_a_class_on_top_of_ours_must_go_first_and_nothing_is_changed_before(dit:
     assert torch.equal(compute(dit), plain)
 
 
+def test_a_part_with_a_class_on_top_stays_taken_in_a_copy_with_weights_of_its_own(dit: Any) -> None:
+    frameloom.accelerate({"transformer": dit})
+    parametrize.register_parametrization(dit.blocks[0], "scale_shift_table", Scaled())
+    expected = compute(dit)
+    twin = copy.deepcopy(dit)
+    assert [name for name, module in twin.named_modules() if is_swapped(module)] == ["blocks.0"]
+    assert held_by(twin.blocks[0]) is not held_by(dit.blocks[0])
+    torch.testing.assert_close(compute(twin), expected)
+    with torch.no_grad():
+        twin.blocks[0].parametrizations["scale_shift_table"].original.zero_()
+    assert not torch.allclose(compute(twin), expected, atol=1e-2)
+    assert torch.equal(compute(dit), expected)
+    # of the twin alone: torch lets a copy share the class, and takes the property away from both
+    parametrize.remove_parametrizations(twin.blocks[0], "scale_shift_table")
+    frameloom.restore({"transformer": twin})
+    assert not any(map(is_swapped, twin.modules()))
+
+
 def test_the_plain_class_is_found_below_what_was_put_on_top(dit: Any) -> None:
     swap(dit, Counted, Counting())
     parametrize.register_parametrization(dit, "scale_shift_table", Scaled())
