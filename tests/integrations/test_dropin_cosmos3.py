@@ -1,6 +1,7 @@
 """Cosmos' conditioning latents: those that are used are what the pipeline makes, and no other frame is encoded."""
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,33 @@ def test_a_vae_that_is_exchanged_later_encodes_what_it_is_given() -> None:
     fresh = _cosmos3()
     fresh.vae = pipe.vae
     assert _take(fresh).what == "its VAE has its own _encode"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(AutoencoderKLWan, "_encode"), (Cosmos3OmniPipeline, "_encode_video"), (Cosmos3OmniPipeline, "prepare_latents")],
+)
+@torch.no_grad()
+def test_classes_that_somebody_changed_encode_what_they_are_given(
+    kind: Any, name: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, plain = _cosmos3(), _cosmos3()
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def looks_ahead(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name != "prepare_latents":
+            return method(self, args[0].flip(2))
+        return *method(self, *args, **kwargs), self._encode_video(torch.ones(1, 3, FRAMES, HEIGHT, WIDTH))
+
+    if when == "after":
+        assert _take(pipe).taken
+    monkeypatch.setattr(kind, name, looks_ahead)
+    if when == "before":
+        assert f"has its own {name}" in _take(pipe).what
+    asked = SIZE | {"video": _video(7)}
+    _same(_prepare(pipe, asked), _prepare(plain, asked))
 
 
 def test_the_report_tells_of_the_pipeline_and_a_second_call_changes_nothing() -> None:

@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
+from frameloom.integrations.diffusers.plain import is_diffusers_own
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, plain_class, swap
 from frameloom.ops.registry import Policy
@@ -36,7 +37,7 @@ def take_conditioning(pipe: DiffusionPipeline, policy: Policy) -> Entry | None:
     known = next((kind for kind in plain.__mro__ if kind.__name__ in _USED and _is_of_diffusers(kind)), None)
     if known is None:
         return None
-    refusal = _refuses(plain, known, getattr(pipe, "vae", None))
+    refusal = _refuses(plain, getattr(pipe, "vae", None))
     what = "of a padded video only the frames that are used are encoded"
     if policy.exactness == "bitwise":
         what = "a video of which no frame is used is not encoded"
@@ -56,8 +57,8 @@ class Conditioning:
         """Nothing of the pipeline's was changed."""
 
     def frames(self, pipe: Any, arguments: Mapping[str, Any]) -> int | None:
-        """How many latent frames have to be encoded; None for all, as of a VAE that has come to be another since."""
-        if _refuses_vae(pipe.vae) is not None:
+        """How many latent frames have to be encoded; None for all, as where pipeline or VAE were changed since."""
+        if _refuses(plain_class(type(pipe)), pipe.vae) is not None:
             return None
         used = self.used(pipe, arguments)
         return None if self.exact and used else used
@@ -111,9 +112,10 @@ def _beside(pipe: Any, vae: UsedFrames) -> Any:
     return twin
 
 
-def _refuses(plain: Any, known: Any, vae: Any) -> str | None:
+def _refuses(plain: type, vae: Any) -> str | None:
+    """Why more frames may be needed than are known to be used, or None."""
     for name in ("prepare_latents", "_encode_video"):
-        if getattr(plain, name, None) is not getattr(known, name, None):
+        if hasattr(plain, name) and not is_diffusers_own(plain, name):
             return f"{plain.__name__} has its own {name}"
     return _refuses_vae(vae)
 
@@ -122,9 +124,9 @@ def _refuses_vae(vae: Any) -> str | None:
     """Why it may need more frames than are used, or None."""
     if not isinstance(vae, AutoencoderKLWan):
         return f"its VAE is of class {type(vae).__name__}, not AutoencoderKLWan"
-    kind: Any = plain_class(type(vae))
+    kind = plain_class(type(vae))
     for name in ("encode", "_encode", "tiled_encode"):
-        if getattr(kind, name) is not getattr(AutoencoderKLWan, name) or name in vars(vae):
+        if not is_diffusers_own(kind, name) or name in vars(vae):
             return f"its VAE has its own {name}"
     config: Any = vae.config  # type: ignore[attr-defined]  # a mixin's
     if 2 ** sum(config.temperal_downsample) != _FRAMES_PER_LATENT:
