@@ -79,7 +79,7 @@ class TakenAttention(nn.Module):
             self, hidden_states, encoder_hidden_states, rotary_emb
         )
         if reason is not None:
-            ways.tell(type(self).__name__, reason)
+            ways.told.tell_plain(type(self).__name__, reason)
             return plain(attention_mask, rotary_emb, **kwargs)
         way = ways.of(hidden_states)
         if encoder_hidden_states is None:

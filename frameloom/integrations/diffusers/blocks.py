@@ -163,7 +163,7 @@ def refuses_block(module: Any, x: Tensor, temb: Tensor, *others: Tensor) -> bool
     """Whether a block computes as Diffusers has it; the reason is told."""
     reason = first_reason(_reasons(module, x, temb, others))
     if reason is not None:
-        held_by(module).ways.tell(type(module).__name__, reason)
+        held_by(module).ways.told.tell_plain(type(module).__name__, reason)
     return reason is not None
 
 

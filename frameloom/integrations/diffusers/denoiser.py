@@ -52,12 +52,12 @@ class TakenDenoiser(nn.Module):
         ways: Ways = held_by(self).ways
         reason = first_reason(_reasons(self, ways, *inputs))
         if reason is not None:
-            ways.tell(type(self).__name__, reason)
+            ways.told.tell_plain(type(self).__name__, reason)
             return plain()
         grid = _grid(self, hidden_states)
         by_frame = timestep if timestep.ndim == 1 else _by_frame(timestep, grid)
         if by_frame is None:
-            ways.tell(type(self).__name__, "tokens of one frame have different timesteps")
+            ways.told.tell_plain(type(self).__name__, "tokens of one frame have different timesteps")
             return plain()
         velocity = _velocity(self, ways, hidden_states, by_frame, encoder_hidden_states, encoder_hidden_states_image)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)

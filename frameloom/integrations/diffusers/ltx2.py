@@ -5,7 +5,6 @@ view of the module whose norms turn, too, and which has no rotation left to do.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from frameloom.errors import RequestError
 from frameloom.integrations.diffusers.plain import (
+    Told,
     first_reason,
     is_traced,
     refuses_input,
@@ -29,9 +29,7 @@ from frameloom.ops.dit_rewrites import NORM_ROTATE_NATIVE, NORM_ROTATE_TRITON
 from frameloom.ops.registry import Policy
 from frameloom.ops.rope import RotaryTable, check_rotation, norm_rotate
 from frameloom.platform.device import platform_of
-from frameloom.settings import LOGGER_NAME
 
-log = logging.getLogger(LOGGER_NAME)
 _ATTENTION = "LTX2Attention"
 _KERNELS = (NORM_ROTATE_TRITON, NORM_ROTATE_NATIVE)
 _PROCESSORS = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
@@ -78,7 +76,7 @@ class Turns:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._chosen: dict[tuple[torch.device, torch.dtype], Kernel | None] = {}
-        self._told: set[str] = set()
+        self.told = Told()
 
     def at(self, device: torch.device, dtype: torch.dtype) -> Kernel | None:
         """The kernel of a place, or None where there is none."""
@@ -86,12 +84,6 @@ class Turns:
         if key not in self._chosen:
             self._chosen[key] = self._choose(device, dtype)
         return self._chosen[key]
-
-    def tell(self, reason: str) -> None:
-        """Say once that the class of Diffusers computes, and why."""
-        if reason not in self._told:
-            self._told.add(reason)
-            log.info("%s computes as Diffusers has it: %s", _ATTENTION, reason)
 
     def release(self) -> None:
         """Nothing of a module's was changed."""
@@ -127,7 +119,7 @@ class TurningAttention(nn.Module):
             if reason is None:
                 module = _Turned(self, query_rotary_emb, key_rotary_emb or query_rotary_emb)
             else:
-                held_by(self).tell(reason)
+                held_by(self).told.tell_plain(_ATTENTION, reason)
         plain: Any = plain_class(type(self))
         turned: Tensor = plain.forward(module, hidden_states, *given, **kwargs)
         return turned

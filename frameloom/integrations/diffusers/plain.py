@@ -1,6 +1,7 @@
 """When a taken module computes as its own class does: what is looked at before every call, and said once."""
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _contextlib
 
+from frameloom.settings import LOGGER_NAME
+
+log = logging.getLogger(LOGGER_NAME)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HOMES: Mapping[str, str] = MappingProxyType(
     {
@@ -20,6 +24,23 @@ _HOMES: Mapping[str, str] = MappingProxyType(
     }
 )
 _METHODS_KNOWN = 1024  # whose origin is remembered
+
+
+class Told:
+    """What the log was told: each line once."""
+
+    def __init__(self) -> None:
+        self._lines: set[str] = set()
+
+    def tell(self, line: str) -> None:
+        """Tell it, but for the second time."""
+        if line not in self._lines:
+            self._lines.add(line)
+            log.info("%s", line)
+
+    def tell_plain(self, kind: str, reason: str) -> None:
+        """Say that the plain class computes, and why."""
+        self.tell(f"{kind} computes as Diffusers has it: {reason}")
 
 
 def is_diffusers_own(kind: type, name: str) -> bool:

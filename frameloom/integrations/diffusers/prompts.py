@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frameloom.integrations.diffusers.plain import Told
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, swap
 from frameloom.ops.registry import Policy
@@ -49,8 +50,8 @@ class Prompts:
     most_bytes: int = MOST_BYTES
     hits: int = 0
     misses: int = 0
+    told: Told = field(default_factory=Told)
     _outputs: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
-    _told: set[str] = field(default_factory=set)
 
     @property
     def held_bytes(self) -> int:
@@ -76,12 +77,6 @@ class Prompts:
         while self.held_bytes > self.most_bytes:
             self._outputs.popitem(last=False)
 
-    def tell(self, reason: str) -> None:
-        """Say once in the log why prompts are not remembered."""
-        if reason not in self._told:
-            self._told.add(reason)
-            log.info("prompts are not remembered: %s", reason)
-
     def release(self) -> None:
         """Forget everything."""
         self._outputs.clear()
@@ -95,7 +90,7 @@ class _Remembering:
         prompts: Prompts = held_by(self)
         reason = _refuses(module)
         if reason is not None:
-            prompts.tell(reason)
+            prompts.told.tell(f"prompts are not remembered: {reason}")
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         asked = _asked(args, kwargs)
         if asked is None:

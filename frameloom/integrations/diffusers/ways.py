@@ -1,6 +1,5 @@
 """How the modules of one transformer compute here: chosen for the device and dtype that a call comes with."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +11,12 @@ from frameloom.attention.core import Attend, choose, cuda_capability, sdpa
 from frameloom.engine.compiled import COMPILER
 from frameloom.engine.dit import MEASURED, fastest_attention
 from frameloom.errors import RequestError
+from frameloom.integrations.diffusers.plain import Told
 from frameloom.models.dit_rewrites import COLLAPSED_PADDING, DISTINCT_TIMESTEPS
 from frameloom.ops.dit_ops import Ops, ops_for
 from frameloom.ops.registry import Policy, Rewrite
 from frameloom.platform.device import platform_of
 from frameloom.platform.tuning import Tuner
-from frameloom.settings import LOGGER_NAME
-
-log = logging.getLogger(LOGGER_NAME)
 
 
 class Heads(NamedTuple):
@@ -77,8 +74,8 @@ class Ways:
         self.policy = policy
         self.heads = heads
         self.paddings = Paddings()
+        self.told = Told()
         self._ways: dict[tuple[torch.device, torch.dtype], Way] = {}
-        self._told: set[str] = set()
 
     def allows(self, rewrite: Rewrite) -> bool:
         """Whether the user's wishes do."""
@@ -104,13 +101,6 @@ class Ways:
         if key not in self._ways:
             self._ways[key] = self._choose(device, dtype)
         return self._ways[key]
-
-    def tell(self, kind: str, reason: str) -> None:
-        """Say once that the plain class computes, and why."""
-        line = f"{kind} computes as Diffusers has it: {reason}"
-        if line not in self._told:
-            self._told.add(line)
-            log.info("%s", line)
 
     def _choose(self, device: torch.device, dtype: torch.dtype) -> Way:
         try:
