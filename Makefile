@@ -12,8 +12,10 @@ demo: $(VENV)/.installed
 	@mkdir -p $(dir $(OUT))
 	$(BIN)/frameloom generate "$(PROMPT)" --output $(OUT)
 
+# Files are handed out in the order of tests/conftest.py, not with those of fewest tests last: some take longest.
+# Bytecode is kept: the many processes that tests start would each compile our modules again.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -88,6 +88,7 @@ def test_when_all_has_settled_nothing_is_computed():
     assert torch.equal(moments, make_pair("2.1")[1].encode(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(exactness="bitwise"), Policy()], ids=["bitwise", "rounding"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_kernels_that_are_chosen_here(kind, policy, tmp_path):

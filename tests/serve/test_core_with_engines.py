@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from frameloom.serve.config import Keeping, Patience, ServeConfig
 from frameloom.serve.jobs.core import Core
 from frameloom.serve.jobs.job import Ask, Job
@@ -54,6 +56,7 @@ class Server:
         return digest
 
 
+@pytest.mark.slow
 def test_a_killed_worker_a_cancel_and_a_stop_change_no_byte(tmp_path):
     async def story():
         server = Server(tmp_path / "data")

@@ -85,6 +85,7 @@ def wait_for(server, job, is_so):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_full_disk_is_said_and_the_server_goes_on_when_there_is_room(tmp_path):
     disk = tmp_path / "disk"
     if not mounted(disk, "16m"):

@@ -217,6 +217,7 @@ def test_what_it_takes_is_told_before_and_numbers_are_made_to_fit(browser, addre
         page.wait_for_selector("#error-size:not(:empty), #error-num_frames:not(:empty), #error-form:not(:empty)")
 
 
+@pytest.mark.slow
 def test_copied_commands_make_the_same_video(browser, address, tmp_path):
     with opened(browser, address, permissions=["clipboard-read", "clipboard-write"]) as page:
         ask(page, "a star, it's yellow & growing")
