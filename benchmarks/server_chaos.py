@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--keep", type=Path, help="a folder for the data and the log; else they are removed")
+    parser.add_argument("--cache", help="FRAMELOOM_CACHE of the servers; by default an empty one")
     options = parser.parse_args()
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -175,7 +176,7 @@ def main() -> None:
         keys = folder / "keys.toml"
         keys.write_text("".join(f'[{name}]\nsecret = "{secret}"\n' for name, secret in KEYS.items()))
         keys.chmod(0o600)
-        environment = {"OMP_NUM_THREADS": "1", "FRAMELOOM_CACHE": f"{folder}/cache"}
+        environment = {"OMP_NUM_THREADS": "1", "FRAMELOOM_CACHE": options.cache or f"{folder}/cache"}
         ledger = Ledger(wanted=undisturbed(folder, environment))
         server = stack.enter_context(served(folder / "data", "--keys", str(keys), *OPTIONS, environment=environment))
         struck = chaos(server, ledger, moments=options.moments, seed=options.seed, num_clients=options.clients)

@@ -63,8 +63,11 @@ def node_client(cache: Path) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def servers(folder: Path) -> Iterator[tuple[Served, Served, Path]]:
-    """One of text and edits, one that starts from an image, both ready; and a picture."""
+def servers(folder: Path, cache: str = "") -> Iterator[tuple[Served, Served, Path]]:
+    """One of text and edits, one that starts from an image, both ready; and a picture.
+
+    `cache`: FRAMELOOM_CACHE of both, maybe a filled one; by default one in the folder.
+    """
     keys, picture, model = folder / "keys.toml", folder / "start.png", folder / "model"
     keys.write_text(KEYS)
     keys.chmod(0o600)
@@ -72,7 +75,7 @@ def servers(folder: Path) -> Iterator[tuple[Served, Served, Path]]:
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(file, "PNG")
     picture.write_bytes(file.getvalue())
     subprocess.run([sys.executable, "-c", SAVE, model], cwd=HERE.parents[1], check=True)
-    environment = {"OMP_NUM_THREADS": "1", "FRAMELOOM_CACHE": f"{folder}/cache"}
+    environment = {"OMP_NUM_THREADS": "1", "FRAMELOOM_CACHE": cache or f"{folder}/cache"}
     options = ("--keys", str(keys), "--device", "cpu")
     with (
         served(folder / "text", *options, environment=environment) as text,
