@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import frameloom
 from frameloom.shapes.evaluate import ATTRIBUTES, trials
 from frameloom.shapes.reader import read_clip
@@ -26,6 +28,7 @@ def test_the_model_follows_prompts_it_never_saw():
     assert RECORD["psnr_db"] >= 35
 
 
+@pytest.mark.slow
 def test_the_shipped_model_repeats_its_evaluation():
     """Another CPU rounds otherwise, and a borderline clip may then read differently: one in eight is allowed for."""
     misses = {miss["seed"]: tuple(miss["read"]) for miss in RECORD["misses"]}

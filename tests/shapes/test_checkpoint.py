@@ -38,6 +38,7 @@ def test_diffusers_makes_the_same_video_of_it(engine):
     assert ours.shape == (defaults.num_frames, defaults.height, defaults.width, 3)
 
 
+@pytest.mark.slow
 def test_what_it_encodes_it_decodes(engine):
     frames = engine.generate("a blue star bouncing on a black background", seed=1).frames
     error = engine.decode(engine.encode(frames)).astype(float) - frames
