@@ -2,16 +2,15 @@
 
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frameloom.bench.paired import Side, check_size, check_words, in_turns, machine
+from frameloom.bench.paired import Side, check_size, check_words, in_turns, machine, peak_in_own_process
 from frameloom.bench.vae import VaeCase, our_side
 from frameloom.errors import RequestError
 from frameloom.integrations.diffusers.accelerate import accelerate_pipeline
@@ -123,7 +122,7 @@ def _compared(case: DropInCase, sample: Sample, device: torch.device) -> dict[st
         **found,
         "levels_apart": float(apart.abs().max()) * 255,
         "report": [asdict(entry) for entry in report.entries],
-        "peak_bytes": {name: _peak_in_own_process(case, sample, name) for name in _SIDES} if case.peaks else {},
+        "peak_bytes": _peaks(case, sample) if case.peaks else {},
         "decode": _decoded(case, plain, ours, device),
     }
 
@@ -171,13 +170,9 @@ def _medians(sides: Mapping[str, Side], device: torch.device, rounds: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _peak_in_own_process(case: DropInCase, sample: Sample, name: str) -> int:
-    asked = json.dumps(asdict(case) | {"pipeline": sample.name})
-    command = [sys.executable, "-m", "frameloom.bench.drop_in", name, asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RequestError(f"the run that measures the memory of {name} failed: {done.stderr.strip()[-300:]}")
-    return int(done.stdout.split()[-1])
+def _peaks(case: DropInCase, sample: Sample) -> dict[str, int]:
+    alone = replace(case, pipeline=sample.name)
+    return {name: peak_in_own_process("frameloom.bench.drop_in", alone, name) for name in _SIDES}
 
 
 if __name__ == "__main__":

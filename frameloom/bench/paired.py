@@ -1,10 +1,13 @@
 """Paired timings against Diffusers: both sides interleaved in one process, the ratio with its spread, one record."""
 
 import importlib
+import json
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -36,6 +39,18 @@ def in_turns(sides: Mapping[str, Side], device: torch.device, *, rounds: int) ->
         "seconds_between": {name: [min(values), max(values)] for name, values in seconds.items()},
         "relative_error": error,
     }
+
+
+def peak_in_own_process(module: str, case: Any, name: str) -> int:
+    """The most memory, in bytes, of a process or on its device in which a module runs one side of a case once.
+
+    `module` is run with the side and the case, as JSON, and prints the number.
+    """
+    command = [sys.executable, "-m", module, name, json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RequestError(f"the run that measures the memory of {name} failed: {done.stderr.strip()[-300:]}")
+    return int(done.stdout.split()[-1])
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

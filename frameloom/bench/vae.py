@@ -1,9 +1,8 @@
 """The VAE against diffusers.AutoencoderKLWan: `frameloom bench vae`. Random weights, configs of the released ones."""
 
 import json
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from frameloom.bench.paired import Side, check_size, check_words, in_turns, machine, matmul_peak, reference_library
+from frameloom.bench.paired import (
+    Side,
+    check_size,
+    check_words,
+    in_turns,
+    machine,
+    matmul_peak,
+    peak_in_own_process,
+    reference_library,
+)
 from frameloom.engine.rewrites import policy_of
 from frameloom.engine.vae import make_fast
 from frameloom.errors import RequestError
@@ -90,7 +98,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
         "flops": flops,
         "matmul_flops_per_s": peak,
         "fraction_of_peak": {name: flops / value / peak for name, value in found["seconds"].items()},
-        "peak_bytes": {name: _peak_in_own_process(case, name) for name in found["seconds"]} if case.peaks else {},
+        "peak_bytes": _peaks(case, found["seconds"]) if case.peaks else {},
         **facts,
         "machine": machine(device),
     }
@@ -187,12 +195,8 @@ def _input(case: VaeCase, spec: VaeSpec, device: torch.device, dtype: torch.dtyp
     return (x if case.direction == "decode" else x.clamp(-1, 1)).to(device, dtype)
 
 
-def _peak_in_own_process(case: VaeCase, name: str) -> int:
-    command = [sys.executable, "-m", "frameloom.bench.vae", name, json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RequestError(f"the run that measures the memory of {name} failed: {done.stderr.strip()[-300:]}")
-    return int(done.stdout.split()[-1])
+def _peaks(case: VaeCase, names: Iterable[str]) -> dict[str, int]:
+    return {name: peak_in_own_process("frameloom.bench.vae", case, name) for name in names}
 
 
 if __name__ == "__main__":
