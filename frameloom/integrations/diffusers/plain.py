@@ -27,16 +27,17 @@ _METHODS_KNOWN = 1024  # whose origin is remembered
 
 
 class Told:
-    """What the log was told: each line once."""
+    """What the log was told: each line once. `level`: that of `logging`."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = logging.INFO) -> None:
+        self._level = level
         self._lines: set[str] = set()
 
     def tell(self, line: str) -> None:
         """Tell it, but for the second time."""
         if line not in self._lines:
             self._lines.add(line)
-            log.info("%s", line)
+            log.log(self._level, "%s", line)
 
     def tell_plain(self, kind: str, reason: str) -> None:
         """Say that the plain class computes, and why."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from frameloom.engine.lent_vae import LentVae
 from frameloom.errors import CheckpointError, RequestError
-from frameloom.integrations.diffusers.plain import first_reason, is_traced, is_transformed, refuses_method
+from frameloom.integrations.diffusers.plain import Told, first_reason, is_traced, is_transformed, refuses_method
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, plain_class, swap
 from frameloom.memory.vae import VaePlanner
@@ -22,9 +22,6 @@ from frameloom.models.spec import VaeSpec
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy
 from frameloom.pipeline.stages import decode_floats, encode_floats
-from frameloom.settings import LOGGER_NAME
-
-log = logging.getLogger(LOGGER_NAME)
 
 _KINDS: tuple[Any, ...] = (AutoencoderKLWan, AutoencoderKLQwenImage)
 _OVERRIDDEN = ("encode", "decode", "_encode", "_decode", "forward", "tiled_encode", "tiled_decode")
@@ -83,7 +80,7 @@ class _LiveVae:
         self._inner = _inner(module)
         self._lock = threading.RLock()  # the network is bound by one call at a time
         self._is_released = False
-        self._told: set[str] = set()
+        self._told = Told(logging.WARNING)
 
     def decode(self, module: Any, z_BZTHW: Tensor) -> Tensor | None:
         """Frames in [-1, 1] of latents; None where the module must do it by itself."""
@@ -144,7 +141,7 @@ class _LiveVae:
         if reason:
             self._leave(reason)
         elif module.use_tiling:
-            self._say(f"{type(module).__name__} makes no tiles: the whole picture is computed within the memory")
+            self._told.tell(f"{type(module).__name__} makes no tiles: the whole picture is computed within the memory")
         return reason is not None
 
     def _refusal(self, module: Any, x: Tensor, channels: int) -> str | None:
@@ -183,14 +180,8 @@ class _LiveVae:
     def _leave(self, reason: str) -> Tensor | None:
         """The reason is told, and there is nothing to return."""
         module = self._module()
-        self._say(f"{type(module).__name__} computes by itself: {reason}")
+        self._told.tell(f"{type(module).__name__} computes by itself: {reason}")
         return None
-
-    def _say(self, line: str) -> None:
-        """Once: a pipeline calls its VAE for every video."""
-        if line not in self._told:
-            self._told.add(line)
-            log.warning("%s", line)
 
 
 @torch.no_grad()
