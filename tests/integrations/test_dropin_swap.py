@@ -104,6 +104,19 @@ def test_a_swapped_module_is_what_it_was_and_computes_by_ours(dit: Any) -> None:
     assert torch.equal(compute(dit), plain)
 
 
+def test_looked_up_by_its_class_it_is_what_it_was_and_what_is_put_on_top_is_not(dit: Any) -> None:
+    swap(dit, Counted, Counting())
+    taken: Any = type(dit)
+    assert taken is not WanTransformer3DModel
+    assert taken in (WanTransformer3DModel,)
+    assert {WanTransformer3DModel: "known"}[taken] == {taken: "known"}[WanTransformer3DModel] == "known"
+    assert taken != torch.nn.Module
+    on_top: Any = type(taken.__name__, (taken,), {})
+    assert on_top == on_top  # by the comparison that it has from ours
+    assert on_top not in (taken, WanTransformer3DModel)
+    assert WanTransformer3DModel not in {on_top: "another"}
+
+
 def test_restored_the_class_is_its_own_and_what_was_held_is_released_once(dit: Any) -> None:
     plain, before = compute(dit), set(vars(dit))
     held = Counting()

@@ -78,11 +78,33 @@ def plain_class(kind: type) -> type:
     return ours.__bases__[1] if ours is not None else kind
 
 
+class _EqualToPlain(type):
+    """The class of our classes: where a library looks one up, or compares it, it finds the class that it stands for.
+
+    So `DiffusionPipeline.from_pipe` takes a taken component over, and registries by class know it. What is put on top
+    of ours is a class of its own.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return isinstance(other, type) and _stands_for(cls) is _stands_for(other)
+
+    def __hash__(cls) -> int:
+        shown = _stands_for(cls)
+        return type.__hash__(cls) if shown is cls else hash(shown)
+
+
+def _stands_for(kind: type) -> type:
+    return plain_class(kind) if _OURS in vars(kind) else kind
+
+
 @functools.cache
 def _joined(kind: type, mixin: type) -> type:
     """A class of the same name and place: what is written of it, such as a checkpoint's `_class_name`, stays true."""
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), {**named, _OURS: mixin, **_COPIES})
+    above = type(kind)
+    meta: type = _EqualToPlain if above is type else type(above.__name__, (_EqualToPlain, above), {})
+    joined: type = meta(kind.__name__, (mixin, kind), {**named, _OURS: mixin, **_COPIES})
+    return joined
 
 
 def _reduce_to_plain(module: Any, protocol: Any) -> Any:

@@ -1,12 +1,9 @@
 """Takes over the transformers of Diffusers whose blocks are Wan's: which classes those are, and how."""
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from torch import nn
@@ -152,9 +149,6 @@ def _take_block(block: nn.Module, ways: Ways) -> set[str]:
     """Take a block and what it is made of. Returns why parts that are known were left."""
     parts: Any = block
     swap(block, _BLOCKS[_place(block)], HeldWays(ways=ways))
-    with suppress(ValueError):  # the step caches of Diffusers know some blocks, by their class
-        taken: Any = type(block)
-        TransformerBlockRegistry.register(taken, replace(TransformerBlockRegistry.get(plain_class(taken))))
     attentions = [part for part in (parts.attn1, parts.attn2) if _place(part) in _ATTENTIONS]
     known: list[tuple[nn.Module, type]] = [(part, TakenAttention) for part in attentions]
     if type(parts.ffn) is FeedForward:
