@@ -36,6 +36,18 @@ Kind = Literal[
 ]
 FROM_IMAGE: tuple[Kind, ...] = ("image", "image, two experts", "first and last image")
 TEXT_DIM = 24
+TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 20,
+    "freq_dim": 32,
+    "ffn_dim": 72,
+    "num_layers": 2,
+    "rope_max_seq_len": 16,
+}
+"""A small one by itself; those of the checkpoints below have the dimensions of their VAE and text encoder."""
 CLIP: dict[str, Any] = {
     "hidden_size": 20,
     "intermediate_size": 24,

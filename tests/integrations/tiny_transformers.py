@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from checkpoints import TRANSFORMER
 from diffusers import (
     ChronoEditTransformer3DModel,
     SkyReelsV2Transformer3DModel,
@@ -20,17 +21,6 @@ from frameloom.integrations.diffusers.transformers import take_transformer
 
 TEXT_TOKENS = 512  # as Diffusers' processors expect them where an image comes with the text
 WORDS = 30
-SMALL = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 20,
-    "freq_dim": 32,
-    "ffn_dim": 72,
-    "num_layers": 2,
-    "rope_max_seq_len": 16,
-}
 IMAGE = {"in_channels": 9, "image_dim": 24, "added_kv_proj_dim": 64}
 FACE = {
     "in_channels": 12,
@@ -61,7 +51,7 @@ class Tiny:
     def make(self, seed: int = 0, dtype: torch.dtype = torch.float32):
         """Random weights under which the prompt matters; what Diffusers keeps in float32 stays so."""
         torch.manual_seed(seed)
-        model = self.kind(**(SMALL | self.config)).eval()
+        model = self.kind(**(TRANSFORMER | self.config)).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".norm" in name and name.endswith("weight"):
@@ -76,9 +66,9 @@ class Tiny:
     def inputs(self, seed: int = 1, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Arguments of the forward."""
         generator = torch.Generator().manual_seed(seed)
-        channels = (SMALL | self.config)["in_channels"]
+        channels = (TRANSFORMER | self.config)["in_channels"]
         x = torch.randn(batch, channels, *SIZE, generator=generator).to(dtype)
-        text = torch.randn(batch, TEXT_TOKENS, SMALL["text_dim"], generator=generator).to(dtype)
+        text = torch.randn(batch, TEXT_TOKENS, TRANSFORMER["text_dim"], generator=generator).to(dtype)
         text[:, WORDS:] = 0
         timestep = torch.full((batch,), 500.0 - seed)
         if self.per_token:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from checkpoints import TRANSFORMER
 from diffusers import WanTransformer3DModel
 
 from frameloom.errors import CheckpointError, RequestError
@@ -17,18 +18,7 @@ CLIP_TOKENS = 11
 
 
 def small_spec(**changes):
-    base = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 20,
-        "freq_dim": 32,
-        "ffn_dim": 72,
-        "num_layers": 2,
-        "rope_max_seq_len": 16,
-    }
-    return TransformerSpec(**(base | changes))
+    return TransformerSpec(**(TRANSFORMER | changes))
 
 
 @dataclass(frozen=True)
