@@ -1,13 +1,15 @@
-"""The table of pipelines in docs/drop-in.md: each class as it comes, accelerated, again, and restored.
+"""The tables in docs/drop-in.md: each class as it comes, accelerated, again, and restored; and what was measured.
 
-python benchmarks/drop_in_table.py            # writes it anew
-python benchmarks/drop_in_table.py --only Wan # prints the rows of some
+python benchmarks/drop_in_table.py                                 # writes the first anew
+python benchmarks/drop_in_table.py --only Wan                      # prints the rows of some
+python benchmarks/drop_in_table.py --measured FILE-OF-drop_in.py   # writes the second anew
 """
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from frameloom.integrations.diffusers.samples.sample import Sample, Scale
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "drop-in.md"
 BEGIN, END = "<!-- pipelines: benchmarks/drop_in_table.py writes this -->", "<!-- end of pipelines -->"
 HEAD = "| pipeline | VAE | transformer | also | levels of 255 apart |\n|---|---|---|---|---|\n"
+MEASURED, END_OF_MEASURED = "<!-- measured: benchmarks/drop_in_table.py writes this -->", "<!-- end of measured -->"
+MEASURED_HEAD = (
+    "| pipeline | VAE's widths | size | times as fast | decoding has of our engine's gain | peak memory, plain | "
+    "accelerated |\n|---|---|---|---|---|---|---|\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +85,31 @@ def levels_told(levels: float) -> str:
     return next((f"< {bound}" for bound in bounds if levels < bound), f"{levels:.2g}") if levels else "0"
 
 
+def measured_rows(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of the second table, of records of `frameloom bench drop-in`."""
+    for record in records:
+        case = record["case"]
+        size = f"{case['height']}x{case['width']}x{case['frames']}"
+        for found in record["pipelines"]:
+            faster, decode, peaks = found["speedup"], found["decode"] or {}, found["peak_bytes"]
+            share = decode.get("share_of_gain")
+            cells = (
+                found["pipeline"],
+                "a folder's" if case["model"] else case["widths"],
+                size,
+                f"{faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f})",
+                "" if share is None else f"{share:.0%}",
+                *(f"{peaks[side] / 1e9:.2f} GB" if peaks else "" for side in ("diffusers", "accelerated")),
+            )
+            yield f"| {' | '.join(cells)} |\n"
+
+
+def write_between(begin: str, end: str, table: str) -> None:
+    """Put a table between two lines of the page."""
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition(begin)
+    DOCS.write_text(f"{before}{begin}\n{table}{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def small_pictures(sample: Sample, scale: Scale) -> Iterator[None]:
     """Let pipelines that fit every picture to a million pixels fit it to the scale's."""
@@ -112,20 +144,24 @@ def _same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 
 def main() -> None:
-    """Write the table, or print the rows that are asked for."""
+    """Write a table, or print the rows that are asked for."""
     asked = argparse.ArgumentParser()
     asked.add_argument("--only", default="", help="a part of the names of pipelines")
-    only = asked.parse_args().only
+    asked.add_argument("--measured", type=Path, help="a record that benchmarks/drop_in.py has written")
+    given = asked.parse_args()
+    if given.measured:
+        records = json.loads(given.measured.read_text("utf-8")).values()
+        write_between(MEASURED, END_OF_MEASURED, MEASURED_HEAD + "".join(measured_rows(records)))
+        return
     logging.set_verbosity_error()
     rows = []
     for sample in SAMPLES:
-        if only in sample.name:
+        if given.only in sample.name:
             proof = None if sample.missing else prove(sample, Scale())
             rows.append(row_of(sample, proof and proof.report, levels_told(proof.levels) if proof else ""))
             print(rows[-1], end="", flush=True)
-    if not only:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n{HEAD}{''.join(rows)}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    if not given.only:
+        write_between(BEGIN, END, HEAD + "".join(rows))
 
 
 if __name__ == "__main__":
