@@ -291,6 +291,8 @@ def _of_mapping(
     first = next(iter(found.values()))
     chosen = first.device if device == "auto" else choose_device(device)[0]
     computed = first.dtype if dtype == "auto" else choose_dtype(dtype, chosen, preferred=first.dtype)[0]
+    if dtype == "auto" and len(dtypes := sorted({str(tensor.dtype) for tensor in found.values()})) > 1:
+        raise RequestError(f"these tensors are of several dtypes, {' and '.join(dtypes)}; name the one to compute with")
     if dtype == "auto" and computed not in DTYPES.values():
         raise RequestError(f"these tensors are {computed}; give dtype float32, float16 or bfloat16")
     with torch.no_grad():

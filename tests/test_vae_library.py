@@ -182,6 +182,26 @@ def test_a_mapping_in_another_dtype_is_not_touched():
         assert all(value.is_contiguous() and value.dtype == torch.float32 for value in state.values())
 
 
+def test_of_a_mapping_of_two_dtypes_one_has_to_be_named():
+    state = {
+        name: value.bfloat16() if name.startswith("enc") else value for name, value in reference().state_dict().items()
+    }
+    with pytest.raises(RequestError, match=r"of several dtypes, torch\.bfloat16 and torch\.float32; name the one"):
+        frameloom.vae.open(state, WAN21)
+    with frameloom.vae.open(state, WAN21, dtype="float32") as opened:
+        assert opened.dtype == torch.float32
+
+
+def test_weights_of_one_number_that_is_spread_over_all():
+    vae = reference()
+    state = vae.state_dict()
+    name = "decoder.up_blocks.0.resnets.0.conv1.weight"
+    vae.get_parameter(name).fill_(0.01)
+    state[name] = torch.tensor(0.01).expand(state[name].shape)
+    with frameloom.vae.open(state, WAN21) as opened:
+        assert same(opened, vae)
+
+
 def test_of_a_vae_of_qwen_image():
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(**WAN21).eval().requires_grad_(False)
@@ -224,7 +244,7 @@ def test_normalised_latents_are_those_of_the_sampler():
         assert torch.allclose(opened.denormalise(opened.normalise(z)), z, atol=1e-6)
 
 
-def test_bitwise_has_the_bits_of_diffusers():
+def test_bitwise_has_the_bits_of_diffusers_where_its_library_adds_up_in_one_order():
     vae = reference()
     z, x = latents(vae), frames()
     with frameloom.vae.open(vae.state_dict(), WAN21, exactness="bitwise") as opened:

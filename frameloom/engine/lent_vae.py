@@ -208,7 +208,7 @@ def _sums_of_bits(x: Tensor) -> Tensor:
 
     Modulo 2**64. Changes are seen unless they cancel out in every row and in every column, so any single one is.
     """
-    flat = x.as_strided((x.numel(),), (1,)) if _span(x) == x.numel() else x.reshape(-1)
+    flat = x.as_strided((x.numel(),), (1,)) if _span(x) == x.numel() else x.reshape(-1).contiguous()
     row_bytes = x.numel() // x.shape[0] * x.element_size()
     is_whole = row_bytes % 8 == flat.data_ptr() % 8 == flat.storage_offset() * x.element_size() % 8 == 0
     table = flat.view(torch.int64 if is_whole else _WORDS[x.element_size()]).view(x.shape[0], -1)

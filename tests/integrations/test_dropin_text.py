@@ -99,6 +99,10 @@ def _merge(encoder: Any) -> None:
     encoder.encoder.block[1].layer[0].SelfAttention.q.weight.data += 0.5  # as PEFT merges an adapter
 
 
+def _all_columns_but_one(encoder: Any) -> None:
+    encoder.encoder.block[0].layer[0].SelfAttention.v.weight.data[:, 1:] *= -5
+
+
 def _write(encoder: Any) -> None:
     encoder.shared.weight[_tokens(0)[0, 0], 3] += 0.5
 
@@ -119,7 +123,9 @@ def _configure(encoder: Any) -> None:
     encoder.config.output_hidden_states = True
 
 
-@pytest.mark.parametrize("change", [_merge, _write, _rewrite_a_word, _replace, _convert, _configure])
+@pytest.mark.parametrize(
+    "change", [_merge, _all_columns_but_one, _write, _rewrite_a_word, _replace, _convert, _configure]
+)
 @torch.no_grad()
 def test_what_has_changed_is_computed_anew(change: Callable[[Any], None]) -> None:
     encoder, prompts = _taken()

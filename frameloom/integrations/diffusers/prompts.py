@@ -23,7 +23,9 @@ from frameloom.settings import LOGGER_NAME
 log = logging.getLogger(LOGGER_NAME)
 MOST_BYTES = 64 * 2**20  # eight prompts of Wan's in float32, sixteen in bfloat16
 _KINDS = ("T5EncoderModel", "UMT5EncoderModel")
-_SAMPLES = 64  # numbers of each weight that are looked at
+_SCATTERED = (
+    torch.arange(64, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
+)  # where in each weight numbers are looked at
 _OPTIONS = (bool, int, str, type(None))
 
 Key = tuple[Any, ...]
@@ -190,7 +192,8 @@ def _sampled(weights: Sequence[Tensor]) -> bytes:
     devices: dict[torch.device, list[Tensor]] = {}
     for weight in weights:
         flat = weight.detach().reshape(-1)
-        devices.setdefault(weight.device, []).append(flat[:: max(1, flat.numel() // _SAMPLES)].float())
+        scattered = (_SCATTERED * flat.numel()).to(torch.int64)  # in no column, row or stride alone
+        devices.setdefault(weight.device, []).append(flat[scattered.to(flat.device)].float())
     return b"".join(torch.cat(parts).cpu().numpy().tobytes() for parts in devices.values())
 
 
