@@ -1,6 +1,8 @@
 """A module whose class is ours, and back: hooks put on before and after, copies, pickles, files, and its name."""
 
 import copy
+import functools
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +88,19 @@ def diffusers(dit: Any) -> Callable[[], None]:
     return lambda: registry.remove_hook("tripling")
 
 
+class Restored(Counted):
+    """Somebody restores the module when its forward has begun, and what follows asks for what was held."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        unswap(self)  # type: ignore[arg-type]
+        return super().forward(*args, **kwargs)
+
+
+class Mistaken:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("of its own")
+
+
 KINDS = pytest.mark.parametrize(("attach", "factor"), [(accelerates, 2), (diffusers, 3)])
 
 
@@ -127,6 +142,32 @@ def test_restored_the_class_is_its_own_and_what_was_held_is_released_once(dit: A
     assert set(vars(dit)) == before
     assert not unswap(dit)
     assert torch.equal(compute(dit), plain)
+
+
+def test_a_forward_that_was_kept_is_the_class_s_own_when_restored(dit: Any) -> None:
+    plain = compute(dit)
+    swap(dit, Counted, held := Counting())
+    assert inspect.signature(type(dit).forward) == inspect.signature(Counted.forward)
+    dit.forward = functools.partial(dit.forward)
+    assert torch.equal(compute(dit), plain)
+    unswap(dit)
+    assert torch.equal(compute(dit), plain)
+    assert held.calls == 1
+    swap(dit, Counted, held)
+    assert calls_of(dit) == 1
+
+
+def test_restored_within_its_forward_it_computes_as_its_class(dit: Any) -> None:
+    plain = compute(dit)
+    swap(dit, Restored, Counting())
+    assert torch.equal(compute(dit), plain)
+    assert not is_swapped(dit)
+
+
+def test_a_mistake_of_a_forward_that_is_taken_is_raised(dit: Any) -> None:
+    swap(dit, Mistaken, Counting())
+    with pytest.raises(KeyError, match="of its own"):
+        compute(dit)
 
 
 def test_taken_twice_it_raises_and_stays_taken(dit: Any) -> None:

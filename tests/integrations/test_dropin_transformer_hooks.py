@@ -1,6 +1,7 @@
 """What others attach to a transformer, before it is taken and after: offloading, caches, hooks, compilers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from diffusers.hooks import (
 )
 from releases import skip_groups_without_an_accelerator
 from tiny_transformers import TINY, compute, give_back, take
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from frameloom import accelerate, restore
 from frameloom.integrations.diffusers.samples.catalogue import sample_of
@@ -125,6 +128,42 @@ def test_torch_s_own_hook_is_called_wherever_it_is(place, when):
     plain, model = both(attach, when)
     agree(plain, model, inputs)
     assert relative_error(compute(model, inputs), untouched) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["wan", "vace"])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Conv3d])
+def test_hooks_of_every_module_are_called(kind, name):
+    plain, model = both(lambda model: None, "after", name)
+    inputs = TINY[name].inputs()
+    untouched = compute(plain, inputs)
+    hook = register_module_forward_hook(lambda module, args, output: output * 1.5 if isinstance(module, kind) else None)
+    try:
+        agree(plain, model, inputs)
+        assert relative_error(compute(model, inputs), untouched) > 1e-3
+    finally:
+        hook.remove()
+    agree(plain, model, inputs)
+
+
+def wrapped(forward):
+    return functools.partial(forward)
+
+
+def compiled(forward):
+    return torch.compile(forward, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [wrapped, compiled])
+@pytest.mark.parametrize(
+    "place", ["", "blocks.0", "blocks.0.attn1", "blocks.0.ffn", "rope", "condition_embedder.text_embedder"]
+)
+def test_a_forward_that_was_wrapped_while_it_was_ours_is_the_class_s_own_when_restored(place, wrap):
+    plain, model = both(lambda model: None, "after")
+    inputs, part = TINY["wan"].inputs(), model.get_submodule(place)
+    part.forward = wrap(part.forward)
+    agree(plain, model, inputs)
+    give_back(model)
+    assert torch.equal(compute(model, inputs), compute(plain, inputs))
 
 
 TAYLOR = {"cache_interval": 2, "disable_cache_before_step": 1, "taylor_factors_dtype": torch.float32}

@@ -130,9 +130,16 @@ def first_reason(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
+def has_global_hooks() -> bool:
+    """Whether torch calls somebody's hooks with every module there is."""
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does anything else than its class's forward."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    if has_global_hooks():
         return True
     if module._compiled_call_impl is not None:
         return True

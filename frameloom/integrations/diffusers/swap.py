@@ -8,10 +8,11 @@ finds what it knows.
 import copy
 import copyreg
 import functools
-from collections.abc import Iterator
-from types import MappingProxyType, MethodType
+from collections.abc import Callable, Iterator
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -103,8 +104,39 @@ def _joined(kind: type, mixin: type) -> type:
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     above = type(kind)
     meta: type = _EqualToPlain if above is type else type(above.__name__, (_EqualToPlain, above), {})
-    joined: type = meta(kind.__name__, (mixin, kind), {**named, _OURS: mixin, **_COPIES})
+    joined: type = meta(kind.__name__, (mixin, kind), {**named, _OURS: mixin, **_COPIES, **_guarded(kind, mixin)})
     return joined
+
+
+def _guarded(kind: type, mixin: type) -> dict[str, Any]:
+    """The methods of a mixin that stand for those of a class."""
+    parents = [parent for parent in reversed(mixin.__mro__) if parent not in kind.__mro__]
+    methods = {name: found for parent in parents for name, found in vars(parent).items() if hasattr(kind, name)}
+    return {
+        name: _while_taken(mixin, name, found) for name, found in methods.items() if isinstance(found, FunctionType)
+    }
+
+
+def _while_taken(mixin: type, name: str, ours: FunctionType) -> Callable[..., Any]:
+    """A method that is ours while a module is taken, and its own class's from then on.
+
+    Whoever kept it, bound, calls it still: a wrapper around a forward, a thread in which a module is restored.
+    """
+
+    @functools.wraps(ours)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, mixin):
+            if torch.compiler.is_compiling():  # whose graphs do not end within a `try`
+                return ours(self, *args, **kwargs)
+            held = self.__dict__.get(_HELD)
+            try:
+                return ours(self, *args, **kwargs)
+            except (KeyError, TypeError):  # of `held_by`, and of `super()`
+                if held is not None and self.__dict__.get(_HELD) is held:
+                    raise
+        return getattr(plain_class(type(self)), name)(self, *args, **kwargs)
+
+    return method
 
 
 def _reduce_to_plain(module: Any, protocol: Any) -> Any:
