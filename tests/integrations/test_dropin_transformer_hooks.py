@@ -145,6 +145,41 @@ def test_hooks_of_every_module_are_called(kind, name):
     agree(plain, model, inputs)
 
 
+class Turned(nn.Module):
+    """A layer around an attention, which turns the positions that Diffusers hands on."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, context, mask, rotary):
+        return self.attention(x, context, mask, tuple(angles.flip(1) for angles in rotary))
+
+
+def turns(module, args):
+    return tuple(tuple(each.flip(1) for each in given) if isinstance(given, tuple) else given for given in args)
+
+
+def wraps_attention(model):
+    model.blocks[0].attn1 = Turned(model.blocks[0].attn1)
+
+
+READERS = {
+    "a hook on a block": lambda model: model.blocks[0].register_forward_pre_hook(turns),
+    "a hook on an attention": lambda model: model.blocks[0].attn1.register_forward_pre_hook(turns),
+    "a layer around an attention": wraps_attention,
+}
+
+
+@pytest.mark.parametrize("name", ["wan", "vace", "skyreels"])
+@pytest.mark.parametrize("reader", READERS)
+def test_positions_are_those_of_diffusers_where_somebody_reads_them(reader, name):
+    plain, model = both(READERS[reader], "after", name)
+    inputs = TINY[name].inputs()
+    agree(plain, model, inputs)
+    assert relative_error(compute(model, inputs), compute(TINY[name].make(), inputs)) > 1e-3
+
+
 def wrapped(forward):
     return functools.partial(forward)
 

@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from gguf import GGMLQuantizationType, quants
 from tiny_transformers import TINY, compute, take
+from torch import nn
 
 from frameloom.integrations.diffusers.swap import is_swapped, unswap
 from frameloom.ops.registry import ROUNDING_FP32, relative_error
@@ -57,6 +58,54 @@ def test_somebody_s_processor_computes(pair, told):
     assert told() == [("WanAttention", "its processor is Doubling")]  # once, of all calls
     model.set_attn_processor(WanAttnProcessor())
     assert torch.equal(compute(model, inputs), stock)
+
+
+def doubles_its_convolution(model):
+    layer = model.patch_embedding
+    layer._conv_forward = lambda x, weight, bias: 2 * nn.Conv3d._conv_forward(layer, x, weight, bias)
+
+
+def pads_its_patches(model):
+    layer = model.patch_embedding  # as many patches, of other numbers
+    layer.padding, layer.dilation = (0, 1, 1), (1, 3, 3)
+
+
+def appends_a_layer(model):
+    for block in model.blocks:
+        block.attn1.to_out.append(nn.Softsign())
+
+
+def drops_the_weights_of_a_norm(model):
+    for block in model.blocks:
+        block.attn1.norm_q.weight = None
+
+
+def shifts_in_a_norm(model):
+    for block in model.blocks:
+        block.norm1.bias = nn.Parameter(torch.ones(64), requires_grad=False)
+
+
+def scales_in_the_last_norm(model):
+    model.norm_out.weight = nn.Parameter(torch.full((64,), 2.0), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        doubles_its_convolution,
+        pads_its_patches,
+        appends_a_layer,
+        drops_the_weights_of_a_norm,
+        shifts_in_a_norm,
+        scales_in_the_last_norm,
+    ],
+)
+def test_what_is_changed_of_a_layer_counts_as_for_the_untouched_transformer(pair, change):
+    plain, model, inputs = pair
+    compute(model, inputs)
+    for network in (plain, model):
+        change(network)
+    assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
 
 
 def test_a_backend_of_diffusers_that_was_set_computes(pair, told):

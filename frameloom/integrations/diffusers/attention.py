@@ -35,7 +35,7 @@ class _Bound(AttentionSteps):
     def __init__(self, module: Any, way: Way) -> None:
         self.head_dim = module.inner_dim // module.heads
         self.to_q, self.to_k, self.to_v = module.to_q, module.to_k, module.to_v
-        self.to_out = functools.partial(_in_order, module.to_out)
+        self.to_out = functools.partial(_out, module.to_out)
         self.norm_q, self.norm_k = module.norm_q, module.norm_k
         self.attend = way.attend
 
@@ -120,10 +120,10 @@ def _to_itself(module: Any, way: Way, x_BLD: Tensor, rope: RotaryTable) -> Tenso
     return BoundSelfAttention(module, way, ops).forward(x_BLD, rope)
 
 
-def _in_order(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
+def _out(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """By the first two: Diffusers calls no others."""
+    projected: Tensor = layers[1](layers[0](x))
+    return projected
 
 
 def _prompt(module: Any, bound: BoundCrossAttention, context_BSD: Tensor) -> KeysValues:
@@ -181,11 +181,12 @@ def _reasons(module: Any, x: Tensor, context: Tensor | None, rotary_emb: Rotary)
 def _refuses_self(module: Any, x: Tensor, rotary_emb: Rotary) -> str | None:
     if rotary_emb is None:
         return "no positions are given"
-    if not isinstance(rotary_emb, RotaryTable) and any(
-        angles.ndim != 4 or angles.shape[:3] != (1, x.shape[1], 1) for angles in rotary_emb
-    ):
+    shape = (x.shape[1],) if isinstance(rotary_emb, RotaryTable) else (1, x.shape[1], 1)
+    if any(angles.shape[:-1] != shape for angles in rotary_emb):
         return "its positions are not one for each token"
     norms = module.norm_q, module.norm_k
+    if any(getattr(norm, name, None) is None for norm in norms for name in ("weight", "eps")):
+        return "a norm has no weight or no epsilon"
     return first_reason(refuses_layer(norm, nn.RMSNorm) for norm in norms) or refuses_weights(
         (norm.weight for norm in norms), x, same_dtype=True
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from frameloom.integrations.diffusers.plain import (
     first_reason,
+    has_affine,
     is_traced,
     refuses_input,
     refuses_layer,
@@ -177,7 +178,7 @@ def _reasons(module: Any, x: Tensor, temb: Tensor, others: Sequence[Tensor]) -> 
     yield refuses_layer(norm2, FP32LayerNorm, nn.Identity)
     yield refuses_layer(norm3, FP32LayerNorm)
     affine = [] if isinstance(norm2, nn.Identity) else [norm2]
-    if len({norm.eps for norm in (norm1, *affine, norm3)}) > 1 or not norm1.weight is norm3.weight is None:
+    if len({norm.eps for norm in (norm1, *affine, norm3)}) > 1 or any(map(has_affine, (norm1, norm3))):
         yield "its norms are not those of Wan"
     weights = [weight for norm in affine for weight in (norm.weight, norm.bias)]
     yield refuses_weights((module.scale_shift_table, temb, *weights), x)

@@ -1,6 +1,7 @@
 """What a denoiser of Diffusers makes beside its blocks: embedded texts and rotary tables. Nothing is kept."""
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from frameloom.integrations.diffusers.plain import (
     refuses_layer,
     refuses_method,
 )
-from frameloom.integrations.diffusers.swap import held_by, plain_class
+from frameloom.integrations.diffusers.swap import held_by, is_swapped, plain_class
 from frameloom.integrations.diffusers.ways import Padding, Ways
 from frameloom.models.wan_dit import collapse_padding
 from frameloom.ops.rope import RotaryTable
@@ -60,9 +61,9 @@ def _reasons(module: Any, ways: Ways, caption: Tensor) -> Iterator[str | None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldTables:
-    """What a taken module of rotary tables holds: the class of the network that asks for them."""
+    """What a taken module of rotary tables holds: the network that asks for them, as long as it lives."""
 
-    network: type
+    network: weakref.ref[Any]
 
     def release(self) -> None:
         """There is nothing to let go."""
@@ -74,8 +75,19 @@ class TakenRotary(nn.Module):
     def forward(self, hidden_states: Tensor) -> Any:
         """Latents (B, C, T, H, W) -> cosines and sines: a RotaryTable, or (1, L, 1, K) each where others see them."""
         make = functools.partial(super().forward, hidden_states)
-        network: type = held_by(self).network
-        methods = (refuses_method(kind, "forward") for kind in (network, plain_class(type(self))))
-        if is_traced() or is_hooked(self) or refuses_input(self, hidden_states) or first_reason(methods):
+        network = held_by(self).network()
+        if is_traced() or is_hooked(self) or refuses_input(self, hidden_states) or _is_seen(network):
+            return make()
+        methods = (refuses_method(plain_class(type(module)), "forward") for module in (network, self))
+        if first_reason(methods):
             return make()
         return RotaryTable(*(angles.contiguous() for angles in as_table(make())))
+
+
+def _is_seen(network: Any) -> bool:
+    """Whether somebody reads what a network's blocks are handed: a hook, or a layer that is not ours."""
+    if network is None:
+        return True
+    blocks = *network.blocks, *getattr(network, "vace_blocks", ())
+    readers: Iterator[Any] = (part for block in blocks for part in (block, getattr(block, "attn1", None)))
+    return any(not is_swapped(part) or is_hooked(part) for part in readers)

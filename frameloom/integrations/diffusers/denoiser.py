@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from frameloom.integrations.diffusers.plain import (
     first_reason,
+    has_affine,
     is_hooked,
     is_traced,
     refuses_input,
@@ -91,6 +92,14 @@ def _patches(module: Any, way: Way, x_BCTHW: Tensor) -> Tensor:
     return way.ops.patch_embed(x_BCTHW, *weights, layer.kernel_size)
 
 
+def _cuts_patches(layer: nn.Module) -> bool:
+    """Whether a convolution, which may be another layer by now, reads every number once."""
+    if type(layer) is not nn.Conv3d:
+        return True
+    strides = layer.stride == layer.kernel_size == tuple(layer.weight.shape[2:])
+    return strides and set(layer.padding) == {0} and set(layer.dilation) == {1} and layer.groups == 1
+
+
 def _joined(ways: Ways, text_BSD: Tensor, image_BND: Tensor) -> Tensor:
     """Image first, as Diffusers joins them; the blocks know the text's padding again."""
     context_BSD = torch.cat((image_BND, text_BSD), dim=1)
@@ -136,6 +145,8 @@ def _reasons(
     if is_hooked(module.rope) or is_hooked(module.proj_out):
         yield "its positions or its last layer have hooks"  # as where the tokens are divided over devices
     yield refuses_layer(module.norm_out, FP32LayerNorm)
+    yield "its last norm has weights" if has_affine(module.norm_out) else None
+    yield None if _cuts_patches(module.patch_embedding) else "its patches are not cut as its configuration says"
     table = module.scale_shift_table
     yield refuses_weights((table,), x)
     if at_least_fp32(table) is not table and ways.policy.exactness == "bitwise":

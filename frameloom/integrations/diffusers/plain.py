@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FunctionType, MappingProxyType, MethodType
+from typing import Any
 
 import diffusers
 import torch
@@ -119,10 +120,25 @@ def refuses_weights(weights: Iterable[Tensor | None], x: Tensor, *, same_dtype: 
 
 def refuses_layer(layer: nn.Module, *kinds: type[nn.Module]) -> str | None:
     """Why a layer has to be called, and its weights may not be used without it; None where it is plain."""
-    kind: type = type(layer)
+    kind: Any = type(layer)
     if kind not in kinds:
         return f"a layer is {kind.__name__}"
-    return f"{kind.__name__} has hooks" if is_hooked(layer) else refuses_method(kind, "forward")
+    if is_hooked(layer):
+        return f"{kind.__name__} has hooks"
+    if not _methods(kind).isdisjoint(vars(layer)):
+        return f"a method of a {kind.__name__} was replaced"
+    return refuses_method(kind, "forward")
+
+
+@functools.lru_cache(_METHODS_KNOWN)
+def _methods(kind: type) -> frozenset[str]:
+    """The names of what a class does beside its forward, which is looked at as hooks are."""
+    return frozenset(name for name in dir(kind) if isinstance(getattr(kind, name, None), FunctionType)) - {"forward"}
+
+
+def has_affine(norm: nn.Module) -> bool:
+    """Whether a layer's norm has a weight or a bias."""
+    return not (norm.weight is norm.bias is None)
 
 
 def first_reason(reasons: Iterable[str | None]) -> str | None:

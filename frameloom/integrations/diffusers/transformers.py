@@ -1,5 +1,6 @@
 """Takes over the transformers of Diffusers whose blocks are Wan's: which classes those are, and how."""
 
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -178,7 +179,7 @@ def _take_around(module: Any, ways: Ways, changes: set[str]) -> str:
         known.append((embedder, TakenTextEmbedder, HeldWays(ways=ways)))
     readers: list[Any] = _blocks(module)
     if _place(module.rope) in _TABLES and all(is_swapped(block.attn1) for block in readers):
-        known.append((module.rope, TakenRotary, HeldTables(network=type(module))))
+        known.append((module.rope, TakenRotary, HeldTables(network=weakref.ref(module))))
     mixin = _MODELS[_place_of(model)]
     if mixin is not None:
         known.append((module, mixin, HeldWays(ways=ways)))
