@@ -36,7 +36,7 @@ class LentVae:
             self._vae = WanVAE(spec).eval()
         set_attention(self._vae, AttentionBlock, expected=2)
         self._slots = {name: _slot(self._vae, name) for name, _ in self._vae.named_parameters()}
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._vae.named_parameters()}
+        self._shapes = {name: parameter.shape for name, parameter in self._vae.named_parameters()}
         self._ways: dict[tuple[torch.device, torch.dtype], _Way] = {}
         self._made: dict[str, _Made] = {}
         self._stamps: dict[str, _Stamp] = {}
@@ -45,7 +45,9 @@ class LentVae:
 
     def misfit(self, weights: Mapping[str, Tensor]) -> str | None:
         """Why weights are not those of this network, or None."""
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if shapes == self._shapes:
+            return None
         for name in sorted(shapes.keys() | self._shapes.keys()):
             if shapes.get(name) != self._shapes.get(name):
                 there, wanted = (str(list(x[name])) if name in x else "nothing" for x in (shapes, self._shapes))

@@ -332,7 +332,7 @@ def offloaded_by_groups(vae):
     ("change", "reason"),
     [
         (hooked, "have hooks"),
-        (replaced, "not its own"),
+        (replaced, "decoder.mid_block.attentions.0.proj"),
         (trained, "dropout"),
         (offloaded_by_groups, "have hooks"),
     ],

@@ -1,10 +1,12 @@
 """Takes over the VAE of a pipeline: AutoencoderKLWan, or AutoencoderKLQwenImage, the same under other names."""
 
 import contextlib
+import inspect
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +16,18 @@ from torch import Tensor, nn
 
 from frameloom.engine.lent_vae import LentVae
 from frameloom.errors import CheckpointError, RequestError
-from frameloom.integrations.diffusers.plain import Told, first_reason, is_traced, is_transformed, refuses_method
+from frameloom.integrations.diffusers.plain import (
+    Told,
+    first_reason,
+    has_global_hooks,
+    is_traced,
+    is_transformed,
+    refuses_method,
+)
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, plain_class, swap
 from frameloom.memory.vae import VaePlanner
+from frameloom.models.meta import on_meta
 from frameloom.models.spec import VaeSpec
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy
@@ -27,6 +37,8 @@ _KINDS: tuple[Any, ...] = (AutoencoderKLWan, AutoencoderKLQwenImage)
 _OVERRIDDEN = ("encode", "decode", "_encode", "_decode", "forward", "tiled_encode", "tiled_decode")
 _PASSED_BY = ("__call__", "forward", "_conv_forward")  # of its parts
 _UNUSED = ("dropout", "scale_factor_temporal", "scale_factor_spatial")  # keys that say nothing of what is computed
+_KNOWN = vars(nn.Module()).keys() | {"forward"}  # of any part; and what is looked at as a hook
+_HARMLESS = ("training", "gradient_checkpointing", "_is_full_backward_hook")  # of parts, where nothing is recorded
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FRAMES_AT_A_TIME = 4  # that the plain methods encode, whatever the compression
 
@@ -39,11 +51,14 @@ def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
     if reason := _refuses(module, kind):
         return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
     try:
-        held = _LiveVae(module, VaeSpec.from_config(_config(module), where=f"the config of {name}"), policy)
+        spec = VaeSpec.from_config(_config(module), where=f"the config of {name}")
+        held = _LiveVae(module, spec, _parts_of(kind, module), policy)
     except CheckpointError as error:
         return Entry(component=name, kind=type(module).__name__, taken=False, what=str(error))
     if misfit := held.lent.misfit(_weights(module)):
         reason = f"its weights do not fit its config: {misfit}"
+        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+    if reason := _refuses_parts(_named_parts(module), held.parts):
         return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
     what, extra_bytes = held.told(module)
     swap(module, _Taken, held)
@@ -70,14 +85,34 @@ class _Taken:
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What the config makes of a part: its class, and the numbers and words that it computes with beside weights."""
+
+    kind: type[nn.Module]
+    settings: Mapping[str, object]
+
+    def refuses(self, name: str, part: nn.Module) -> str | None:
+        """Why a part of this name is another one, or None."""
+        if type(part) is not self.kind:
+            return f"{name} is {type(part).__name__}, and its config asks for {self.kind.__name__}"
+        there = vars(part)
+        for key, wanted in self.settings.items():
+            value = there.get(key, self)  # which equals no setting
+            if type(value) is not type(wanted) or value != wanted:
+                return f"{name}.{key} is not what its config makes of it"
+        own = (key for key in there if key not in self.settings and key not in _KNOWN and hasattr(self.kind, key))
+        return next((f"{name} has {key} of its own" for key in own), None)
+
+
 class _LiveVae:
     """What computes for a taken VAE, on the weights that it has at each call."""
 
-    def __init__(self, module: nn.Module, spec: VaeSpec, policy: Policy) -> None:
+    def __init__(self, module: nn.Module, spec: VaeSpec, parts: Mapping[str, _Part], policy: Policy) -> None:
         self._module = weakref.ref(module)
         self.lent = LentVae(spec, policy)
+        self.parts = parts
         self._exactness = policy.exactness
-        self._inner = _inner(module)
         self._lock = threading.RLock()  # the network is bound by one call at a time
         self._is_released = False
         self._told = Told(logging.WARNING)
@@ -161,15 +196,19 @@ class _LiveVae:
             return "gradients are recorded; call it under torch.no_grad()"
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             return "torch.autocast is on"
-        if module.training and module.config.dropout:
+        parts = _named_parts(module)
+        if module.config.dropout and any(part.training for part in parts.values() if type(part) is nn.Dropout):
             return "it is being trained, with dropout"
         if module.use_tiling and self._exactness == "bitwise":
             return "tiles that are blended have other bits than a whole picture"
-        if _inner(module) != self._inner or _has_hooks(module):
-            return "its parts are not its own any more, or have hooks"
-        if patched := _patched(module):
-            return patched
-        return _refuses_weights(module, weights, x.dtype, x.device)
+        if has_global_hooks() or _has_hooks(parts):
+            return "its parts have hooks"
+        return (
+            _refuses_parts(parts, self.parts)
+            or _patched(module, parts)
+            or _refuses_weights(module, weights, x.dtype, x.device)
+            or self.lent.misfit(weights)
+        )
 
     def _where_memory_allows(self, compute: Callable[[], Tensor]) -> Tensor | None:
         try:
@@ -229,12 +268,12 @@ def _refuses(module: Any, kind: type[nn.Module]) -> str | None:
     own += [name for name in _OVERRIDDEN if name in vars(module) and name != "forward"]
     if own:
         return f"it has {', '.join(dict.fromkeys(own))} of its own, which must be called"
-    foreign = {type(part).__name__ for part in module.modules() if part is not module and not _is_own(part, kind)}
-    if foreign:
+    parts = _named_parts(module)
+    if foreign := {type(part).__name__ for part in parts.values() if not _is_own(part, kind)}:
         return f"it has parts of other makers: {', '.join(sorted(foreign))}"
-    if patched := _patched(module):
+    if patched := _patched(module, parts):
         return patched
-    if any(parameter.is_meta for parameter in module.parameters()) and not _has_hooks(module):
+    if any(parameter.is_meta for parameter in module.parameters()) and not _has_hooks(parts):
         return "its weights are on the meta device: load them first"
     if any(type(p) is not nn.Parameter or p.dtype not in _DTYPES for p in module.parameters()):
         return "its weights are quantized"
@@ -243,12 +282,12 @@ def _refuses(module: Any, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def _patched(module: nn.Module) -> str | None:
+def _patched(module: nn.Module, parts: Mapping[str, nn.Module]) -> str | None:
     """Which method that is passed by was replaced in a class of Diffusers or torch, or None."""
     whole = ((plain_class(type(module)), name) for name in _OVERRIDDEN)
-    kinds = dict.fromkeys(type(part) for _, part in module.named_modules() if part is not module)
-    parts = ((kind, name) for kind in kinds for name in _PASSED_BY if hasattr(kind, name))
-    return first_reason(refuses_method(kind, name) for kind, name in (*whole, *parts))
+    kinds = dict.fromkeys(map(type, parts.values()))
+    inner = ((kind, name) for kind in kinds for name in _PASSED_BY if hasattr(kind, name))
+    return first_reason(refuses_method(kind, name) for kind, name in (*whole, *inner))
 
 
 def _is_own(part: nn.Module, kind: type[nn.Module]) -> bool:
@@ -265,13 +304,35 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters())
 
 
-def _inner(module: nn.Module) -> dict[str, type[nn.Module]]:
-    return {name: type(part) for name, part in module.named_modules() if name}
+def _parts_of(kind: type[nn.Module], module: Any) -> dict[str, _Part]:
+    """The parts that the config of a VAE makes, by their names."""
+    known = inspect.signature(kind).parameters
+    with on_meta():
+        twin = kind(**{name: value for name, value in dict(module.config).items() if name in known})
+    return {
+        name: _Part(kind=type(part), settings={k: v for k, v in vars(part).items() if _is_setting(k, v)})
+        for name, part in _named_parts(twin).items()
+    }
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a part of it has a hook that would be passed by."""
-    return any(_is_hooked(part) for name, part in module.named_modules() if name)
+def _named_parts(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in module.named_modules() if name}
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return name not in _HARMLESS and isinstance(value, int | float | str | tuple | None)
+
+
+def _refuses_parts(parts: Mapping[str, nn.Module], wanted: Mapping[str, _Part]) -> str | None:
+    """Why its parts are others than those of its config, or None."""
+    if unlike := parts.keys() ^ wanted.keys():
+        return f"its parts are not those of its config: {', '.join(sorted(unlike)[:3])}"
+    return first_reason(wanted[name].refuses(name, part) for name, part in parts.items())
+
+
+def _has_hooks(parts: Mapping[str, nn.Module]) -> bool:
+    """Whether one of them has a hook that would be passed by."""
+    return any(map(_is_hooked, parts.values()))
 
 
 def _is_hooked(part: nn.Module) -> bool:
