@@ -40,6 +40,7 @@ _UNUSED = ("dropout", "scale_factor_temporal", "scale_factor_spatial")  # keys t
 _KNOWN = vars(nn.Module()).keys() | {"forward"}  # of any part; and what is looked at as a hook
 _HARMLESS = ("training", "gradient_checkpointing", "_is_full_backward_hook")  # of parts, where nothing is recorded
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OTHER_BITS = "bitwise was asked for, and the network here adds up in other orders: the last bits would differ"
 _FRAMES_AT_A_TIME = 4  # that the plain methods encode, whatever the compression
 
 
@@ -50,6 +51,8 @@ def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
         return None
     if reason := _refuses(module, kind):
         return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+    if policy.exactness == "bitwise":
+        return Entry(component=name, kind=type(module).__name__, taken=False, what=_OTHER_BITS)
     try:
         spec = VaeSpec.from_config(_config(module), where=f"the config of {name}")
         held = _LiveVae(module, spec, _parts_of(kind, module), policy)
@@ -112,7 +115,6 @@ class _LiveVae:
         self._module = weakref.ref(module)
         self.lent = LentVae(spec, policy)
         self.parts = parts
-        self._exactness = policy.exactness
         self._lock = threading.RLock()  # the network is bound by one call at a time
         self._is_released = False
         self._told = Told(logging.WARNING)
@@ -131,8 +133,6 @@ class _LiveVae:
             return None
         if spec.temporal_scale > _FRAMES_AT_A_TIME or any(size % spec.spatial_scale for size in x_BCTHW.shape[3:]):
             return self._leave(f"frames of {tuple(x_BCTHW.shape[2:])} are not divided by the compression")
-        if self._exactness == "bitwise" and (spec.is_residual or spec.temporal_scale < _FRAMES_AT_A_TIME):
-            return self._leave("this encoder adds up in another order here")
         used = 1 + (x_BCTHW.shape[2] - 1) // _FRAMES_AT_A_TIME * _FRAMES_AT_A_TIME  # the plain method ignores the rest
         with self._at_work(module) as bound:
             return self._where_memory_allows(lambda: _encoded(*bound, x_BCTHW[:, :, :used])) if bound else None
@@ -199,8 +199,6 @@ class _LiveVae:
         parts = _named_parts(module)
         if module.config.dropout and any(part.training for part in parts.values() if type(part) is nn.Dropout):
             return "it is being trained, with dropout"
-        if module.use_tiling and self._exactness == "bitwise":
-            return "tiles that are blended have other bits than a whole picture"
         if has_global_hooks() or _has_hooks(parts):
             return "its parts have hooks"
         return (
