@@ -87,9 +87,10 @@ def levels_told(levels: float) -> str:
 
 def measured_rows(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of the second table, of records of `frameloom bench drop-in`."""
-    for record in records:
+    for record in sorted(records, key=lambda record: record["case"]["pipeline"] == "all"):
         case = record["case"]
         size = f"{case['height']}x{case['width']}x{case['frames']}"
+        size += ", allocator as it comes" if case["allocator"] == "default" else ""
         for found in record["pipelines"]:
             faster, decode, peaks = found["speedup"], found["decode"] or {}, found["peak_bytes"]
             share = decode.get("share_of_gain")
