@@ -4,27 +4,13 @@ import types
 
 import pytest
 import torch
+from checkpoints import VAE_21, VAE_22
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 import frameloom
 
-WAN21 = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-    "latents_mean": [0.0] * 4,
-    "latents_std": [1.0] * 4,
-}
-WAN22 = {
-    **WAN21,
-    "decoder_base_dim": 16,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-}
+LATENTS = {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+WAN21, WAN22 = VAE_21 | LATENTS, VAE_22 | LATENTS
 KINDS = {
     "2.1": lambda: AutoencoderKLWan(**WAN21),
     "2.2": lambda: AutoencoderKLWan(**WAN22),
