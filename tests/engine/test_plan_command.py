@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from time import sleep
 
 import pytest
@@ -16,6 +17,7 @@ from frameloom.errors import RequestError
 from frameloom.models.spec import TransformerSpec, VaeSpec
 from frameloom.platform.specs import SPECS, spec_of
 from frameloom.platform.tuning import Foreseen, Tuner
+from frameloom.settings import cache_folder
 from frameloom.types import EngineConfig
 from frameloom.weights.published import NAMES, published
 
@@ -172,6 +174,15 @@ def test_generate_refuses_what_cannot_fit_and_names_what_does(run, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def nothing_measured(tmp_path_factory, monkeypatch):
+    """A cache folder that has the compiled kernels and no run's rates: those of other sizes would be mixed in."""
+    folder = tmp_path_factory.mktemp("cache") / "copy"
+    shutil.copytree(cache_folder(), folder, ignore=shutil.ignore_patterns("choices-*"))
+    monkeypatch.setenv("FRAMELOOM_CACHE", str(folder))
+
+
+@pytest.mark.usefixtures("nothing_measured")
 def test_generate_tells_what_was_foreseen_and_learns_from_the_run(run, tmp_path):
     options = ("generate", "a red circle", "-o", tmp_path / "a.mp4", "--json", "--steps", "2")
     before = json.loads(run(*options)[1])
