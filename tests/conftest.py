@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import frameloom
 from frameloom import cli
+
+# Who starts the suite in the background, or under nohup, hands down that these are ignored; what a test starts, and
+# ends by them, would ignore them, too.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()

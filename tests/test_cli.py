@@ -254,13 +254,7 @@ def test_a_working_folder_that_is_gone_is_one_sentence(tmp_path):
 def test_a_signal_leaves_no_half_file(sent, code, word, checkpoint_of, tmp_path):
     command = [sys.executable, "-m", "frameloom", "generate", "a cat", "--model", str(checkpoint_of())]
     command += ["-o", str(tmp_path / "a.mp4"), *SMALL, "--steps", "900"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "reading the prompt" not in (line := process.stdout.readline()):
         assert line, process.stderr and process.stderr.read()

@@ -27,7 +27,6 @@ def started(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "frameloom", *map(str, arguments)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # background jobs ignore it
     )  # fmt: skip
 
 
