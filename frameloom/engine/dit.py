@@ -153,8 +153,8 @@ def fastest_attention(heads: int, head_dim: int, dtype: torch.dtype, tuner: Tune
     ways = {"sdpa": sdpa, NATIVE.name: NATIVE.kernel()}
 
     def prepare() -> dict[str, Callable[[], object]]:
-        shape = (1, _MEASURED_TOKENS, min(heads, _MEASURED_HEADS), head_dim)
-        q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
+        shape = (3, 1, _MEASURED_TOKENS, min(heads, _MEASURED_HEADS), head_dim)
+        q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         return {name: functools.partial(attend, q, k, v) for name, attend in ways.items()}
 
     best = tuner.best(f"attention {heads} {head_dim} {dtype}", tuple(ways), prepare)

@@ -166,7 +166,7 @@ def _choose_packed(dit: WanDiT, policy: Policy, tuner: Tuner) -> Mapping[Rewrite
 def _runs(
     weight: Tensor, makers: Mapping[str, Callable[[], Callable[[Tensor], Tensor]]]
 ) -> dict[str, Callable[[], object]]:
-    x = torch.randn(_MEASURED_TOKENS, weight.shape[1]).to(weight.dtype)
+    x = torch.randn(_MEASURED_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     made = {name: make() for name, make in makers.items()}
     return {name: functools.partial(run, x) for name, run in made.items()}
 

@@ -107,9 +107,8 @@ class Ways:
             platform = platform_of(device).name
         except RequestError as error:
             return Way(ops=Ops(), attend=sdpa, rewrites=(), attention=f"sdpa: {error}")
-        with torch.random.fork_rng(devices=()):  # what is measured draws numbers, and the user's seed is the user's
-            ops, decisions = ops_for(platform, policy=self.policy, compiler=COMPILER, dtype=dtype)
-            attend, reason = self._attention(platform, device, dtype)
+        ops, decisions = ops_for(platform, policy=self.policy, compiler=COMPILER, dtype=dtype)
+        attend, reason = self._attention(platform, device, dtype)
         return Way(
             ops=ops,
             attend=attend,
