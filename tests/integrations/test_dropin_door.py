@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
 from diffusers.modular_pipelines import WanModularPipeline
+from tiny_transformers import TINY
 
 import frameloom
 from frameloom.errors import RequestError
@@ -118,6 +120,16 @@ def test_restored_twice_and_never_taken_it_is_as_it_was(pipe: Any) -> None:
     frameloom.restore(pipe)
     assert {name: type(part) for name, part in pipe.components.items()} == kinds
     assert not any(is_swapped(module) for module in (*pipe.vae.modules(), *pipe.transformer.modules()))
+
+
+def test_after_an_error_what_was_taken_is_given_back() -> None:
+    before, later, broken = TINY["wan"].make(), TINY["wan"].make(), LTX2Attention(24, heads=2, dim_head=12)
+    del broken.rope_type
+    frameloom.accelerate({"before": before})
+    with pytest.raises(AttributeError, match="rope_type"):
+        frameloom.accelerate({"before": before, "later": later, "broken": broken})
+    assert not any(map(is_swapped, later.modules()))
+    assert all(map(is_swapped, before.blocks))
 
 
 def test_components_by_name_are_taken_without_a_pipeline(pipe: Any) -> None:

@@ -108,6 +108,48 @@ def test_what_is_changed_of_a_layer_counts_as_for_the_untouched_transformer(pair
     assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
 
 
+class Wrapper(nn.Module):
+    """A layer in a layer of somebody's own, which shows nothing of it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def wrap(model, place):
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, Wrapper(model.get_submodule(place)))
+
+
+WRAPPED = ["patch_embedding", "condition_embedder", "norm_out", "blocks.0.attn1", "blocks.0.attn1.norm_q"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("place", WRAPPED)
+def test_a_layer_that_is_wrapped_is_called(place, when):
+    tiny = TINY["wan"]
+    plain, model, inputs = tiny.make(), tiny.make(), tiny.inputs()
+    if when == "after":
+        take(model)
+    for network in (plain, model):
+        wrap(network, place)
+    if when == "before":
+        assert take(model).taken
+    assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
+
+
+def test_where_every_attention_is_wrapped_it_is_left():
+    model = TINY["wan"].make()
+    for block in range(len(model.blocks)):
+        wrap(model, f"blocks.{block}.attn1")
+    entry = take(model)
+    assert (entry.taken, entry.what) == (False, "in its Wrapper the heads or the norms are not known here")
+    assert not any(is_swapped(module) for module in model.modules())
+
+
 def test_a_backend_of_diffusers_that_was_set_computes(pair, told):
     plain, model, inputs = pair
     expected = compute(plain, inputs)

@@ -1,7 +1,8 @@
 """Behind `frameloom.accelerate` and `restore`: looks at each component, and asks who here can take it over."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -41,7 +42,7 @@ def accelerate_pipeline(
 
     `pipe`: a pipeline of Diffusers, modular or not, or components of one by their names. `exactness`: "bitwise" or
     "rounding". What cannot be taken over stays as it is, and the report says why. A component that is taken already
-    stays taken. Raises RequestError for a pipeline of which nothing is known, which is unchanged.
+    stays taken. Raises RequestError for a pipeline of which nothing is known. After an error it is as it was.
     """
     policy = _policy(exactness)
     wanted = {"vae": vae, "transformer": transformer, "text_encoder": text_encoder}
@@ -50,10 +51,10 @@ def accelerate_pipeline(
     if isinstance(pipe, Mapping) and not modules:
         raise RequestError("none of the components given is a network: there is nothing to take over")
     takes = [take for name, is_wanted in wanted.items() if is_wanted for take in _TAKES[name]]
-    entries = [entry for name, module in modules.items() if (entry := _taken(name, module, policy, takes))]
-    entries += _pipe_taken(
-        pipe, policy, [take for name in wanted if wanted[name] for take in _TAKES_PIPES.get(name, ())]
-    )
+    takes_pipe = [take for name in wanted if wanted[name] for take in _TAKES_PIPES.get(name, ())]
+    with _given_back_on_error(pipe):
+        entries = [entry for name, module in modules.items() if (entry := _taken(name, module, policy, takes))]
+        entries += _pipe_taken(pipe, policy, takes_pipe)
     if not entries:
         raise RequestError(
             f"{_named(pipe)} has no {_told(wanted)} that can be taken over and is as it was; what can: a VAE or a "
@@ -70,11 +71,28 @@ def restore_pipeline(pipe: DiffusionPipeline) -> None:
 
     Raises RequestError, and changes nothing, where a class was put on top of one of ours since.
     """
-    taken: list[Any] = [pipe, *(module for part in _modules(pipe).values() for module in part.modules())]
-    for each in taken:
+    parts = _parts(pipe)
+    for each in parts:
         check_uncovered(each)
-    for each in taken:
+    for each in parts:
         unswap(each)
+
+
+@contextlib.contextmanager
+def _given_back_on_error(pipe: Any) -> Iterator[None]:
+    """What was taken when an error came, or an interrupt, is given back; but for what was taken before."""
+    untouched = [part for part in _parts(pipe) if not is_swapped(part)]
+    try:
+        yield
+    except BaseException:
+        for each in untouched:
+            unswap(each)
+        raise
+
+
+def _parts(pipe: Any) -> list[Any]:
+    """All that may be taken: a pipeline, and every module of its components."""
+    return [pipe, *(module for component in _modules(pipe).values() for module in component.modules())]
 
 
 def _taken(name: str, module: nn.Module, policy: Policy, takes: Sequence[Take]) -> Entry | None:

@@ -85,11 +85,10 @@ def _velocity(
 
 def _patches(module: Any, way: Way, x_BCTHW: Tensor) -> Tensor:
     layer = module.patch_embedding
-    weights = layer.weight, layer.bias
-    if refuses_layer(layer, nn.Conv3d) or refuses_weights(weights, x_BCTHW, same_dtype=True):
+    if refuses_layer(layer, nn.Conv3d) or refuses_weights((layer.weight, layer.bias), x_BCTHW, same_dtype=True):
         tokens: Tensor = layer(x_BCTHW).flatten(2).transpose(1, 2).contiguous()
         return tokens
-    return way.ops.patch_embed(x_BCTHW, *weights, layer.kernel_size)
+    return way.ops.patch_embed(x_BCTHW, layer.weight, layer.bias, layer.kernel_size)
 
 
 def _cuts_patches(layer: nn.Module) -> bool:

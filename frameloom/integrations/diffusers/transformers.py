@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
-from torch import nn
+from torch import Tensor, nn
 
 from frameloom.integrations.diffusers.attention import TakenAttention, refuses_attention
 from frameloom.integrations.diffusers.blocks import (
@@ -85,28 +85,30 @@ def take_transformer(name: str, module: nn.Module, policy: Policy) -> Entry | No
         return Entry(component=name, kind=kind, taken=True, what="it was taken before")
     if changed := next(filter(None, map(_changed, blocks)), None):
         return _left(name, kind, changed)
-    first: Any = blocks[0]
-    weight = first.attn1.norm_q.weight
+    attention = next(filter(_has_heads, (block.attn1 for block in blocks)), None)
+    if attention is None:
+        return _left(name, kind, f"in its {type(blocks[0].attn1).__name__} the heads or the norms are not known here")
+    weight = attention.norm_q.weight
     if weight.is_meta and not any(hasattr(part, "_hf_hook") for part in module.modules()):
         return _left(name, kind, "its weights are on the meta device; load them first")
-    ways = Ways(policy, Heads(first.attn1.heads, first.attn1.inner_dim // first.attn1.heads))
+    ways = Ways(policy, Heads(attention.heads, attention.inner_dim // attention.heads))
     way = ways.at(weight.device, weight.dtype)
     changes = {reason for block in blocks for reason in _take_block(block, ways)}
     around = _take_around(module, ways, changes)
-    what = f"{len(blocks)} blocks{around} by {_said(way, module, first)}"
+    what = f"{len(blocks)} blocks{around} by {_said(way, module, attention)}"
     embeds = ways.collapses_padding and any(isinstance(part, TakenTextEmbedder) for part in module.modules())
     said = (what, *([_PADDING] if embeds else []), _OFF, *sorted(changes))
     return Entry(component=name, kind=kind, taken=True, what="; ".join(said))
 
 
-def _said(way: Way, module: nn.Module, block: Any) -> str:
+def _said(way: Way, module: nn.Module, attention: nn.Module) -> str:
     """Of what is chosen, what these classes use."""
-    attends = is_swapped(block.attn1)
+    attends = is_swapped(attention)
     elsewhere = {"dit.norm_rotate": attends, "dit.patch": is_swapped(module)}
     unused = tuple(start for start, is_used in elsewhere.items() if not is_used)
     used = [name for name in way.rewrites if not name.startswith(unused)]
-    attention = way.attention if attends else "as Diffusers has it"
-    return f"{', '.join(used) or 'the plain operations'}; attention {attention}"
+    how = way.attention if attends else "as Diffusers has it"
+    return f"{', '.join(used) or 'the plain operations'}; attention {how}"
 
 
 def _left(name: str, kind: str, what: str) -> Entry:
@@ -120,7 +122,13 @@ def _without_blocks(name: str, module: nn.Module) -> Entry | None:
     return _left(name, type(module).__name__, "its blocks are none of those that are known here")
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def _has_heads(attention: Any) -> bool:
+    """Whether an attention tells its heads and has a weight by them, as those of Diffusers do; wrappers may not."""
+    weight = getattr(getattr(attention, "norm_q", None), "weight", None)
+    return isinstance(weight, Tensor) and hasattr(attention, "heads") and hasattr(attention, "inner_dim")
+
+
+def _blocks(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if _place(part) in _BLOCKS]
 
 
@@ -173,12 +181,11 @@ def _take_around(module: Any, ways: Ways, changes: set[str]) -> str:
     model = _known_model(module)
     if model is None or refuses_method(type(module), "forward"):
         return ", in a forward that is its own,"
-    embedder = module.condition_embedder.text_embedder
+    embedder = getattr(module.condition_embedder, "text_embedder", None)  # none of what is wrapped
     known: list[tuple[nn.Module, type, Held]] = []
     if type(embedder) is PixArtAlphaTextProjection:
         known.append((embedder, TakenTextEmbedder, HeldWays(ways=ways)))
-    readers: list[Any] = _blocks(module)
-    if _place(module.rope) in _TABLES and all(is_swapped(block.attn1) for block in readers):
+    if _place(module.rope) in _TABLES and all(is_swapped(block.attn1) for block in _blocks(module)):
         known.append((module.rope, TakenRotary, HeldTables(network=weakref.ref(module))))
     mixin = _MODELS[_place_of(model)]
     if mixin is not None:
