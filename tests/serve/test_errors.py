@@ -110,6 +110,14 @@ def test_another_model_is_not_found(site):
     assert told(client.get("/v1/models/sora-2"), 404).code == "model_not_found"
 
 
+def test_a_model_whose_name_has_a_slash_is_found(tmp_path):
+    config = ServeConfig(data=tmp_path, name="Wan-AI/Wan2.1")
+    with served(MemoryService(tmp_path), config) as (url, _), httpx.Client(base_url=url) as client:
+        for path in ("/v1/models/Wan-AI/Wan2.1", "/v1/models/Wan-AI%2FWan2.1"):
+            assert client.get(path).json()["id"] == "Wan-AI/Wan2.1"
+        assert told(client.get("/v1/models/Wan-AI"), 404).code == "model_not_found"
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/v1", "/v1/video", "/v1/videos/", "/etc/passwd", "/v1/videos/a/b/c", "//", "/docs", "/%00"]
 )

@@ -22,7 +22,7 @@ async def models(site: OfSite, caller: Caller) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [_model(site)]})
 
 
-@router.get("/v1/models/{model}", response_model=ModelCard, responses=errors(404))
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
 async def model(model: str, site: OfSite, caller: Caller) -> JSONResponse:
     """The same of one model."""
     check_model({"model": model}, site.config)
