@@ -181,7 +181,7 @@ class Cancelled(Message, frozen=True, kw_only=True):
 class Foreseen(Message, frozen=True, kw_only=True):
     """Seconds and peak of memory of a request; `refusal`: one sentence, of one that cannot be computed or cannot fit.
 
-    The numbers of the resolved request come with it: width, height, num_frames, steps, fps.
+    The numbers of the resolved request come with it: width, height, num_frames, steps, fps. Without a plan all is 0.
     """
 
     number: int

@@ -86,6 +86,27 @@ def test_large_requests_are_planned_before_they_are_kept(site):
         service.planned = None
 
 
+def test_an_estimate_says_what_was_learned_where_the_planner_knows_nothing(site, monkeypatch):
+    client, service = site
+    numbers = {"steps": 8, "width": 96, "height": 64, "num_frames": 33, "fps": 16.0, "guidance_scale": 3.0}
+
+    def told():
+        answer = client.get("/v1/estimate").json()
+        assert answer["resolved"] == numbers
+        return answer["seconds"], answer["memory_bytes"], answer["refusal"]
+
+    assert told() == (2.5, 10**9, "")
+    try:
+        service.planned = Foreseen(number=1)
+        assert told() == (1.0, None, "")
+        monkeypatch.setattr(service, "work_s", lambda request: 0.0)
+        assert told() == (None, None, "")
+        service.planned = Foreseen(number=1, refusal="it takes 9 GB", seconds=3.0, memory_bytes=1)
+        assert told() == (None, None, "it takes 9 GB")
+    finally:
+        service.planned = None
+
+
 def test_what_is_not_of_the_picture_is_kept_beside_it(site):
     asked = {"prompt": "x", "quality": 30, "priority": 7, "deadline": "60", "loras": '[{"name": "ink", "scale": 0.5}]'}
     job, shown = ask(site, files={name: (None, str(value)) for name, value in asked.items()})

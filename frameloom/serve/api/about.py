@@ -12,6 +12,7 @@ from frameloom.serve.api.parameters import read_parameters
 from frameloom.serve.api.schemas import Estimate, Health, LoraList, ModelCard, ModelList
 from frameloom.serve.api.site import Caller, OfSite, Site
 from frameloom.serve.metrics import CONTENT_TYPE
+from frameloom.wire import Foreseen
 
 router = APIRouter(tags=["server"])
 
@@ -47,19 +48,12 @@ async def estimate(request: Request, site: OfSite, caller: Caller) -> JSONRespon
         raise ApiError(503, "starting", "the model is not known yet; come again soon", retry_s=2)
     check_effect(found, card)
     order = order_of({"prompt": "-", **found}, "estimate", card=card, config=site.config, shapes={})
-    foreseen = await site.service.foresee(order.request)
-    if foreseen is None:
-        seconds = site.service.work_s({**order.request, **order.resolved})
-        told: dict[str, Any] = {"seconds": seconds or None, "memory_bytes": None, "refusal": ""}
-    else:
-        can = not foreseen.refusal
-        told = {
-            "seconds": foreseen.seconds if can else None,
-            "memory_bytes": foreseen.memory_bytes if can else None,
-            "refusal": foreseen.refusal,
-        }
-    resolved = {**order.resolved, **(foreseen.resolved if foreseen else {})}
-    return JSONResponse({"object": "estimate", **told, "resolved": resolved})
+    foreseen = await site.service.foresee(order.request) or Foreseen(number=0)
+    told: dict[str, Any] = {"seconds": None, "memory_bytes": None, "refusal": foreseen.refusal}
+    if not foreseen.refusal:  # a planner that knows nothing says 0
+        told["seconds"] = foreseen.seconds or site.service.work_s({**order.request, **order.resolved}) or None
+        told["memory_bytes"] = foreseen.memory_bytes or None
+    return JSONResponse({"object": "estimate", **told, "resolved": {**order.resolved, **foreseen.resolved}})
 
 
 @router.get("/health/live", response_model=Health, responses=errors(always=(403, 500, 503)))
