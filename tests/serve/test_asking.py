@@ -170,6 +170,17 @@ def test_extensions_go_on_with_the_size_and_rate_of_their_video(site):
     assert (odd.status_code, odd.json()["error"]["param"]) == (400, "video")
 
 
+def test_of_an_extension_the_frames_that_are_made_are_weighed_whenever_it_is_made(site, monkeypatch):
+    weighed = []
+    monkeypatch.setattr(site[1], "work_s", lambda request: float(weighed.append(request["num_frames"]) or 1))
+    for seconds, made in (({"seconds": (None, "2")}, 17), ({}, 33)):
+        job, _ = ask(site, "/extensions", files={"prompt": (None, "x"), "video": ("v", clip()), **seconds})
+        remixed, shown = ask(site, f"/{job.id}/remix", json={"prompt": "y"})
+        assert remixed.ask.resolved == job.ask.resolved
+        assert shown["num_frames"] == 13 + made - 1
+        assert weighed[-2:] == [made, made]
+
+
 def test_pictures_that_change_make_another_request_of_the_same_key(site):
     client, _ = site
     headers = {"idempotency-key": "pictures"}

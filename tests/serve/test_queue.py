@@ -1,14 +1,16 @@
 """Who goes next, how much may wait, and how long things take as learned."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_workers import CARD
 
-from frameloom.serve.config import Limits
+from frameloom.serve.config import Limits, ServeConfig
 from frameloom.serve.jobs.job import Ask, Job
+from frameloom.serve.jobs.known import Known
 from frameloom.serve.jobs.line import Bounds, WaitingLine
 from frameloom.serve.jobs.speed import Speed, progress_of, units_of
 from frameloom.serve.service import RefusedError
@@ -177,6 +179,18 @@ def test_speed_is_learned_and_kept():
     assert Speed(speed.text).seconds(usual, None, None) == pytest.approx(1.0)
     for broken in ("", "{}", "[1,", '["a"]', "null"):
         assert Speed(broken).seconds(usual, None, None) == 0.0
+
+
+def test_an_extension_teaches_no_speed(tmp_path):
+    known = Known(ServeConfig(data=tmp_path))
+    known.card = CARD
+    made = job(1)
+    known.learn(made, 2.0)
+    assert known.work_s({}) == pytest.approx(2.0)
+    for _ in range(9):  # its frames and those that it goes on from, made in the time of its own
+        extended = replace(made.ask, request={"extends": "inputs/extends.mp4"}, resolved={"num_frames": 17})
+        known.learn(replace(made, ask=extended), 2.0)
+    assert known.work_s({}) == pytest.approx(2.0)
 
 
 def test_units_of_work():

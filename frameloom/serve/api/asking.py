@@ -123,12 +123,15 @@ def check_effect(found: Mapping[str, Any], card: Card | None) -> None:
         )
 
 
-def remixed(source: Mapping[str, Any], resolved: Mapping[str, Any], prompt: str, config: ServeConfig) -> Order:
+def remixed(
+    source: Mapping[str, Any], resolved: Mapping[str, Any], prompt: str, config: ServeConfig, card: Card | None
+) -> Order:
     """The order of a job once more, with another prompt. Raises ApiError 400 where that is not made any more."""
     request = {**source, "prompt": prompt}
     _check({name: value for name, value in request.items() if name != "extends"})
     _check_limits({**request, **resolved}, {}, config)
-    return Order(request=request, resolved=resolved, work=resolved)
+    work = _resolved(request, {}, None, card) if "extends" in source else resolved
+    return Order(request=request, resolved=resolved, work=work)
 
 
 def order_of(

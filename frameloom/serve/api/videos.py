@@ -125,7 +125,7 @@ async def remix(
         raise bad(None, f"{source.id} was made by {source.ask.model}, which is not served here any more")
     _check_loras(source.ask.loras, site)
     collected = await _copied(source, site)
-    order = remixed(source.ask.request, source.ask.resolved, found["prompt"], site.config)
+    order = remixed(source.ask.request, source.ask.resolved, found["prompt"], site.config, site.service.card)
     taken = {**found, "loras": source.ask.loras, "quality": source.ask.quality}
     return await _accepted(taken, "remix", order, collected, site=site, caller=caller, once=once)
 

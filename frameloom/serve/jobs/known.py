@@ -54,7 +54,8 @@ class Known:
 
     def learn(self, job: Job, seconds: float) -> None:
         """A job was made from its start to its end in one go."""
-        self._speed.learn(units_of({**job.ask.request, **job.ask.resolved}, self.card), seconds)
+        if "extends" not in job.ask.request:  # whose frames are not all made
+            self._speed.learn(units_of({**job.ask.request, **job.ask.resolved}, self.card), seconds)
         if alike := alike_of(job, self.card):
             self.pace.learn(alike[0], 1, seconds)
 
