@@ -1,9 +1,12 @@
 """Keys, whose jobs are whose, and what web pages of others cannot do where there are no keys."""
 
+import asyncio
+
 import httpx2 as httpx
 import pytest
 from memory_service import MemoryService, served
 
+from frameloom.serve.api.app import make_app
 from frameloom.serve.api.auth import EVERYBODY, Doorkeeper
 from frameloom.serve.api.errors import ApiError
 from frameloom.serve.config import Key, ServeConfig
@@ -107,6 +110,25 @@ def test_without_keys_foreign_names_are_refused(unlocked, host):
 @pytest.mark.parametrize("host", ["localhost", "localhost:9", "127.0.0.1:1", "[::1]:1"])
 def test_names_of_this_machine_are_taken(unlocked, host):
     assert unlocked.get("/v1/videos", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "host", "status"),
+    [
+        ({"host": "MyHost"}, "myhost:9", 200), ({"host": "MyHost"}, "localhost:9", 200),
+        ({"host": "MyHost"}, "evil.example", 403), ({"host": "MyHost", "is_public": True}, "any.example", 200),
+        ({"is_public": True}, "evil.example", 403), ({"host": "MyHost", "keys": KEYS}, "any.example", 401),
+    ],
+)  # fmt: skip
+def test_a_server_that_listens_by_a_name_answers_to_that_name_and_is_guarded_no_less(tmp_path, config, host, status):
+    """Without keys a name that is not public is one of this machine, whatever it is: the start sees to that."""
+    app = make_app(MemoryService(tmp_path), ServeConfig(data=tmp_path, **config))
+
+    async def asked():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get("/v1/videos", headers={"host": host})
+
+    assert asyncio.run(asked()).status_code == status
 
 
 @pytest.mark.parametrize(

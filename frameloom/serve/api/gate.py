@@ -24,7 +24,8 @@ class Gate:
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app = app
         self.is_open = not config.keys
-        self.is_local = _says_loopback(config.host)
+        self.host = config.host.lower()
+        self.is_local = not config.is_public or _says_loopback(self.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -55,7 +56,7 @@ class Gate:
         if not self.is_open:
             return None
         host = headers.get("host", "")
-        if self.is_local and not _names_this_machine(host):
+        if self.is_local and not self._is_of_here(host):
             return ApiError(403, "foreign_host", "without keys this server answers to localhost alone")
         if method in _SAFE:
             return None
@@ -63,6 +64,14 @@ class Gate:
         if site not in ("same-origin", "none") or (origin is not None and _authority(origin) != host.lower()):
             return ApiError(403, "foreign_origin", "without keys other web pages may not ask this server for anything")
         return None
+
+    def _is_of_here(self, authority: str) -> bool:
+        """Whether a Host header names this machine, or what the server was told to listen at."""
+        try:
+            name = urlsplit(f"//{authority}").hostname or ""
+        except ValueError:
+            return False
+        return name == self.host or _says_loopback(name)
 
 
 class _Answer:
@@ -90,14 +99,6 @@ def _says_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() in _NAMES
-
-
-def _names_this_machine(host: str) -> bool:
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    return _says_loopback(name)
 
 
 def _authority(origin: str) -> str:
