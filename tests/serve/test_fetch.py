@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,6 +117,30 @@ def test_a_name_is_resolved_once_and_all_its_addresses_are_public():
         assert len(rebound) == 1
         assert listener.seen == 1
         assert f"Host: pictures.example:{listener.port}".encode() in listener.asked
+
+
+def test_name_servers_that_hang_keep_nothing_else_waiting(monkeypatch):
+    answered = threading.Event()
+
+    def hang(*_, **__):
+        answered.wait(60)
+        raise OSError
+
+    async def story():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        waits = fetcher(80, timeout_s=60.0)
+        asked = [asyncio.create_task(waits.fetch("http://a.example/", "input_reference")) for _ in range(9)]
+        await asyncio.sleep(0)
+        try:
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "at once"), 20) == "at once"
+            assert not any(task.done() for task in asked)
+        finally:
+            answered.set()
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(one) for one in told} == {ApiError}
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize(
