@@ -192,7 +192,10 @@ def test_trouble_and_failures_are_told(browser, address, service):
         assert page.evaluate(AUDIT) == []
 
 
-def test_without_a_connection_nothing_is_lost_and_nothing_made_twice(browser, address, service):
+@pytest.mark.parametrize(
+    ("answer", "says"), [(None, "The server does not answer"), ({"status": 502}, "The server answered 502")]
+)
+def test_without_a_connection_nothing_is_lost_and_nothing_made_twice(browser, address, service, answer, says):
     with opened(browser, address) as page:
         page.wait_for_selector("#form.ready")
         lost = []
@@ -202,11 +205,11 @@ def test_without_a_connection_nothing_is_lost_and_nothing_made_twice(browser, ad
                 route.continue_()
             else:
                 lost.append(route.fetch())  # the server has it, and the answer goes astray
-                route.abort()
+                route.abort() if answer is None else route.fulfill(**answer)
 
         page.route("**/v1/videos", lose)
         ask(page, "a star")
-        page.wait_for_selector("#error-form:has-text('The server does not answer')")
+        page.wait_for_selector(f"#error-form:has-text('{says}')")
         assert page.input_value("#prompt") == "a star"
         page.press("#prompt", "Enter")
         page.wait_for_selector("#stage .prompt")

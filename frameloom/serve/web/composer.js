@@ -169,7 +169,7 @@ export class Composer {
       this.#sent = null;
       this.#takeOver(null);
     } catch (error) {
-      if (error instanceof ApiError) this.#sent = null;
+      if (error instanceof ApiError && error.status < 500) this.#sent = null; // a proxy's 502 is a lost answer, too
       this.#place(error);
     } finally {
       this.#setBusy(false);
