@@ -1,7 +1,7 @@
 """Prompts that come again: the very bits of the encoder, as long as nothing that they were made of has changed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate
@@ -137,6 +137,39 @@ def test_what_has_changed_is_computed_anew(change: Callable[[Any], None]) -> Non
         ours, theirs = encoder(_tokens(0), MASK), plain(_tokens(0), MASK)
         assert ours.keys() == theirs.keys()
         assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert _counts(prompts) == (1, 2)
+
+
+_PLACES: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+PRECISIONS: dict[str, Callable[[], None]] = {
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "of a GPU": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "of a CPU": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),  # type: ignore[attr-defined]
+    "high, by the older interface": lambda: torch.set_float32_matmul_precision("high"),
+    "medium, by the older interface": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.fixture
+def precision_given_back() -> Iterator[None]:
+    before = [place.fp32_precision for place in _PLACES]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place, precision in zip(_PLACES, before, strict=True):
+        place.fp32_precision = precision
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("set_precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.usefixtures("precision_given_back")
+@torch.no_grad()
+def test_another_precision_of_products_is_another_prompt(set_precision: Callable[[], None]) -> None:
+    encoder, prompts = _taken()
+    encoder(_tokens(0), MASK)
+    set_precision()
+    for _ in range(2):
+        ours = encoder(_tokens(0), MASK).last_hidden_state
+        assert torch.equal(ours, _encoder()(_tokens(0), MASK).last_hidden_state)
     assert _counts(prompts) == (1, 2)
 
 

@@ -200,7 +200,8 @@ def _sampled(weights: Sequence[Tensor]) -> bytes:
 def _arithmetic() -> Key:
     return (
         torch.get_num_threads(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,  # whichever of torch's interfaces they were set by
+        torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
