@@ -196,16 +196,19 @@ def test_a_taken_pipeline_is_saved_and_copied_as_its_class(tmp_path: Any) -> Non
     assert '"_class_name": "Cosmos3OmniPipeline"' in (tmp_path / "model_index.json").read_text()
 
 
-def test_a_subclass_with_its_own_way_to_prepare_latents_is_left() -> None:
-    class Mine(Cosmos3OmniPipeline):  # type: ignore[misc]
-        def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
-            return super().prepare_latents(*args, **kwargs)
+def _passes_on(name: str) -> Any:
+    """A method of a subclass that calls its parent's."""
+    return lambda self, *args, **kwargs: getattr(super(type(self), self), name)(*args, **kwargs)
 
-    pipe = _cosmos3(Mine)
+
+@pytest.mark.parametrize("name", ["__call__", "prepare_latents", "_encode_video"])
+def test_a_subclass_that_may_use_other_frames_is_left(name: str) -> None:
+    mine = type("Mine", (Cosmos3OmniPipeline,), {name: _passes_on(name)})
+    pipe = _cosmos3(mine)
     entry = _take(pipe)
     assert not entry.taken
-    assert entry.what == "Mine has its own prepare_latents"
-    assert type(pipe) is Mine
+    assert entry.what == f"Mine has its own {name}"
+    assert type(pipe) is mine
 
 
 def test_a_vae_with_another_rhythm_is_left() -> None:
@@ -333,3 +336,24 @@ def test_cosmos2_uses_what_it_used_and_draws_as_many_numbers(
     indicator = next(part for part in theirs[2:] if part is not None and part.shape[2] == LATENTS)[:, :1, :, :1, :1]
     assert torch.equal(indicator * ours[1], indicator * theirs[1])
     assert ours[1].isfinite().all()
+
+
+def _all_frames(latent_shape: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, frames, height, width = latent_shape
+    return torch.ones(batch, 1, frames, 1, 1), torch.ones(batch, 1, frames, height, width)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_with_a_condition_mask_of_its_own_a_video_is_encoded_whole(when: str) -> None:
+    pipe, plain = _predict(), _predict()
+    asked = OTHERS["2.5, a video"][1] | {
+        "batch_size": 2, "num_channels_latents": 16, "height": HEIGHT, "width": WIDTH,
+    }  # fmt: skip
+    if when == "after":
+        assert _take(pipe).taken
+    for each in (pipe, plain):
+        each.create_condition_mask = _all_frames
+    if when == "before":
+        assert _take(pipe).what == "Cosmos2_5_PredictBasePipeline has its own create_condition_mask"
+    _same(_prepare(pipe, asked), _prepare(plain, asked))

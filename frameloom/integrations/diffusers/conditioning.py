@@ -22,6 +22,7 @@ from frameloom.integrations.diffusers.swap import held_by, plain_class, swap
 from frameloom.ops.registry import Policy
 
 _FRAMES_PER_LATENT = 4  # what AutoencoderKLWan feeds its encoder after the first frame, whatever its configuration says
+_USING = ("__call__", "prepare_latents", "_encode_video", "create_condition_mask")  # that decide which frames are used
 
 Used = Callable[[Any, Mapping[str, Any]], int | None]
 """How many latent frames a pipeline will use of what it encodes, from `prepare_latents`' arguments; None for all."""
@@ -37,7 +38,7 @@ def take_conditioning(pipe: DiffusionPipeline, policy: Policy) -> Entry | None:
     known = next((kind for kind in plain.__mro__ if kind.__name__ in _USED and _is_of_diffusers(kind)), None)
     if known is None:
         return None
-    refusal = _refuses(plain, getattr(pipe, "vae", None))
+    refusal = _refuses(pipe)
     what = "of a padded video only the frames that are used are encoded"
     if policy.exactness == "bitwise":
         what = "a video of which no frame is used is not encoded"
@@ -58,7 +59,7 @@ class Conditioning:
 
     def frames(self, pipe: Any, arguments: Mapping[str, Any]) -> int | None:
         """How many latent frames have to be encoded; None for all, as where pipeline or VAE were changed since."""
-        if _refuses(plain_class(type(pipe)), pipe.vae) is not None:
+        if _refuses(pipe) is not None:
             return None
         used = self.used(pipe, arguments)
         return None if self.exact and used else used
@@ -112,12 +113,13 @@ def _beside(pipe: Any, vae: UsedFrames) -> Any:
     return twin
 
 
-def _refuses(plain: type, vae: Any) -> str | None:
+def _refuses(pipe: Any) -> str | None:
     """Why more frames may be needed than are known to be used, or None."""
-    for name in ("prepare_latents", "_encode_video"):
-        if hasattr(plain, name) and not is_diffusers_own(plain, name):
+    plain = plain_class(type(pipe))
+    for name in _USING:
+        if name in vars(pipe) or (hasattr(plain, name) and not is_diffusers_own(plain, name)):
             return f"{plain.__name__} has its own {name}"
-    return _refuses_vae(vae)
+    return _refuses_vae(getattr(pipe, "vae", None))
 
 
 def _refuses_vae(vae: Any) -> str | None:
