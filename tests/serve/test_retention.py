@@ -150,6 +150,21 @@ def test_the_server_sweeps_and_refuses_what_no_quota_allows(tmp_path, monkeypatc
     asyncio.run(story())
 
 
+def test_the_folder_of_a_job_without_inputs_is_on_the_disk_too(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def synced_now(number):
+        synced.append((os.readlink(f"/proc/self/fd/{number}"), os.listdir(number)))
+        fsync(number)
+
+    folder = DataFolder(tmp_path)
+    monkeypatch.setattr(os, "fsync", synced_now)
+    for _ in range(2):  # a kill may have come between the folder and its sync
+        folder.prepare(name(1))
+    assert synced == [(str(folder.videos), [name(1)])] * 2
+    folder.close()
+
+
 def test_inputs_are_whole_or_not_there(tmp_path):
     folder = DataFolder(tmp_path / "deep" / "data")
     folder.keep_inputs(name(1), {"image.png": b"a", "reference-1.png": b"b"})

@@ -89,8 +89,9 @@ class DataFolder:
         return [name for name in os.listdir(self.videos) if JOB_ID.fullmatch(name)]
 
     def prepare(self, job_id: str) -> None:
-        """Make the folder of a job, if it has none. Raises OSError."""
+        """Make the folder of a job, if it has none; it is on the disk when this returns. Raises OSError."""
         self.of(job_id).mkdir(mode=0o700, exist_ok=True)
+        sync_folder(self.videos)
 
     def keep_inputs(self, job_id: str, inputs: Mapping[str, bytes]) -> None:
         """Write the inputs of a job, by file name; all are on the disk, or none is there. Raises OSError."""
@@ -111,7 +112,7 @@ class DataFolder:
             raise
 
     def remove(self, job_id: str) -> None:
-        """Remove all that there is of a job; what cannot be removed now is removed by the next sweep."""
+        """Remove all that there is of a job; what cannot be removed now is removed at the next start."""
         folder = self.of(job_id)
         gone = folder.with_name(f"{folder.name}{_GONE}")
         with suppress(FileNotFoundError):
