@@ -20,7 +20,7 @@ from frameloom.errors import RequestError
 from frameloom.lock import holder_of, is_held
 from frameloom.serve.config import ServeConfig
 from frameloom.serve.door import address_of, open_door, refuse_strangers
-from frameloom.serve.jobs.job import StoreError
+from frameloom.serve.jobs.job import JOB_ID, StoreError
 from frameloom.serve.jobs.sqlite import SqliteStore
 
 _PATIENCE_S: Final = 300.0
@@ -118,7 +118,8 @@ def _store(config: ServeConfig) -> str:
         return "none yet; the first start makes it"
     if is_held(config.data / "lock"):
         return "not looked at while a server uses it"
-    store = SqliteStore(path, expects_jobs=True)
+    has_jobs = any(JOB_ID.fullmatch(folder.name) for folder in (config.data / "videos").glob("*"))
+    store = SqliteStore(path, expects_jobs=has_jobs)
     try:
         queue = store.queue()
         return f"whole: {queue.queued} jobs wait, {len(store.ended())} have ended"

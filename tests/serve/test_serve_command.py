@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from frameloom.serve.check import Finding, check
+from frameloom.serve.config import ServeConfig
+
 SECRET = "a-secret-of-alice-0123456789"
 
 
@@ -151,6 +154,16 @@ def test_check_finds_all_well_and_leaves_nothing_behind(tmp_path, keys_file):
     assert "alice" in found["keys"][1]
     assert SECRET not in done.stdout + done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_check_takes_the_store_of_a_first_start_that_was_cut_short_as_a_start_does(tmp_path):
+    def store():
+        (tmp_path / "jobs.sqlite").write_bytes(b"")
+        return next(finding for finding in check(ServeConfig(data=tmp_path, port=0)) if finding.part == "job store")
+
+    assert store() == Finding(part="job store", is_well=True, what="whole: 0 jobs wait, 0 have ended")
+    (tmp_path / "videos" / f"video_{1:032x}").mkdir(parents=True)
+    assert not store().is_well
 
 
 def test_check_finds_what_is_wrong(tmp_path):
