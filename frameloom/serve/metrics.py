@@ -79,7 +79,7 @@ class Metrics:
     def started(self, job: Job) -> None:
         """An attempt has begun."""
         self._attempts.inc()
-        if job.attempts <= 1 and job.started_at is not None:
+        if job.fence == 1 and job.started_at is not None:
             self._wait_s.observe(max(0.0, job.started_at - job.created_at))
 
     def together(self, jobs: Sequence[Job]) -> None:

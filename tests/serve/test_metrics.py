@@ -39,13 +39,16 @@ def test_jobs_are_counted_as_they_went():
     metrics.refused("queue_full")
     metrics.refused("queue_full")
 
-    good = replace(good, attempts=1, started_at=103.0)
+    good = replace(good, attempts=1, fence=1, started_at=103.0)
+    metrics.started(good)
+    metrics.lost(good, "together")  # counts for none of its attempts
+    good = replace(good, fence=2)
     metrics.started(good)
     metrics.ended(replace(good, status="completed", completed_at=133.0))
-    metrics.started(replace(bad, attempts=1, started_at=100.5))
+    metrics.started(replace(bad, attempts=1, fence=1, started_at=100.5))
     metrics.ended(replace(bad, status="failed", error=JobError(code="cancelled", message="it was cancelled")))
     for attempt in (1, 2, 3):
-        metrics.started(replace(poison, attempts=attempt, started_at=110.0))
+        metrics.started(replace(poison, attempts=attempt, fence=attempt, started_at=110.0))
         metrics.lost(poison, "died")
     metrics.ended(replace(poison, status="failed", error=JobError(code="attempts_exhausted", message="three times")))
 
@@ -56,7 +59,7 @@ def test_jobs_are_counted_as_they_went():
     assert found["frameloom_jobs_completed_total",] == 1
     assert found["frameloom_jobs_failed_total", ("code", "cancelled")] == 1
     assert found["frameloom_jobs_failed_total", ("code", "attempts_exhausted")] == 1
-    assert found["frameloom_attempts_total",] == 5
+    assert found["frameloom_attempts_total",] == 6
     assert found["frameloom_attempts_lost_total", ("reason", "died")] == 3
     assert found["frameloom_job_wait_seconds_count",] == 3  # a second attempt has not waited anew
     assert found["frameloom_job_wait_seconds_sum",] == 3.0 + 0.5 + 10.0
