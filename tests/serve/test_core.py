@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_workers import CARD, ToyWorkers
+from toy_workers import CARD, ToyWorker, ToyWorkers
 
 from frameloom.serve.config import Keeping, Key, Limits, Patience, ServeConfig
+from frameloom.serve.jobs.board import Live
 from frameloom.serve.jobs.core import Core
 from frameloom.serve.jobs.folder import DataFolderError
-from frameloom.serve.jobs.job import Ask, Repeat
+from frameloom.serve.jobs.job import Ask, Job, Repeat
 from frameloom.serve.service import RefusedError
 from frameloom.types import Lora
+from frameloom.wire import News
 
 LONG_S = 60.0
 
@@ -221,6 +223,36 @@ def test_a_worker_that_does_not_stop_is_killed(data, monkeypatch):
             assert (await server.ended(await server.ask())).job.status == "completed"
 
     asyncio.run(story())
+
+
+def test_a_worker_is_given_the_time_of_a_step_to_stop(data, monkeypatch):
+    monkeypatch.setattr("frameloom.serve.jobs.dispatch._CANCEL_S", 0.1)
+
+    async def story():
+        async with Server(data) as server:
+            job_id = await server.ask("steps=2 pause=0.4 late", work_s=2 * LONG_S, resolved={"steps": 2})
+            await until(server.attempts)
+            await server.core.cancel(job_id)
+            assert (await server.ended(job_id)).job.error.code == "cancelled"
+            assert server.workers.all[0].killed == []
+
+    asyncio.run(story())
+
+
+def test_the_time_of_a_step_is_the_longest_that_is_known():
+    def live(**changes):
+        ask = Ask(key="local", kind="create", model="toy", request={}, **changes)
+        one = Live(job=Job(id="video_1", ask=ask, status="queued", created_at=0.0))
+        one.begin(one.job, ToyWorker(0), 100.0)
+        return one
+
+    unknown, foreseen = live(), live(work_s=120.0, resolved={"steps": 4})
+    assert [unknown.still_s(now) for now in (100.0, 107.0)] == [0.0, 7.0]
+    assert [foreseen.still_s(now) for now in (100.0, 150.0)] == [30.0, 50.0]
+    unknown.hear(News(job="video_1", fence=0, stage="denoise", step=1, total=2), 109.0)
+    assert unknown.still_s(110.0) == 9.0
+    foreseen.company = 3
+    assert foreseen.still_s(100.0) == 90.0
 
 
 def test_deleting_removes_a_job_in_any_state(data):

@@ -1,8 +1,8 @@
 """Workers that make no videos but do what prompts tell them: real processes that speak frameloom.wire. They start fast.
 
 Words of a prompt: `steps=N` and `pause=S` between them, `die` (kill -9), `die=K` (in attempts up to K), `hang` (says
-nothing, stops at nothing), `deaf` (does not hear a cancel), `refuse`, `again` (fails, and another attempt may do
-better), `full` (the disk is), `lie` (says that it is done, and left nothing).
+nothing, stops at nothing), `deaf` (does not hear a cancel), `late` (hears it after a step), `refuse`, `again` (fails,
+and another attempt may do better), `full` (the disk is), `lie` (says that it is done, and left nothing).
 """
 
 import asyncio
@@ -165,7 +165,8 @@ class Toy:
         os.makedirs(order.journal, exist_ok=True)
         steps = int(words.get("steps", "2"))
         for step in range(1, steps + 1):
-            self._pause(float(words.get("pause", "0")), deaf="deaf" in words)
+            self._pause(float(words.get("pause", "0")), deaf="deaf" in words or "late" in words)
+            self._pause(0.0, deaf="deaf" in words)
             self.say(wire.News(**known, stage="denoise", step=step, total=steps, previewed=step))
         if "die" in words and order.fence <= int(words["die"] or 99):
             os.kill(os.getpid(), signal.SIGKILL)

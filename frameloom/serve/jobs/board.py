@@ -68,6 +68,12 @@ class Live:
         self.progress = max(self.progress, progress_of(news.stage, news.step, news.total))
         self.tell()
 
+    def still_s(self, now: float) -> float:
+        """The longest that this attempt gave no sign of progress, gives none now, or is foreseen to give none."""
+        steps = self.job.ask.resolved.get("steps")
+        foreseen_s = self.company * self.job.ask.work_s / steps if steps else 0.0
+        return max(self.gap_s, now - self.heard, foreseen_s)
+
 
 class Board:
     """The standings. `fetch`: how a job that is not in memory is found."""

@@ -21,7 +21,7 @@ from frameloom.settings import LOGGER_NAME
 from frameloom.wire import Cancelled, Code, Done, Failed, News, Run
 
 _CANCEL_S: Final = 5.0
-"""What a worker is given to stop, and twice the longest time between two steps besides."""
+"""What a worker is given to stop, and twice the time that it may need for a step besides."""
 _PAUSE_S: Final = 1.0  # after a start that could not be kept
 _KEEPING_S: Final = 10.0  # at the end of the server, for what the store cannot keep at once
 _SENTENCES: Final = {
@@ -114,13 +114,14 @@ class Dispatcher:
     def _stop(self, live: Live, worker: Worker, fence: int) -> None:
         _LOG.info("stopped: %s", live.ending, extra=_of(live.job))
         worker.cancel(live.job.id, fence)
-        patience_s = _CANCEL_S + 2 * live.gap_s
+        loop = asyncio.get_running_loop()
+        patience_s = _CANCEL_S + 2 * live.still_s(loop.time())
 
         def check() -> None:
             if live.worker is worker and live.job.fence == fence:
                 worker.kill(f"did not stop within {patience_s:.0f} s of being asked to")
 
-        live.timers.append(asyncio.get_running_loop().call_later(patience_s, check))
+        live.timers.append(loop.call_later(patience_s, check))
 
     async def _lane(self, worker: Worker) -> None:
         while self._takes:
