@@ -343,6 +343,23 @@ def test_a_server_that_ends_gracefully_costs_no_attempt(data):
     asyncio.run(second())
 
 
+def test_a_grace_is_over_when_nothing_runs_any_more(data):
+    async def story():
+        async with Server(data, patience=Patience(grace_s=LONG_S * 10)) as server:
+            dies = await server.ask("steps=9999 pause=0.02")
+            await server.running(dies)
+            stopping = asyncio.create_task(server.core.stop())
+            await until(lambda: server.core.trouble == "the server is ending")
+            os.kill(server.workers.all[0].process.pid, signal.SIGKILL)
+            async with asyncio.timeout(LONG_S / 2):
+                await stopping
+        async with Server(data) as again:  # it waits for its next attempt
+            assert (await again.core.standing(dies)).job.attempts >= 1
+            await again.core.delete(dies)
+
+    asyncio.run(story())
+
+
 def test_a_grace_can_be_cut_short(data):
     async def story():
         server = Server(data, patience=Patience(grace_s=LONG_S * 10))

@@ -374,11 +374,11 @@ class Core:
         return found
 
     async def _drained(self, grace_s: float) -> None:
-        async def all_ended() -> None:
-            for live in self._board.taken():
-                await live.ended.wait()
+        async def none_runs() -> None:
+            while taken := self._board.taken():
+                await taken[0].changed.wait()
 
-        waits = [asyncio.create_task(all_ended()), asyncio.create_task(self._hurry.wait())]
+        waits = [asyncio.create_task(none_runs()), asyncio.create_task(self._hurry.wait())]
         await asyncio.wait(waits, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
