@@ -635,6 +635,22 @@ def test_an_error_of_ours_costs_an_attempt_and_no_worker(data, monkeypatch):
     asyncio.run(story())
 
 
+def test_an_end_that_cannot_be_kept_is_said_to_all_who_ask_for_it(data):
+    async def story():
+        async with Server(data, delay_s=LONG_S) as server, asyncio.timeout(LONG_S / 2):
+            waits = await server.ask()
+            keeper, core = server.core._desk.keeper, server.core
+            await keeper.do(lambda store: store._sql.execute("PRAGMA query_only = ON"))
+            told = await asyncio.gather(core.cancel(waits), core.delete(waits), return_exceptions=True)
+            assert [type(one) for one in told] == [RefusedError, RefusedError]
+            assert (await core.standing(waits)).job.status == "queued"
+            await keeper.do(lambda store: store._sql.execute("PRAGMA query_only = OFF"))
+            _, is_gone = await asyncio.gather(core.cancel(waits), core.delete(waits))
+            assert is_gone
+
+    asyncio.run(story())
+
+
 def test_what_the_disk_does_not_take_is_kept_later(data):
     async def story():
         async with Server(data) as server:

@@ -342,8 +342,9 @@ class Core:
             self._dispatcher.end(live, why)
             if not is_kept:  # it is about to wait again, and ends then
                 await live.ended.wait()
-        else:
-            await live.ended.wait()
+        elif not live.ended.is_set():  # by another, who may find that it cannot be kept
+            await live.changed.wait()
+            await self._end(live, why)
 
     async def _mark(self, live: Live) -> bool:
         def mark(store: JobStore) -> bool:

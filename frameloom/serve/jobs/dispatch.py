@@ -377,6 +377,7 @@ class Dispatcher:
         except StoreError:
             live.phase, live.ending = "waiting", None
             self._desk.line.add(live.job)
+            live.tell()
             self.wake()
             raise
         if job is not None:
