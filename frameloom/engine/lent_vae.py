@@ -71,19 +71,21 @@ class LentVae:
 
     def unbind(self, weights: Mapping[str, Tensor]) -> None:
         """Let the weights go, and keep what was computed of them."""
-        self.keep(weights)
-        self._empty()
+        try:
+            self.keep(weights)
+        finally:
+            self._empty()
 
     def keep(self, weights: Mapping[str, Tensor]) -> None:
         """Keep what was computed of the weights that are bound, for the next binding."""
         modules = dict(self._vae.named_modules())
-        for name in self._way(weights).computed:
+        for name, bound in self._stamps.items():
             module = modules[name]
             assert isinstance(module, CausalConv3d | Resample)
             if name not in self._made and module.kernel is not None and getattr(module.kernel, "is_prepared", True):
                 prefix = _convolution_name(name, module)
                 stamp = _Stamp.of(weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
-                if stamp.is_that_of(self._stamps[name]):  # else they were changed meanwhile
+                if stamp.is_that_of(bound):  # else they were changed meanwhile
                     self._made[name] = _Made(kernel=module.kernel, stamp=stamp)
 
     def extra_bytes(self, weights: Mapping[str, Tensor]) -> int:

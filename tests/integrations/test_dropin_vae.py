@@ -1,6 +1,7 @@
 """A live VAE of Diffusers computed by the network here: the same numbers, and everything back as it was."""
 
 import copy
+import dataclasses
 import logging
 import threading
 
@@ -15,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import frameloom
 from frameloom.integrations.diffusers.swap import held_by, is_swapped
+from frameloom.platform import device
+from frameloom.platform.host import CPU
 
 LATENTS = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 1.1, 1.2, 1.3]}
 WAN21 = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, **LATENTS}
@@ -392,6 +395,46 @@ def test_memory_that_is_too_short_is_left_to_the_plain_method(monkeypatch, caplo
     monkeypatch.setattr("frameloom.memory.vae.free_memory_bytes", lambda _device: 1000)
     assert error(decoded(vae, z), wanted) <= 1e-5
     assert "needs at least" in caplog.text
+
+
+@pytest.fixture
+def _unknown_device(monkeypatch):
+    """Nothing is known of the device that everything is on."""
+    monkeypatch.setattr(device, "PLATFORMS", [dataclasses.replace(CPU, name="another")])
+
+
+@pytest.mark.usefixtures("_unknown_device")
+def test_on_a_device_of_which_nothing_is_known_it_is_left():
+    vae = vae_of()
+    before = as_it_is(vae)
+    entry = frameloom.accelerate(pipe_with(vae))["vae"]
+    assert not entry.taken
+    assert "nothing is known of device 'cpu'" in entry.what
+    assert same(before, as_it_is(vae))
+
+
+def test_where_its_kernels_cannot_be_chosen_the_plain_method_computes(request, caplog):
+    vae = vae_of()
+    wanted = decoded(vae.double(), z := latents(vae))
+    taken(vae.float())
+    vae.double()
+    request.getfixturevalue("_unknown_device")
+    assert torch.equal(decoded(vae, z), wanted)
+    assert "nothing is known of device 'cpu'" in caplog.text
+    assert not list(held_by(vae).lent._vae.parameters())
+
+
+def test_a_failure_while_it_is_taken_leaves_it_as_it_was(monkeypatch):
+    vae = vae_of()
+    before = as_it_is(vae)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("frameloom.engine.lent_vae.install", fail)
+    with pytest.raises(MemoryError):
+        frameloom.accelerate(pipe_with(vae))
+    assert same(before, as_it_is(vae))
 
 
 @KIND

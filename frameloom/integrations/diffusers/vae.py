@@ -50,22 +50,31 @@ def take_vae(name: str, module: nn.Module, policy: Policy) -> Entry | None:
     if kind is None:
         return None
     if reason := _refuses(module, kind):
-        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+        return _left(name, module, reason)
     if policy.exactness == "bitwise":
-        return Entry(component=name, kind=type(module).__name__, taken=False, what=_OTHER_BITS)
+        return _left(name, module, _OTHER_BITS)
     try:
         spec = VaeSpec.from_config(_config(module), where=f"the config of {name}")
         held = _LiveVae(module, spec, _parts_of(kind, module), policy)
     except CheckpointError as error:
-        return Entry(component=name, kind=type(module).__name__, taken=False, what=str(error))
+        return _left(name, module, str(error))
     if misfit := held.lent.misfit(_weights(module)):
-        reason = f"its weights do not fit its config: {misfit}"
-        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
+        return _left(name, module, f"its weights do not fit its config: {misfit}")
     if reason := _refuses_parts(_named_parts(module), held.parts):
-        return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
-    what, extra_bytes = held.told(module)
+        return _left(name, module, reason)
+    try:
+        what, extra_bytes = held.told(module)
+    except RequestError as error:  # of a device of which nothing is known
+        return _left(name, module, str(error))
+    except BaseException:  # no memory is left, or the user has no time
+        held.release()
+        raise
     swap(module, _Taken, held)
     return Entry(component=name, kind=type(module).__name__, taken=True, what=what, extra_bytes=extra_bytes)
+
+
+def _left(name: str, module: nn.Module, reason: str) -> Entry:
+    return Entry(component=name, kind=type(module).__name__, taken=False, what=reason)
 
 
 class _Taken:
@@ -123,8 +132,7 @@ class _LiveVae:
         """Frames in [-1, 1] of latents; None where the module must do it by itself."""
         if self._must_be_plain(module, z_BZTHW, self.lent.spec.z_dim):
             return None
-        with self._at_work(module) as bound:
-            return self._where_memory_allows(lambda: _decoded(*bound, z_BZTHW)) if bound else None
+        return self._computed(module, _decoded, z_BZTHW)
 
     def encode(self, module: Any, x_BCTHW: Tensor) -> Tensor | None:
         """Moments of frames; None where the module must do it by itself."""
@@ -134,8 +142,7 @@ class _LiveVae:
         if spec.temporal_scale > _FRAMES_AT_A_TIME or any(size % spec.spatial_scale for size in x_BCTHW.shape[3:]):
             return self._leave(f"frames of {tuple(x_BCTHW.shape[2:])} are not divided by the compression")
         used = 1 + (x_BCTHW.shape[2] - 1) // _FRAMES_AT_A_TIME * _FRAMES_AT_A_TIME  # the plain method ignores the rest
-        with self._at_work(module) as bound:
-            return self._where_memory_allows(lambda: _encoded(*bound, x_BCTHW[:, :, :used])) if bound else None
+        return self._computed(module, _encoded, x_BCTHW[:, :, :used])
 
     def told(self, module: nn.Module) -> tuple[str, int]:
         """How it is computed, and the bytes that this takes beside its weights; chosen now where that can be known."""
@@ -208,10 +215,13 @@ class _LiveVae:
             or self.lent.misfit(weights)
         )
 
-    def _where_memory_allows(self, compute: Callable[[], Tensor]) -> Tensor | None:
+    def _computed(
+        self, module: nn.Module, compute: Callable[[WanVAE, VaePlanner, Tensor], Tensor], x: Tensor
+    ) -> Tensor | None:
         try:
-            return compute()
-        except RequestError as error:  # the planner's
+            with self._at_work(module) as bound:
+                return compute(*bound, x) if bound else None
+        except RequestError as error:  # the planner's, or of a device of which nothing is known
             return self._leave(str(error))
 
     def _leave(self, reason: str) -> Tensor | None:
