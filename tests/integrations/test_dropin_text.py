@@ -1,7 +1,11 @@
 """Prompts that come again: the very bits of the encoder, as long as nothing that they were made of has changed."""
 
+import copy
 import logging
+import pickle
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import accelerate
@@ -291,6 +295,34 @@ def test_the_oldest_is_forgotten_where_the_bound_is_reached() -> None:
     assert prompts.find(("strange",)) is None
     prompts.release()
     assert prompts.held_bytes == 0
+
+
+def test_several_threads_remember_and_forget_together() -> None:
+    prompts = Prompts(most_bytes=100 * 4)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def use(seed: int) -> None:
+        for i in range(300):
+            key = ((seed + i) % 150,)
+            if prompts.find(key) is None:
+                prompts.keep(key, (torch.full((1,), float(key[0])),))
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(use, range(0, 40, 10)))
+    finally:
+        sys.setswitchinterval(before)
+    kept = {key: prompts.find((key,)) for key in range(150)}
+    assert all(found is None or found[0].item() == key for key, found in kept.items())
+    assert prompts.held_bytes == 4 * sum(found is not None for found in kept.values()) == 400
+
+
+def test_a_copy_of_what_is_remembered_is_empty() -> None:
+    prompts = Prompts(most_bytes=400)
+    prompts.keep(("a",), (torch.zeros(100),))
+    for copied in (copy.deepcopy(prompts), pickle.loads(pickle.dumps(prompts))):
+        assert (copied.most_bytes, copied.held_bytes, copied.find(("a",))) == (400, 0, None)
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ What is remembered is bound to all that it was made of: tokens, mask, options, c
 machine computes. A hit gives copies, and needs no weight: an encoder that is offloaded stays where it is.
 """
 
+import functools
 import hashlib
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,27 +49,32 @@ def take_text_encoder(name: str, module: nn.Module, policy: Policy) -> Entry | N
 
 @dataclass(kw_only=True, slots=True)
 class Prompts:
-    """What was computed last, oldest first, and how often it was asked for again."""
+    """What was computed last, oldest first, and how often it was asked for again: by several threads, too.
+
+    `held_bytes`: what the outputs take that are remembered.
+    """
 
     most_bytes: int = MOST_BYTES
+    held_bytes: int = 0
     hits: int = 0
     misses: int = 0
     told: Told = field(default_factory=Told)
     _outputs: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def held_bytes(self) -> int:
-        """What the outputs take that are remembered."""
-        return sum(map(_bytes_of, self._outputs.values()))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is empty: what is remembered is bound to the weights that it was computed with."""
+        return functools.partial(Prompts, most_bytes=self.most_bytes), ()
 
     def find(self, key: Key) -> Any:
         """A copy of what was computed, or None."""
-        found = self._outputs.pop(key, None)
-        if found is None:
-            self.misses += 1
-            return None
-        self._outputs[key] = found  # the youngest now
-        self.hits += 1
+        with self._lock:
+            found = self._outputs.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self._outputs.move_to_end(key)  # the youngest now
+            self.hits += 1
         log.debug("a prompt was remembered: %d of %d", self.hits, self.hits + self.misses)
         return _copied(found)
 
@@ -75,13 +82,18 @@ class Prompts:
         """Remember a copy of an output, and forget the oldest for it; nothing of one that is too large."""
         if not _is_known(output) or _bytes_of(output) > self.most_bytes:
             return
-        self._outputs[key] = _copied(output)
-        while self.held_bytes > self.most_bytes:
-            self._outputs.popitem(last=False)
+        copied = _copied(output)
+        with self._lock:
+            self.held_bytes += _bytes_of(copied) - _bytes_of(self._outputs.pop(key, None))
+            self._outputs[key] = copied
+            while self.held_bytes > self.most_bytes:
+                self.held_bytes -= _bytes_of(self._outputs.popitem(last=False)[1])
 
     def release(self) -> None:
         """Forget everything."""
-        self._outputs.clear()
+        with self._lock:
+            self._outputs.clear()
+            self.held_bytes = 0
 
 
 class _Remembering:
