@@ -255,6 +255,16 @@ def test_nothing_is_remembered_while_gradients_are_recorded_or_autocast_is_on() 
 
 
 @torch.no_grad()
+def test_nothing_is_remembered_while_a_graph_of_cuda_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, prompts = _taken()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    output = encoder(_tokens(0), MASK).last_hidden_state
+    assert torch.equal(output, _encoder()(_tokens(0), MASK).last_hidden_state)
+    assert _counts(prompts) == (0, 0)
+
+
+@torch.no_grad()
 def test_every_number_of_a_words_embedding_is_part_of_its_key() -> None:
     encoder, prompts = _taken()
     words = encoder.shared.weight.data

@@ -236,6 +236,19 @@ def test_timesteps_that_differ_within_a_frame(told):
     assert told() == [("WanTransformer3DModel", "tokens of one frame have different timesteps")]
 
 
+def test_while_a_graph_of_cuda_is_captured_nothing_waits_for_the_device(monkeypatch):
+    tiny = TINY["wan with times of tokens"]
+    plain, model, inputs = tiny.make(), tiny.make(), tiny.inputs()
+    take(model)
+    ours, theirs = compute(model, inputs), compute(plain, inputs)
+    with monkeypatch.context() as captured:
+        captured.setattr(torch.cuda, "is_initialized", lambda: True)
+        captured.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured.setattr(torch.Tensor, "__bool__", None)  # which would wait
+        assert torch.equal(compute(model, inputs), theirs)
+    assert torch.equal(compute(model, inputs), ours)
+
+
 def test_times_of_frames_make_nothing_as_large_as_the_tokens():
     tiny = TINY["wan with times of tokens"]
     model, inputs = tiny.make(), tiny.inputs()

@@ -78,8 +78,14 @@ def _is_written_in(function: FunctionType, home: str) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether the call is being turned into a graph, where kernels and memories of ours have no place."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether the call is being turned into a graph, torch's or CUDA's: ours choose by what a call comes with.
+
+    Of CUDA it is not asked before CUDA is used, which this does not begin.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()
 
 
 def is_transformed() -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frameloom.integrations.diffusers.plain import Told
+from frameloom.integrations.diffusers.plain import Told, is_traced
 from frameloom.integrations.diffusers.report import Entry
 from frameloom.integrations.diffusers.swap import held_by, swap
 from frameloom.ops.registry import Policy
@@ -119,8 +119,8 @@ class _Remembering:
 
 def _refuses(module: nn.Module) -> str | None:
     """Why an output says nothing of the next, or None."""
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
+    if is_traced():
+        return "it is being turned into a graph"
     if torch.is_grad_enabled():
         return "gradients are recorded"
     if module.training:
