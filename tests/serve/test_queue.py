@@ -40,6 +40,7 @@ def emptied(line: WaitingLine) -> list[str]:
     return order
 
 
+@settings(deadline=None)
 @given(ASKS)
 def test_all_go_once_by_priority_and_each_key_in_its_order(asks):
     jobs = [job(number, *ask) for number, ask in enumerate(asks)]
@@ -66,6 +67,7 @@ def test_who_goes_with_another_lets_nobody_else_wait_longer():
     assert emptied(line) == ["j5", "j7", "j2", "j6", "j4"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(1.0, 100.0), min_size=1, max_size=15), st.lists(st.floats(1.0, 100.0), min_size=1, max_size=15)
 )
@@ -136,6 +138,7 @@ def refusal(line: WaitingLine, key="a", work_s=0.0, *, running_s=0.0, workers=1,
     return None
 
 
+@settings(deadline=None)
 @given(ASKS, st.floats(0.0, 1e6), st.floats(0.0, 1e6), st.integers(1, 8))
 def test_when_to_come_again_is_between_a_second_and_two_minutes(asks, work_s, running_s, workers):
     line = line_of([job(number, *ask) for number, ask in enumerate(asks)])
@@ -200,6 +203,7 @@ def test_units_of_work():
     assert units_of({"width": None, "steps": 8}, CARD) == units_of({}, CARD) * 2
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["text", "image", "denoise", "decode", "encode", "other"]), st.integers(0, 99), st.integers(0, 99)
 )
