@@ -2,18 +2,23 @@
 
 import io
 import json
+import shlex
+import shutil
+import subprocess
 import urllib.request
 from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 from browsing import AUDIT, chromium, opened
 from memory_service import MemoryService, served
 from PIL import Image
 
+from frameloom.cli.app import app
 from frameloom.serve.config import Key, ServeConfig
-from frameloom.serve.jobs.job import JobError
-from frameloom.serve.service import RefusedError
+from frameloom.serve.jobs.job import Ask, Job, JobError
+from frameloom.serve.service import RefusedError, Standing
 
 SECRET = "a-secret-of-alice-0123456789"
 GUIDE = Path(__file__).parents[2] / "docs" / "serve.md"
@@ -445,3 +450,69 @@ def test_a_length_is_the_one_of_the_api(browser, address, service, frames, fps, 
         with urllib.request.urlopen(f"{address}/v1/videos/{job.id}") as answer:
             assert json.load(answer)["seconds"] == told
         assert shown in page.locator("#stage .facts li").all_inner_texts()
+
+
+SAME = {
+    "seed": 5, "width": 96, "height": 64, "num_frames": 17, "steps": 3, "fps": 8.0, "negative_prompt": "",
+    "guidance_scale": 2.0, "control_strength": [0.5, 1.0], "windows": False,
+}  # fmt: skip
+PICTURES = {
+    "image": "inputs/image.png", "control_video": "inputs/control_video.mp4", "mask": "inputs/mask.mp4",
+    "references": ["inputs/reference-0.png"],
+}  # fmt: skip
+EDIT = {"seed": 5, "video": "inputs/video.mp4", "strength": 0.5, "num_frames": 17, "window_frames": 9, "windows": True}
+EXTENSION = {"seed": 5, "extends": "inputs/extends.mp4", "num_frames": 17}
+EDITED = {"video": "video.mp4", "strength": 0.5, "windows": True, "window_frames": 9}
+COPIED = (
+    ("it's new", "create", SAME, {"windows": False, "control_strength": [0.5, 1.0], "negative_prompt": ""}),
+    ("--pictures", "create", {**SAME, **PICTURES}, {
+        "image": "input_reference.png", "control_video": "control_video.mp4", "mask": "mask.mp4",
+        "reference": ["reference.png"],
+    }),
+    ("@edit", "edit", EDIT, EDITED), ("<edit", "remix", EDIT, EDITED),
+    ("@extension", "extension", EXTENSION, None), ("<extension", "remix", EXTENSION, None),
+)  # fmt: skip
+"""Prompts, kinds and requests of jobs, and what the command of each says; None: it has none."""
+
+
+def kept(service, prompt, kind, request):
+    """A job of a service, with empty files where the request names some."""
+    request = {"prompt": prompt, **request}
+    ask = Ask(key="local", kind=kind, model="frameloom-shapes", request=request, loras=(("slow", 0.5),), quality=30)
+    job = Job(id=service.new_id(), ask=ask, status="queued", created_at=0.0)
+    (service.folder(job.id) / "inputs").mkdir(parents=True)
+    for name in [name for value in request.values() for name in (value if isinstance(value, list) else [value])]:
+        if str(name).startswith("inputs/"):
+            (service.folder(job.id) / name).touch()
+    service.jobs[job.id] = Standing(job=job, position=0)
+    return job
+
+
+def copied(page, name):
+    """The words that a button leaves on the clipboard."""
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.get_by_role("button", name=name).click()
+    page.wait_for_function("() => navigator.clipboard.readText()")
+    return shlex.split(page.evaluate("navigator.clipboard.readText()"))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_what_is_copied_asks_for_the_same(browser, address, service):
+    service.card = msgspec.structs.replace(service.card, takes=(*service.card.takes, "control_video", "mask"))
+    jobs = [kept(service, prompt, kind, request) for prompt, kind, request, _ in COPIED]
+    generate = typer.main.get_command(app).get_command(None, "generate")
+    with opened(browser, address, permissions=["clipboard-read", "clipboard-write"]) as page:
+        for job, (prompt, _, _, options) in zip(jobs, COPIED, strict=True):
+            page.locator(".card", has_text=prompt).first.click()
+            curl = subprocess.run([*copied(page, "Copy as curl"), "-s", "--noproxy", "*"], stdout=-1, check=True).stdout
+            again = service.jobs[json.loads(curl)["id"]].job.ask
+            assert (again.request, again.loras, again.quality) == (job.ask.request, job.ask.loras, job.ask.quality)
+            if options is None:
+                page.get_by_role("button", name="Copy as command").click()
+                page.wait_for_selector("#toast:has-text('No single command goes on from another video')")
+                continue
+            first, second, *words = copied(page, "Copy as command")
+            assert (first, second) == ("frameloom", "generate")
+            said = generate.make_context(second, words).params
+            same = {"prompt": prompt, "seed": 5, "frames": 17, "lora": ["slow.safetensors:0.5"], **options}
+            assert {name: said[name] for name in same} == same

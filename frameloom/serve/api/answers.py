@@ -40,6 +40,7 @@ def video_of(standing: Standing, card: Card | None) -> dict[str, Any]:
         **{name: ask.request.get(name) for name in _SHOWN},
         "loras": [{"name": name, "scale": strength} for name, strength in ask.loras],
         "inputs": sorted({_INPUTS[name] for name in ask.request if name in _INPUTS}),
+        "extends": "extends" in ask.request,
         "quality": ask.quality,
         "priority": ask.priority,
         "deadline": ask.deadline_s,

@@ -34,7 +34,7 @@ class Video(_Answer):
 
     `seconds`: from the first frame to the last; `seconds` and `size` are "auto" while nobody can tell. `deadline`:
     seconds after `created_at`. `queue_position`: how many go before it. `preview_version`: grows with each preview; 0:
-    there is none.
+    there is none. `extends`: it begins with the video that it goes on from, as extensions and their remixes do.
     """
 
     id: str
@@ -69,6 +69,7 @@ class Video(_Answer):
     window_overlap: int | None
     loras: list[UsedLora]
     inputs: list[str]
+    extends: bool
     quality: int | None
     priority: int
     deadline: float | None

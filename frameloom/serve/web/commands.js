@@ -3,7 +3,13 @@
 const OPTIONS = {
   width: "--width", height: "--height", num_frames: "--frames", steps: "--steps", guidance_scale: "--guidance",
   guidance_scale_2: "--guidance-2", flow_shift: "--flow-shift", fps: "--fps", seed: "--seed",
-  negative_prompt: "--negative-prompt", quality: "--quality",
+  negative_prompt: "--negative-prompt", quality: "--quality", strength: "--strength",
+  control_strength: "--control-strength", window_frames: "--window-frames", window_overlap: "--window-overlap",
+};
+const FILES = {
+  input_reference: ["--image", "input_reference.png"], last_image: ["--last-image", "last_image.png"],
+  references: ["--reference", "reference.png"], video: ["--video", "video.mp4"], mask: ["--mask", "mask.mp4"],
+  control_video: ["--control-video", "control_video.mp4"],
 };
 
 /** A word as a POSIX shell reads it back. */
@@ -11,38 +17,40 @@ export function quoted(text) {
   return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${String(text).replaceAll("'", "'\\''")}'`;
 }
 
-const given = (video, name) => video[name] !== null && video[name] !== undefined && video[name] !== "";
+/** What a video says of a name: nothing, one value or several. */
+const given = (video, name) => [video[name] ?? []].flat();
 
-/** `frameloom generate` with these settings. Pictures and LoRAs are files there: their places are left to fill in. */
+/**
+ * `frameloom generate` with these settings. Pictures and LoRAs are files there: their places are left to fill in.
+ * null of a video that goes on from another one, which no command makes.
+ */
 export function asCommand(video, builtIn) {
-  const words = ["frameloom", "generate", quoted(video.prompt ?? "")];
+  if (video.extends) return null;
+  const words = ["frameloom", "generate"];
   if (!builtIn) words.push("--model", quoted(video.model));
   for (const [name, option] of Object.entries(OPTIONS)) {
-    if (given(video, name)) words.push(option, quoted(String(video[name])));
+    for (const value of given(video, name)) words.push(option, quoted(String(value)));
   }
-  for (const { name, scale, strength } of video.loras ?? []) {
+  for (const value of given(video, "windows")) words.push(value ? "--windows" : "--no-windows");
+  for (const { name, scale, strength } of given(video, "loras")) {
     words.push("--lora", quoted(`${name}.safetensors:${scale ?? strength ?? 1}`));
   }
-  for (const [name, option] of [["input_reference", "--image"], ["last_image", "--last-image"]]) {
-    if (video.inputs?.includes(name)) words.push(option, `${name}.png`);
-  }
-  return [...words, "--output", `${video.id}.mp4`].join(" ");
+  for (const name of given(video, "inputs")) words.push(...FILES[name]);
+  words.push("--output", `${video.id}.mp4`);
+  const prompt = video.prompt ?? "";
+  return [...words, ...(prompt.startsWith("-") ? ["--"] : []), quoted(prompt)].join(" ");
 }
 
-/** The request to this server, for curl; the key is read from FRAMELOOM_KEY where one is used. */
+/**
+ * The request to this server, for curl; the key is read from FRAMELOOM_KEY where one is used. Of a video that starts
+ * from pictures: to make it once more, as its pictures are on the server.
+ */
 export function asCurl(video, withKey) {
-  const fields = Object.fromEntries(
-    ["model", "prompt", ...Object.keys(OPTIONS), "loras"].filter((name) => given(video, name) && video[name].length !== 0)
-      .map((name) => [name, video[name]]),
-  );
-  const words = ["curl", quoted(new URL("v1/videos", document.baseURI).href)];
+  const again = given(video, "inputs").length > 0;
+  const names = again ? ["prompt"] : ["model", "prompt", ...Object.keys(OPTIONS), "windows", "loras"];
+  const fields = names.filter((name) => given(video, name).length).map((name) => [name, video[name]]);
+  const words = ["curl", quoted(new URL(again ? `v1/videos/${video.id}/remix` : "v1/videos", document.baseURI).href)];
   if (withKey) words.push("-H", '"Authorization: Bearer $FRAMELOOM_KEY"');
-  if (!video.inputs?.length) {
-    return [...words, "-H", "'Content-Type: application/json'", "-d", quoted(JSON.stringify(fields))].join(" ");
-  }
-  for (const [name, value] of Object.entries(fields)) {
-    words.push("-F", quoted(`${name}=${typeof value === "object" ? JSON.stringify(value) : value}`));
-  }
-  for (const name of video.inputs) words.push("-F", quoted(`${name}=@${name}.png`));
+  words.push("-H", "'Content-Type: application/json'", "-d", quoted(JSON.stringify(Object.fromEntries(fields))));
   return words.join(" ");
 }

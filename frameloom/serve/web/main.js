@@ -29,8 +29,7 @@ const stage = new Stage(api, blobs, {
   remix: (video) => composer.fill(video),
   unlock: () => keys.change(),
   offline: () => nowOffline(),
-  cancel, remove, download,
-  copyCommand: async (video) => copied(await copy(asCommand(video, isSmall())), "The command"),
+  cancel, remove, download, copyCommand,
   copyCurl: async (video) => copied(await copy(asCurl(video, Boolean(keys.current))), "The curl command"),
 });
 const gallery = new Gallery(blobs, (video) => choose(video.id, true));
@@ -117,6 +116,12 @@ async function download(video) {
     link.click();
     link.remove();
   });
+}
+
+async function copyCommand(video) {
+  const command = asCommand(video, isSmall());
+  if (command) copied(await copy(command), "The command");
+  else toast("No single command goes on from another video; copy it as curl.");
 }
 
 const fileName = ({ prompt, id }) =>
