@@ -19,7 +19,11 @@ KEEP_ALIVE_S: Final = 75
 
 
 class PatientProtocol(H11Protocol):
-    """Closes a connection whose next request has begun and does not come; says its own errors in the one shape."""
+    """Closes a connection whose next request has begun and does not come, or whose answered one does not end.
+
+    It has gone some time later even where its client does not take what is still to be sent. Says its own errors in the
+    one shape.
+    """
 
     def __init__(self, config: Config, **rest: Any) -> None:
         super().__init__(config, **rest)
@@ -30,21 +34,34 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             self.app = _overrun
-        self._await_head()
+        self._wait(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        self._have_head()
+        self._wait_no_more()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         """Whatever of requests has come."""
         super().handle_events()
-        half = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-        if not half:
-            self._have_head()
-        elif self._waiting is None:
-            self._await_head()
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._wait(HEAD_S)
+        elif is_answered and self.timeout_keep_alive_task is None:  # bytes of a body that nobody reads have ended it
+            self._wait(self.timeout_keep_alive)
+        else:
+            self._wait_no_more()
+
+    def on_response_complete(self) -> None:
+        """An answer is written, as far as the client takes it."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._wait(self.timeout_keep_alive)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No other request has come."""
+        super().timeout_keep_alive_handler()
+        self._wait(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, or a head that is too long, and close."""
@@ -55,18 +72,23 @@ class PatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _await_head(self) -> None:
-        self._waiting = self.loop.call_later(HEAD_S, self._lose_patience)
+    def _wait(self, seconds: float) -> None:
+        """For what the client owes; whatever else it sends meanwhile does not renew the patience."""
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(seconds, self._lose_patience)
 
-    def _have_head(self) -> None:
+    def _wait_no_more(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
 
     def _lose_patience(self) -> None:
         self._waiting = None
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            self.transport.abort()
+        else:
             self.transport.close()
+            self._wait(self.timeout_keep_alive)
 
 
 async def _overrun(scope: Any, receive: Any, send: Any) -> None:

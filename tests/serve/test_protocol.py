@@ -1,6 +1,7 @@
 """Connections that dawdle, that send no HTTP, or that are too many: real sockets, and a server in a thread."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -18,28 +19,41 @@ from frameloom.serve.protocol import HEAD_BYTES, PatientProtocol
 HEAD = b"GET / HTTP/1.1\r\nHost: here\r\n"
 
 
+LARGE = b"x" * 2**25  # far more than the system keeps for a reader
+
+
 async def application(scope, receive, send):
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+    body = LARGE if scope["path"] == "/large" else b"ok"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.contextmanager
+def served(**config):
+    """A server, and its port."""
+    door = open_door("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application, http=PatientProtocol, ws="none", lifespan="off", log_config=None,
+            h11_max_incomplete_event_size=HEAD_BYTES, **config,
+        )
+    )  # fmt: skip
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[door])))
+    thread.start()
+    try:
+        yield server, door.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+        door.close()
 
 
 @pytest.fixture
 def port(monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_S", 1.5)
     monkeypatch.setattr(protocol, "CONNECTIONS", 4)
-    door = open_door("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application, http=PatientProtocol, ws="none", lifespan="off", log_config=None,
-            h11_max_incomplete_event_size=HEAD_BYTES,
-        )
-    )  # fmt: skip
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[door])))
-    thread.start()
-    yield door.getsockname()[1]
-    server.should_exit = True
-    thread.join()
-    door.close()
+    with served() as (_, port):
+        yield port
 
 
 def connected(port):
@@ -80,6 +94,40 @@ def test_a_connection_that_is_used_stays_and_its_next_half_request_is_given_up_t
         kept.sendall(HEAD + b"\r\n" + HEAD)  # the second of two in a row stays half
         assert answer_of(kept)[0] == 200
         assert kept.recv(100) == b""
+
+
+@pytest.mark.parametrize("rest", [b"x", b"xy"])
+def test_an_answered_request_does_not_hold_its_connection_by_a_body_that_comes_late(rest):
+    with served(timeout_keep_alive=0.3) as (_, port), connected(port) as late:
+        late.sendall(HEAD + b"Content-Length: 2\r\n\r\n")
+        assert answer_of(late)[0] == 200
+        late.sendall(rest)
+        with contextlib.suppress(ConnectionResetError):
+            assert late.recv(100) == b""
+
+
+def test_a_body_that_nobody_reads_is_not_listened_to_for_ever():
+    with served(timeout_keep_alive=0.3) as (_, port), connected(port) as long:
+        long.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n")
+        assert answer_of(long)[0] == 200
+        with pytest.raises(OSError):  # noqa: PT012 - the connection ends somewhere in here
+            for _ in range(300):
+                long.sendall(b"x")
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize("way", ["keeps", "closes", "half"])
+def test_an_answer_that_nobody_takes_is_given_up(way):
+    with served(timeout_keep_alive=0.2) as (server, port), connected(port) as stalled:
+        closes = b"Connection: close\r\n" if way == "closes" else b""
+        stalled.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n" + closes + b"\r\n")
+        if way == "half":
+            assert stalled.recv(1) == b"H"
+            stalled.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + 30
+        while server.server_state.total_requests == 0 or server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x00\x05hello\r\n\r\n", HEAD + b"X: " + b"y" * 2 * HEAD_BYTES])
