@@ -288,6 +288,31 @@ def test_what_cannot_be_taken_is_left_and_told() -> None:
     assert take_ltx2("vae", torch.nn.Linear(2, 2), PLAIN) is None
 
 
+class Wrapper(torch.nn.Module):
+    """A norm in a layer of somebody's own, which shows nothing of it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.inner(x)
+        return normed
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["wrapped first", "taken first"])
+@pytest.mark.parametrize("name", ["norm_q", "norm_k"])
+@torch.no_grad()
+def test_a_norm_that_is_wrapped_is_called(name: str, late: bool) -> None:
+    model, plain = _transformer(), _transformer()
+    seen = _take(model) if late else Counter()
+    for attention in (wrapped.transformer_blocks[1].attn1 for wrapped in (model, plain)):
+        setattr(attention, name, Wrapper(getattr(attention, name)))
+    seen = seen if late else _take(model)
+    _same(model(**_inputs()), plain(**_inputs()))
+    assert seen.total() == TURNED - 2
+
+
 @torch.no_grad()
 def test_without_a_kernel_it_is_diffusers_own() -> None:
     model, plain = _transformer().double(), _transformer().double()

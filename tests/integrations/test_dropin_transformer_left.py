@@ -141,6 +141,18 @@ def test_a_layer_that_is_wrapped_is_called(place, when):
     assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
 
 
+@pytest.mark.parametrize("place", ["rope", "proj_out"])
+def test_a_function_in_place_of_a_layer_is_called(place):
+    tiny = TINY["wan"]
+    plain, model, inputs = tiny.make(), tiny.make(), tiny.inputs()
+    take(model)
+    for network in (plain, model):
+        layer = getattr(network, place)
+        delattr(network, place)
+        setattr(network, place, layer.forward)
+    assert relative_error(compute(model, inputs), compute(plain, inputs)) <= ROUNDING_FP32
+
+
 def test_where_every_attention_is_wrapped_it_is_left():
     model = TINY["wan"].make()
     for block in range(len(model.blocks)):

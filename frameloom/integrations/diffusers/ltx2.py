@@ -46,7 +46,9 @@ def take_ltx2(name: str, module: nn.Module, policy: Policy) -> Entry | None:
     entry = functools.partial(Entry, component=name, kind=type(module).__name__)
     if any(map(is_swapped, attentions)):
         return entry(taken=True, what="it was taken before")
-    turning = [part for part in attentions if part.rope_type == "split" and part.norm_q.weight is not None]
+    turning = [
+        part for part in attentions if part.rope_type == "split" and getattr(part.norm_q, "weight", None) is not None
+    ]
     if not turning:
         return entry(taken=False, what="its rotary embedding is interleaved, or its norms have no weights")
     weight = turning[0].norm_q.weight

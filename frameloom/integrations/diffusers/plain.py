@@ -157,8 +157,10 @@ def has_global_hooks() -> bool:
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: object) -> bool:
     """Whether a call of the module does anything else than its class's forward."""
+    if not isinstance(module, nn.Module):  # a function, or what wraps a module
+        return True
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return True
     if has_global_hooks():
