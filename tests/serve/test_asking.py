@@ -1,8 +1,10 @@
 """What becomes of a request before it is kept: numbers worked out, pictures named, and everything in its place."""
 
+import asyncio
 import base64
 import io
 import json
+from types import SimpleNamespace
 
 import av
 import httpx2 as httpx
@@ -12,6 +14,9 @@ import pytest
 from memory_service import CARD, MemoryService, served
 from PIL import Image
 
+from frameloom.serve.api.app import make_app
+from frameloom.serve.api.asking import Shape
+from frameloom.serve.api.inputs import Examiner, Given
 from frameloom.serve.config import Key, ServeConfig
 from frameloom.wire import Foreseen
 
@@ -219,6 +224,68 @@ def test_numbers_of_parts_that_the_model_has_are_taken(site):
         estimate = client.get("/v1/estimate?guidance_scale_2=2")
         assert estimate.status_code == status
     service.card = ALL
+
+
+def test_of_many_requests_few_have_their_videos_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Bodies of some bytes name videos of any size: what is read for them is held until it is kept."""
+    held, most = [], []
+
+    async def read(site, job_id, name):
+        held.append(name)
+        most.append(len(held))
+        return b"video"
+
+    async def examined(self, data, param, name):
+        return Given(shape=Shape(name=f"{name}.mp4", width=96, height=64, num_frames=5, fps=8.0), data=data)
+
+    class Slow(MemoryService):
+        async def accept(self, job_id, ask, inputs, repeat):
+            await asyncio.sleep(0.002)
+            del held[: len(inputs)]
+            return await super().accept(job_id, ask, inputs, repeat)
+
+    async def story():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            source = (await client.post("/v1/videos", json={"prompt": "x"})).json()["id"]
+            service.complete(source, b"video")
+            body = {"prompt": "y", "video": {"id": source}}
+            made = [client.post(f"/v1/videos/{kind}", json=body) for kind in ("edits", "extensions") * 4]
+            ids = [answer.json()["id"] for answer in await asyncio.gather(*made)]
+            again = [client.post(f"/v1/videos/{video_id}/remix", json={"prompt": "z"}) for video_id in ids]
+            assert {answer.status_code for answer in await asyncio.gather(*again)} == {200}
+
+    monkeypatch.setattr("frameloom.serve.api.collect._read", read)
+    monkeypatch.setattr(Examiner, "video", examined)
+    service = Slow(tmp_path)
+    app = make_app(service, ServeConfig(data=tmp_path))
+    asyncio.run(story())
+    assert (len(most), max(most), held) == (16, 2, [])
+
+
+def test_what_came_from_urls_is_accounted_for_until_it_is_kept(tmp_path, monkeypatch):
+    async def fetch(url, param, hold):
+        hold(1_000_000)
+        return b"picture"
+
+    async def examined(self, data, param, name):
+        return Given(shape=Shape(name=f"{name}.png", width=96, height=64), data=data)
+
+    class Watched(MemoryService):
+        async def accept(self, job_id, ask, inputs, repeat):
+            held.append(app.state.site.bodies.held // 1_000_000)
+            return await super().accept(job_id, ask, inputs, repeat)
+
+    async def story():
+        body = {"prompt": "x", "input_reference": "http://a.example/1", "references": ["http://a.example/2"]}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            assert (await client.post("/v1/videos", json=body)).status_code == 200
+
+    held = []
+    monkeypatch.setattr(Examiner, "image", examined)
+    app = make_app(Watched(tmp_path), ServeConfig(data=tmp_path))
+    app.state.site.fetcher = SimpleNamespace(fetch=fetch)
+    asyncio.run(story())
+    assert (held, app.state.site.bodies.held) == ([2], 0)
 
 
 def test_an_unfinished_video_cannot_be_made_from(site):

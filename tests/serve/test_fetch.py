@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from frameloom.serve.api.body import BodyReader
 from frameloom.serve.api.errors import ApiError
 from frameloom.serve.api.fetch import Fetcher, is_public
 
@@ -62,8 +63,8 @@ def fetcher(port, *, host="*", resolves=None, allows=is_public, **options):
     return Fetcher(hosts=(f"{host}:{port}", "*"), allows=allows, **given, **options)
 
 
-def get(fetcher, url):
-    return asyncio.run(fetcher.fetch(url, "input_reference"))
+def get(fetcher, url, hold=lambda num_bytes: None):
+    return asyncio.run(fetcher.fetch(url, "input_reference", hold))
 
 
 def refusal(fetcher, url):
@@ -119,6 +120,22 @@ def test_a_name_is_resolved_once_and_all_its_addresses_are_public():
         assert f"Host: pictures.example:{listener.port}".encode() in listener.asked
 
 
+def test_what_comes_is_accounted_for_and_ends_where_there_is_no_room():
+    pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n", *[b"x" * 100] * 3]
+    reader = BodyReader(limit=60)
+    with Listener(pieces) as listener:
+        url = f"http://a.example:{listener.port}/"
+        allowed = fetcher(listener.port, resolves=[["127.0.0.1"]] * 2, allows=lambda address: True)
+        with reader.holding() as hold, pytest.raises(ApiError) as caught:
+            get(allowed, url, hold)
+        assert (caught.value.status, caught.value.code, reader.held) == (503, "busy", 0)
+        reader = BodyReader(limit=75)
+        with reader.holding() as hold:
+            assert get(allowed, url, hold) == b"x" * 300
+            assert reader.held == 300
+        assert reader.held == 0
+
+
 def test_name_servers_that_hang_keep_nothing_else_waiting(monkeypatch):
     answered = threading.Event()
 
@@ -129,7 +146,7 @@ def test_name_servers_that_hang_keep_nothing_else_waiting(monkeypatch):
     async def story():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         waits = fetcher(80, timeout_s=60.0)
-        asked = [asyncio.create_task(waits.fetch("http://a.example/", "input_reference")) for _ in range(9)]
+        asked = [asyncio.create_task(waits.fetch("http://a.example/", "input_reference", int)) for _ in range(9)]
         await asyncio.sleep(0)
         try:
             assert await asyncio.wait_for(asyncio.to_thread(lambda: "at once"), 20) == "at once"

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from frameloom.serve.api.errors import ApiError
 
+Hold: TypeAlias = Callable[[int], None]
 _GRACE_S: Final = 30.0
 _LEAST_BYTES_PER_S: Final = 10_000
 _LISTEN_S: Final = 10.0
@@ -31,19 +32,32 @@ class BodyReader:
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
         """The whole body, accounted for until the block ends. Raises ApiError 408, 413 or 503."""
-        taken = 0
+        received = 0
         chunks: list[bytes] = []
         declared = request.headers.get("content-length", "")
         self._check(int(declared) if declared.isdecimal() else 0)
-        try:
+        with self.holding() as hold:
             async for chunk in self._chunks(request.stream()):
-                self._check(taken + len(chunk))
-                if self.held + len(chunk) > self.limit * _AT_ONCE:
-                    raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
-                self.held += len(chunk)
-                taken += len(chunk)
+                received += len(chunk)
+                self._check(received)
+                hold(len(chunk))
                 chunks.append(chunk)
             yield _joined(chunks)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Hold]:
+        """Gives what is to be told of bytes that are held until the block ends; it raises ApiError 503."""
+        taken = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal taken
+            if self.held + num_bytes > self.limit * _AT_ONCE:
+                raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
+            self.held += num_bytes
+            taken += num_bytes
+
+        try:
+            yield hold
         finally:
             self.held -= taken
 

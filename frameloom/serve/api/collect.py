@@ -1,11 +1,13 @@
 """The pictures and videos of a request, in whatever way they were given, as the files that a job keeps."""
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from frameloom.serve.api.asking import FIELD_OF, Shape
+from frameloom.serve.api.body import Hold
 from frameloom.serve.api.errors import ApiError, bad
 from frameloom.serve.api.forms import Upload
 from frameloom.serve.api.inputs import Given, bytes_of_data_url
@@ -13,7 +15,7 @@ from frameloom.serve.api.parameters import PARAMETERS
 from frameloom.serve.api.repeats import URLS
 from frameloom.serve.api.site import Site
 from frameloom.serve.config import Key
-from frameloom.serve.service import Standing
+from frameloom.serve.jobs.job import Job
 
 MAX_SOURCE_BYTES: Final = 512 * 2**20
 """Of a finished video that another one is made from."""
@@ -28,32 +30,66 @@ class Collected:
     source: str | None = None
 
 
-async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Key) -> Collected:
-    """Get, look at and name what the parameters give. Raises ApiError."""
+@contextlib.asynccontextmanager
+async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Key) -> AsyncIterator[Collected]:
+    """Get, look at and name what the parameters give. Raises ApiError.
+
+    What came from URLs is accounted for as bodies are until the block ends. What is read and made beyond that may take
+    `MAX_SOURCE_BYTES` and more, so few requests are in the block at a time.
+    """
+    params = [param for param in FIELD_OF if param in found]
+    if not params:
+        yield Collected(shapes={}, files={})
+        return
+    with site.bodies.holding() as hold:
+        came = {param: await _came(found[param], param, site, caller, hold) for param in params}
+        async with site.examiner.turn:
+            given = await _examined(came, kind, site)
+            job = came.get("video", [None])[0]
+            yield Collected(
+                shapes={param: [one.shape for one in ones] for param, ones in given.items()},
+                files={one.shape.name: one.data for ones in given.values() for one in ones},
+                source=job.id if isinstance(job, Job) else None,
+            )
+
+
+@contextlib.asynccontextmanager
+async def copied(source: Job, site: Site) -> AsyncIterator[Collected]:
+    """The pictures of a job, for another one; in turn with those that are collected. Raises ApiError."""
+    values = [value for name, value in source.ask.request.items() if name not in ("prompt", "negative_prompt")]
+    listed = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    names = [one for one in listed if isinstance(one, str) and one.startswith("inputs/")]
+    if not names:
+        yield Collected(shapes={}, files={}, source=source.id)
+        return
+    async with site.examiner.turn:
+        files = {name.removeprefix("inputs/"): await _read(site, source.id, name) for name in names}
+        yield Collected(shapes={}, files=files, source=source.id)
+
+
+async def _came(value: Any, param: str, site: Site, caller: Key, hold: Hold) -> list[bytes | Job]:
+    """What a parameter gives: bytes, or the finished job whose video it is, which is not read yet."""
+    if PARAMETERS[param].form == "video" and (job := await _video_job(value, param, site, caller)) is not None:
+        return [job]
+    values = value if PARAMETERS[param].form == "images" else [value]
+    return [await _bytes(one, param, site, hold) for one in values]
+
+
+async def _examined(came: Mapping[str, list[bytes | Job]], kind: str, site: Site) -> dict[str, list[Given]]:
     given: dict[str, list[Given]] = {}
-    source = None
-    for param in FIELD_OF:
-        if param not in found:
-            continue
+    for param, ones in came.items():
+        form = PARAMETERS[param].form
         name = "extends" if kind == "extension" else FIELD_OF[param]
-        if PARAMETERS[param].form == "images":
-            given[param] = []
-            for index, one in enumerate(found[param]):
-                given[param].append(await _image(one, param, f"reference-{index}", site))
-                _check_sum(given, param, site)
-        elif PARAMETERS[param].form == "image":
-            given[param] = [await _image(found[param], param, name, site)]
-        else:
-            job = await _video_job(found[param], param, site, caller)
-            source = job.job.id if job is not None and param == "video" else source
-            data = await _bytes(found[param], param, site) if job is None else await _made(job, param, site)
-            given[param] = [await site.examiner.video(data, param, name)]
-        _check_sum(given, param, site)
-    return Collected(
-        shapes={param: [one.shape for one in ones] for param, ones in given.items()},
-        files={one.shape.name: one.data for ones in given.values() for one in ones},
-        source=source,
-    )
+        given[param] = []
+        for index, one in enumerate(ones):
+            data = await _made(one, param, site) if isinstance(one, Job) else one
+            if form == "video":
+                given[param].append(await site.examiner.video(data, param, name))
+            else:
+                numbered = f"reference-{index}" if form == "images" else name
+                given[param].append(await site.examiner.image(data, param, numbered))
+            _check_sum(given, param, site)
+    return given
 
 
 def _check_sum(given: Mapping[str, list[Given]], param: str, site: Site) -> None:
@@ -65,53 +101,48 @@ def _check_sum(given: Mapping[str, list[Given]], param: str, site: Site) -> None
         )
 
 
-async def _image(value: Any, param: str, name: str, site: Site) -> Given:
-    return await site.examiner.image(await _bytes(value, param, site), param, name)
-
-
-async def _bytes(value: Any, param: str, site: Site) -> bytes:
+async def _bytes(value: Any, param: str, site: Site, hold: Hold) -> bytes:
     """Of an upload, or of a URL as OpenAI's clients write it: a text, {"image_url": text} or {"url": text}."""
     if isinstance(value, Upload):
         return value.data
     if isinstance(value, dict) and len(value) == 1:
         (key, inner) = next(iter(value.items()))
         if key in URLS:
-            return await _bytes(inner, param, site)
+            return await _bytes(inner, param, site, hold)
         if key == "file_id":
             raise bad(param, f"this server keeps no files; send the {param} itself, or a data: URL")
     if isinstance(value, str) and value[:5].lower() == "data:":
         return await asyncio.to_thread(bytes_of_data_url, value, param)
     if isinstance(value, str) and "://" in value[:12]:
-        return await site.fetcher.fetch(value, param)
+        return await site.fetcher.fetch(value, param, hold)
     raise bad(param, f"the {param} is no file and no URL; send a file, or data:...;base64,...")
 
 
-async def _video_job(value: Any, param: str, site: Site, caller: Key) -> Standing | None:
+async def _video_job(value: Any, param: str, site: Site, caller: Key) -> Job | None:
     """The finished job that {"id": ...} names; None where a file was given."""
     job_id = value.get("id") if isinstance(value, dict) and set(value) == {"id"} else None
     if job_id is None:
         return None
     if not isinstance(job_id, str):
         raise bad(param, f"the id of the {param} is no text; give one such as video_...")
-    standing = await site.standing(job_id, caller)
-    if standing.job.result is None:
-        ended = standing.job.status == "failed"
+    job = (await site.standing(job_id, caller)).job
+    if job.result is None:
+        ended = job.status == "failed"
         code = "video_failed" if ended else "video_not_ready"
         reason = "failed" if ended else "is not finished yet; come again when it is"
         raise ApiError(400, code, f"{job_id} {reason}", param=param)
-    return standing
+    return job
 
 
-async def _made(standing: Standing, param: str, site: Site) -> bytes:
+async def _made(job: Job, param: str, site: Site) -> bytes:
     """The bytes of a finished video. Raises ApiError."""
-    job = standing.job
     assert job.result is not None
     if job.result.num_bytes > MAX_SOURCE_BYTES:
         raise bad(param, f"{job.id} is larger than {MAX_SOURCE_BYTES // 2**20} MiB; give a shorter video")
-    return await read_file(site, job.id, job.result.video)
+    return await _read(site, job.id, job.result.video)
 
 
-async def read_file(site: Site, job_id: str, name: str) -> bytes:
+async def _read(site: Site, job_id: str, name: str) -> bytes:
     """A file in the folder of a job. Raises ApiError 404 where it is gone."""
     try:
         return await asyncio.to_thread((site.service.folder(job_id) / name).read_bytes)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import h11
 
+from frameloom.serve.api.body import Hold
 from frameloom.serve.api.errors import bad
 
 MAX_URL: Final = 2_048
@@ -97,14 +98,17 @@ class Fetcher:
     allows: Callable[[Address], bool] = is_public
     tls: ssl.SSLContext | None = None
 
-    async def fetch(self, url: str, param: str) -> bytes:
-        """What a URL gives. Raises ApiError 400: one sentence, which tells nothing of what is inside."""
+    async def fetch(self, url: str, param: str, hold: Hold) -> bytes:
+        """What a URL gives; `hold` is told of its bytes as they come.
+
+        Raises ApiError 400: one sentence, which tells nothing of what is inside; and what `hold` raises.
+        """
         if not self.hosts:
             raise bad(param, f"this server fetches no URLs; send the {param} as a file or a data: URL")
         place = self._place(url, param)
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await self._get(place, await self._address(place, param), param)
+                return await self._get(place, await self._address(place, param), param, hold)
         except TimeoutError:
             raise bad(
                 param, f"{place.host} did not send the {param} in {self.timeout_s:g} s; send it as a file"
@@ -137,7 +141,7 @@ class Fetcher:
             raise bad(param, f"{place.host} is not on the public internet; send the {param} as a file")
         return str(known[0])
 
-    async def _get(self, place: _Place, address: str, param: str) -> bytes:
+    async def _get(self, place: _Place, address: str, param: str, hold: Hold) -> bytes:
         secure: dict[str, Any] = {}
         if place.scheme == "https":
             secure = {"ssl": self.tls or ssl.create_default_context(), "server_hostname": place.host}
@@ -146,13 +150,15 @@ class Fetcher:
             connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
             asked = h11.Request(method="GET", target=place.target, headers=_headers(place))
             writer.write(connection.send(asked) + connection.send(h11.EndOfMessage()))
-            return await self._body(connection, reader, place, param)
+            return await self._body(connection, reader, place, param, hold)
         finally:
             writer.close()
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await writer.wait_closed()
 
-    async def _body(self, connection: h11.Connection, reader: asyncio.StreamReader, place: _Place, param: str) -> bytes:
+    async def _body(
+        self, connection: h11.Connection, reader: asyncio.StreamReader, place: _Place, param: str, hold: Hold
+    ) -> bytes:
         body = bytearray()
         while True:
             event: Any = connection.next_event()
@@ -161,6 +167,7 @@ class Fetcher:
             elif isinstance(event, h11.Response):
                 _check_status(event, place, param)
             elif isinstance(event, h11.Data):
+                hold(len(event.data))
                 body += event.data
                 if len(body) > self.max_bytes:
                     most = f"{self.max_bytes / 2**20:g} MiB"

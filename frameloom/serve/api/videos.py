@@ -19,7 +19,7 @@ from frameloom.serve.api.asking import (
     remixed,
     with_seed,
 )
-from frameloom.serve.api.collect import Collected, collect, read_file
+from frameloom.serve.api.collect import Collected, collect, copied
 from frameloom.serve.api.described import BODY, body_of, errors
 from frameloom.serve.api.errors import ApiError, bad, no_video
 from frameloom.serve.api.forms import Fields, fields_of
@@ -29,7 +29,7 @@ from frameloom.serve.api.schemas import Video, VideoDeleted, VideoPage
 from frameloom.serve.api.site import Caller, OfSite, Site
 from frameloom.serve.api.weighing import work_of
 from frameloom.serve.config import Key
-from frameloom.serve.jobs.job import Ask, Job, Kind, Repeat
+from frameloom.serve.jobs.job import Ask, Kind, Repeat
 from frameloom.serve.service import Standing
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -124,10 +124,10 @@ async def remix(
     if source.ask.model != site.config.name:
         raise bad(None, f"{source.id} was made by {source.ask.model}, which is not served here any more")
     _check_loras(source.ask.loras, site)
-    collected = await _copied(source, site)
     order = remixed(source.ask.request, source.ask.resolved, found["prompt"], site.config, site.service.card)
     taken = {**found, "loras": source.ask.loras, "quality": source.ask.quality}
-    return await _accepted(taken, "remix", order, collected, site=site, caller=caller, once=once)
+    async with copied(source, site) as collected:
+        return await _accepted(taken, "remix", order, collected, site=site, caller=caller, once=once)
 
 
 async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat: str | None) -> JSONResponse:
@@ -143,10 +143,10 @@ async def _made(request: Request, kind: Kind, *, site: Site, caller: Key, repeat
             await _model_known(site)
         check_takes(found, kind, site.service.card)
         check_effect(found, site.service.card)
-        collected = await collect(found, kind, site=site, caller=caller)
-        card, is_own = site.service.card, collected.source is not None
-        order = order_of(found, kind, card=card, config=site.config, shapes=collected.shapes, is_own=is_own)
-        return await _accepted(found, kind, order, collected, site=site, caller=caller, once=once)
+        async with collect(found, kind, site=site, caller=caller) as collected:
+            card, is_own = site.service.card, collected.source is not None
+            order = order_of(found, kind, card=card, config=site.config, shapes=collected.shapes, is_own=is_own)
+            return await _accepted(found, kind, order, collected, site=site, caller=caller, once=once)
 
 
 def _check_room(site: Site, caller: Key, repeat: str | None) -> None:
@@ -229,12 +229,3 @@ async def _model_known(site: Site) -> None:
     if site.service.card is None:
         what = site.service.trouble or "the model is still being opened; come again soon"
         raise ApiError(503, "starting", what, retry_s=5)
-
-
-async def _copied(source: Job, site: Site) -> Collected:
-    """The pictures of a job, for another one."""
-    values = [value for name, value in source.ask.request.items() if name not in ("prompt", "negative_prompt")]
-    listed = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    names = [one for one in listed if isinstance(one, str) and one.startswith("inputs/")]
-    files = {name.removeprefix("inputs/"): await read_file(site, source.id, name) for name in names}
-    return Collected(shapes={}, files=files, source=source.id)
