@@ -218,11 +218,16 @@ def _patch(encoder: Any) -> None:
     layer.forward = layer.forward
 
 
+def _wrap_embedding(encoder: Any) -> None:
+    encoder.set_input_embeddings(nn.Sequential(encoder.get_input_embeddings()))
+
+
 REASONS: dict[str, tuple[Callable[[Any], None], str]] = {
     "offloaded by layer": (_offload_by_layer, "elsewhere until they are used"),
     "hook": (_watch, "a hook is on its UMT5Block"),
     "training": (_train, "training mode"),
     "layer of another library": (_adapt, "it has a Adapted of test_dropin_text inside"),
+    "embedding in a layer": (_wrap_embedding, "its words are embedded by a Sequential"),
     "patched": (_patch, "its UMT5LayerNorm has a forward of its own"),
 }
 

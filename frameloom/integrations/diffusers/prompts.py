@@ -117,7 +117,7 @@ class _Remembering:
         return output
 
 
-def _refuses(module: nn.Module) -> str | None:
+def _refuses(module: Any) -> str | None:
     """Why an output says nothing of the next, or None."""
     if is_traced():
         return "it is being turned into a graph"
@@ -129,6 +129,9 @@ def _refuses(module: nn.Module) -> str | None:
         return "autocast is on"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook is on all modules"
+    embedding = type(module.get_input_embeddings())
+    if embedding is not nn.Embedding:
+        return f"its words are embedded by a {embedding.__name__}"
     return next(filter(None, map(_refuses_layer, module.modules())), None)
 
 
