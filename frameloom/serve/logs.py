@@ -1,13 +1,14 @@
 """The log of the server: lines to read, or JSON for machines; each says which request, key, job and worker it is of.
 
 Neither secrets nor prompts are said. Lines are written by a thread of their own: who reads them slowly does not slow
-the server; what cannot be kept meanwhile is counted and left out.
+the server; what cannot be kept meanwhile is counted and left out. At the end all are written, unless nobody takes them.
 """
 
 import json
 import logging
 import logging.handlers
 import queue
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ FIELDS: Final = (
 )  # fmt: skip
 """What a line may say besides its message, handed over as `extra`, in this order."""
 _KEPT: Final = 10_000  # lines that wait for the writer
+_STALLED_S: Final = 2.0  # in which nobody has taken a line: at the end no more is waited for
+_LOOK_S: Final = 0.2
+_PIECE: Final = select.PIPE_BUF // 4  # characters that do not block a file that has room, whatever they are encoded as
 _TOLD: Final = ("uvicorn.error", "asyncio")  # of these warnings and errors
 
 
@@ -90,10 +94,36 @@ class _Queued(logging.handlers.QueueHandler):
             self.lost += 1
 
 
+class _Outlet:
+    """What is written to a stream whenever that has room; nothing more once `gives_up` is set."""
+
+    gives_up = False
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write it, or what of it was taken before this gives up."""
+        for start in range(0, len(text), _PIECE):
+            while not (self.gives_up or self._has_room()):
+                pass
+            if not self.gives_up:
+                self._stream.write(text[start : start + _PIECE])
+                self._stream.flush()
+
+    def _has_room(self) -> bool:
+        """Waits a moment for it."""
+        try:
+            return bool(select.select((), (self._stream,), (), _LOOK_S)[1])
+        except (OSError, ValueError):  # a stream in memory; or one that is closed, which writing says
+            return True
+
+
 @contextmanager
 def logging_to(stream: TextIO | None = None, *, style: Style = "text", level: int = logging.INFO) -> Iterator[None]:
     """Write the log of this process to a stream, by default standard error, until the end of the block."""
-    writer = logging.StreamHandler(stream or sys.stderr)
+    outlet = _Outlet(stream or sys.stderr)
+    writer = logging.StreamHandler(outlet)
     writer.setFormatter(JsonLines() if style == "json" else TextLines())
     lines: queue.Queue[logging.LogRecord] = queue.Queue(_KEPT)
     handler = _Queued(lines)
@@ -113,8 +143,19 @@ def logging_to(stream: TextIO | None = None, *, style: Style = "text", level: in
             logger.handlers[:] = handlers
             logger.setLevel(old_level)
             logger.propagate = propagates
-        lines.join()  # written, before the listener's end asks for room among them
+        outlet.gives_up = not _are_written(lines)
+        lines.join()  # before the listener's end asks for room among them
         listener.stop()
+
+
+def _are_written(lines: "queue.Queue[logging.LogRecord]") -> bool:
+    """Whether all lines are written; waits for that as long as any are."""
+    with lines.all_tasks_done:
+        while left := lines.unfinished_tasks:
+            lines.all_tasks_done.wait(_STALLED_S)
+            if lines.unfinished_tasks == left:
+                return False
+    return True
 
 
 def _known(record: logging.LogRecord) -> dict[str, Any]:

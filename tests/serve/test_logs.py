@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 
 from frameloom.serve.logs import TALK, Talk, logging_to
 
@@ -82,10 +85,49 @@ def test_the_handlers_from_before_are_back_afterwards():
     assert (LOG.handlers, LOG.level, LOG.propagate) == before
 
 
-def test_a_reader_that_stalls_does_not_stall_the_server():
+def test_a_reader_that_stalls_does_not_keep_the_process_from_ending():
+    code = """
+import logging
+from frameloom.serve import logs
+logs._STALLED_S = 0.1
+with logs.logging_to():
+    for length in (10, 20_000, 10):
+        for _ in range(300):
+            logging.getLogger("frameloom").info("x" * length)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(30) == 0  # though nobody reads
+        finally:
+            process.kill()
+        assert process.stderr.read().startswith(b"20")
+
+
+def test_a_reader_that_takes_its_time_gets_all_lines():
+    reader, writer = os.pipe()
+    lines = []
+
+    def read():
+        with os.fdopen(reader) as file:
+            for line in file:
+                lines.append(line)
+                if len(lines) % 500 == 0:
+                    time.sleep(0.01)
+
+    thread = threading.Thread(target=read)
+    with os.fdopen(writer, "w") as stream, logging_to(stream):
+        for number in range(2000):
+            LOG.info("line %d %s", number, "é" * 50)
+        thread.start()
+    thread.join()
+    assert [int(line.split()[3]) for line in lines] == list(range(2000))
+
+
+def test_a_reader_that_stalls_does_not_stall_the_server(monkeypatch):
+    monkeypatch.setattr("frameloom.serve.logs._KEPT", 1_000)
     reader, writer = os.pipe()
     stream = os.fdopen(writer, "w", buffering=1)
-    count = 30_000  # far more than a pipe holds
+    count = 5_000  # far more than a pipe and the queue hold
     with logging_to(stream, style="json"):
         for number in range(count):
             LOG.info("line %d", number)  # returns at once, though nobody reads
@@ -99,6 +141,7 @@ def test_a_reader_that_stalls_does_not_stall_the_server():
         thread.start()
         while not any("were left out" in line["message"] for line in lines[-50:]):
             LOG.info("more")  # the loss is told as soon as there is room
+            time.sleep(0.001)
     stream.close()
     thread.join()
     assert lines[0]["message"] == "line 0"
