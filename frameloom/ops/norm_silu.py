@@ -43,6 +43,7 @@ def norm_silu_native(x_BCTHW: Tensor, gamma_C: Tensor, out: Tensor | None = None
         return out
     library = native().library
     assert library is not None, "chosen without asking `refuses_native`"
+    gamma_C = gamma_C.contiguous()
     channels, pixels = x_BCTHW.shape[1], x_BCTHW.shape[3] * x_BCTHW.shape[4]
     for x_CTHW, out_CTHW in zip(x_BCTHW, out, strict=True):
         kernels().frameloom_norm_silu(

@@ -3,6 +3,7 @@
 Tested on a CPU through Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+import torch
 from torch import Tensor
 
 from frameloom.ops.layout import checked_frames, empty_frames
@@ -34,13 +35,15 @@ def norm_silu_triton(x_BCTHW: Tensor, gamma_C: Tensor, out: Tensor | None = None
     block_c = triton.next_power_of_2(channels)
     block_p = max(1, _BLOCK // block_c)
     pixels = height * width
+    gamma_C = gamma_C.contiguous()
     # The interpreter cuts bfloat16 off where a GPU rounds to the nearest: there PyTorch does the rounding.
     target = empty_frames(gamma_C.float(), out.shape) if _interpreted() else out
-    for x_CTHW, out_CTHW in zip(x_BCTHW, target, strict=True):
-        _kernel[(triton.cdiv(frames * pixels, block_p),)](
-            x_CTHW, out_CTHW, gamma_C, x_CTHW.stride(1), out_CTHW.stride(1), pixels, frames * pixels,
-            channels**0.5, CHANNELS=channels, BLOCK_P=block_p, BLOCK_C=block_c,
-        )  # fmt: skip
+    with torch.cuda.device_of(x_BCTHW):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        for x_CTHW, out_CTHW in zip(x_BCTHW, target, strict=True):
+            _kernel[(triton.cdiv(frames * pixels, block_p),)](
+                x_CTHW, out_CTHW, gamma_C, x_CTHW.stride(1), out_CTHW.stride(1), pixels, frames * pixels,
+                channels**0.5, CHANNELS=channels, BLOCK_P=block_p, BLOCK_C=block_c,
+            )  # fmt: skip
     return out if target is out else out.copy_(target)
 
 

@@ -50,7 +50,7 @@ class _Winograd(ABC):
         self._weight: Tensor | None = weight_OCTHW.detach()
         self.channels, _, self.taps = weight_OCTHW.shape[:3]
         bias = weight_OCTHW.new_zeros(self.channels) if bias_O is None else bias_O.detach()
-        self.bias = bias.float()
+        self.bias = bias.float().contiguous()
         # The weights are read once per block.
         self.block_bytes = max(self.least_block_bytes, bytes_at_points(weight_OCTHW) // 2)
 

@@ -1,5 +1,6 @@
 """Every rewrite against its reference, over sizes that hypothesis draws; and the page that is written from them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from frameloom.engine.compiled import COMPILED
 from frameloom.engine.rewrites import REWRITES
 from frameloom.errors import RequestError
+from frameloom.ops import triton_norm_silu
+from frameloom.ops.norm_silu import norm_silu
 from frameloom.ops.registry import BF16_SLACK, EXACTNESS, Policy, Rewrite, Sizes, document, make_policy, relative_error
 
 QUICK = [rewrite for rewrite in REWRITES if rewrite is not COMPILED]  # that one: tests/engine/test_compiled.py
@@ -90,3 +93,26 @@ def test_a_policy_allows_its_class_and_what_lies_below() -> None:
 def test_a_word_that_means_nothing_is_refused(exactness: str, rewrites: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         make_policy(exactness, rewrites, NAMES)
+
+
+def test_the_norm_in_triton_is_launched_on_the_device_of_its_input(monkeypatch):
+    launched, kernel, current = [], triton_norm_silu._kernel, []
+
+    @contextlib.contextmanager
+    def on_device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    class Watched:
+        def __getitem__(self, grid):
+            launched.append(list(current))
+            return kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", on_device_of)
+    monkeypatch.setattr(triton_norm_silu, "_kernel", Watched())
+    x = torch.randn(2, 6, 1, 3, 4).contiguous(memory_format=torch.channels_last_3d)
+    gamma = torch.rand(6, 2)[:, 0]
+    made = triton_norm_silu.norm_silu_triton(x, gamma)
+    assert relative_error(made, norm_silu(x, gamma)) <= 1e-6
+    assert [[each is x for each in inside] for inside in launched] == [[True], [True]]
