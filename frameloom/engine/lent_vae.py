@@ -25,8 +25,9 @@ class LentVae:
     """A network without weights of its own: `bind` gives it those of another, `unbind` takes them away.
 
     Weights that its kernels use in another memory order are brought into that order where they are, once, and `release`
-    brings them back. What kernels compute from weights (Winograd's points) is kept between one binding and the next,
-    and made again where a weight has changed. Names and shapes are those of Diffusers' AutoencoderKLWan.
+    brings them back; those whose memory may be shared are copied at each binding instead. What kernels compute from
+    weights (Winograd's points) is kept between one binding and the next, and made again where a weight has changed.
+    Names and shapes are those of Diffusers' AutoencoderKLWan.
     """
 
     def __init__(self, spec: VaeSpec, policy: Policy, *, budget_bytes: int | None = None) -> None:
@@ -124,8 +125,13 @@ class LentVae:
         return self._ways[key]
 
     def _bring(self, name: str, weight: Tensor, order: tuple[int, ...]) -> None:
-        """Into another memory order in its place; what lies in no plain order is left to the kernel, which copies."""
+        """Into another memory order in its place.
+
+        What lies in no plain order, or in memory that is not its own alone, is left to the kernel, which copies.
+        """
         if _is_in(weight, order) or weight.is_inference() or not (weight.is_contiguous() or name in self._lay):
+            return
+        if _may_be_shared(weight):
             return
         stride = self._lay[name].stride if name in self._lay else weight.stride()
         self._lay[name] = _Lay(stride=stride, order=order)
@@ -226,6 +232,15 @@ def _span(x: Tensor) -> int:
 
 def _is_in(x: Tensor, order: tuple[int, ...]) -> bool:
     return x.permute(order).is_contiguous()
+
+
+def _may_be_shared(x: Tensor) -> bool:
+    """Whether its memory may be seen elsewhere: by other processes or devices, or through views of one buffer.
+
+    torch calls all of a GPU's memory shared.
+    """
+    is_hosts = x.device.type == "cpu" and (x.is_shared() or x.is_pinned())  # type: ignore[no-untyped-call]
+    return is_hosts or x.untyped_storage().nbytes() > x.numel() * x.element_size()
 
 
 def _inverse(order: tuple[int, ...]) -> list[int]:

@@ -141,7 +141,8 @@ def install(vae: WanVAE, choices: VaeChoices, made: Mapping[str, Kernel] = Mappi
         if isinstance(module, RMSNorm) and choices.norm is not None:
             module.fused = _NORMS[choices.norm]
         elif choices.channels_last and isinstance(module, nn.Conv2d) and _lies_otherwise(module.weight):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+            copy = module.weight.detach().contiguous(memory_format=torch.channels_last)  # others may hold the weight
+            module.weight = nn.Parameter(copy, requires_grad=module.weight.requires_grad)
 
 
 def _lies_otherwise(weight_OCHW: Tensor | None) -> bool:

@@ -302,6 +302,39 @@ def test_weights_are_used_where_they_are():
     assert entry.extra_bytes == live.lent.extra_bytes(weights)
 
 
+def views_of_one_buffer(vae):
+    numbers = torch.cat([parameter.flatten() for parameter in vae.parameters()])
+    sizes = [parameter.numel() for parameter in vae.parameters()]
+    for parameter, part in zip(vae.parameters(), numbers.split(sizes), strict=True):
+        parameter.data = part.view(parameter.shape)
+
+
+def shared_with_processes(vae):
+    vae.share_memory()
+
+
+def in_no_plain_order(vae):
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+@pytest.mark.parametrize("share", [views_of_one_buffer, shared_with_processes, in_no_plain_order])
+def test_memory_that_is_not_theirs_alone_stays_theirs(share):
+    vae = vae_of()
+    z, x = latents(vae), frames_for(vae)
+    video, moments = decoded(vae, z), encoded(vae, x)
+    share(vae)
+    before = [(parameter.data_ptr(), parameter.stride()) for parameter in vae.parameters()]
+    pipe = pipe_with(vae)
+    assert frameloom.accelerate(pipe)["vae"].taken
+    for _ in range(2):
+        assert error(decoded(vae, z), video) <= 1e-5
+        assert error(encoded(vae, x), moments) <= 1e-5
+        assert [(parameter.data_ptr(), parameter.stride()) for parameter in vae.parameters()] == before
+    frameloom.restore(pipe)
+    assert [(parameter.data_ptr(), parameter.stride()) for parameter in vae.parameters()] == before
+
+
 def test_between_calls_nothing_holds_the_weights():
     """A VAE that is moved to another device after a call leaves nothing on the first."""
     vae = taken(vae_of())
