@@ -720,3 +720,20 @@ def test_model_offload_moves_the_weights_and_ours_follows(caplog):
         hook.offload()
         assert not held_by(vae).lent._made
     assert not caplog.messages
+
+
+def test_weights_that_are_offloaded_by_layers_are_brought_back():
+    accelerate = pytest.importorskip("accelerate")
+    vae = vae_of()
+    z = latents(vae)
+    wanted = decoded(vae, z)
+    before = {name: value.stride() for name, value in vae.state_dict().items()}
+    pipe = pipe_with(vae)
+    frameloom.accelerate(pipe)
+    decoded(vae, z)
+    accelerate.cpu_offload(vae, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    frameloom.restore(pipe)
+    accelerate.hooks.remove_hook_from_submodules(vae)
+    assert {name: value.stride() for name, value in vae.state_dict().items()} == before
+    assert torch.equal(decoded(vae, z), wanted)

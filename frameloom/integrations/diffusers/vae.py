@@ -161,7 +161,7 @@ class _LiveVae:
         with self._lock:
             self._is_released = True
             if module is not None:
-                self.lent.release(_weights(module))
+                self.lent.release({name: _kept(module, name, weight) for name, weight in _weights(module).items()})
 
     @contextlib.contextmanager
     def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner] | None]:
@@ -310,6 +310,14 @@ def _config(module: Any) -> dict[str, Any]:
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters())
+
+
+def _kept(module: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """A weight, or what Accelerate keeps of it where it is offloaded by layers."""
+    prefix, _, attribute = name.rpartition(".")
+    weights_map = getattr(getattr(module.get_submodule(prefix), "_hf_hook", None), "weights_map", None)
+    kept: Tensor = weights_map[attribute] if weight.is_meta and weights_map is not None else weight
+    return kept
 
 
 def _parts_of(kind: type[nn.Module], module: Any) -> dict[str, _Part]:
