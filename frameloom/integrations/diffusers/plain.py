@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FunctionType, MappingProxyType, MethodType
@@ -24,20 +25,22 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "torch": f"{Path(nn.__file__).parent}{os.sep}",  # what torch.compile makes of a method is not from there
     }
 )
+_NUMBER = re.compile(r"\d[\d.]*")
 _METHODS_KNOWN = 1024  # whose origin is remembered
 
 
 class Told:
-    """What the log was told: each line once. `level`: that of `logging`."""
+    """What the log was told: each line once, whatever its numbers. `level`: that of `logging`."""
 
     def __init__(self, level: int = logging.INFO) -> None:
         self._level = level
         self._lines: set[str] = set()
 
     def tell(self, line: str) -> None:
-        """Tell it, but for the second time."""
-        if line not in self._lines:
-            self._lines.add(line)
+        """Tell it, but where another line was told that differs in its numbers alone, such as those of free bytes."""
+        kind = _NUMBER.sub("0", line)
+        if kind not in self._lines:
+            self._lines.add(kind)
             log.log(self._level, "%s", line)
 
     def tell_plain(self, kind: str, reason: str) -> None:
