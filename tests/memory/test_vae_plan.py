@@ -19,15 +19,16 @@ from frameloom.models.vae_fast import REFERENCE, VaeChoices, prepare
 from frameloom.models.vae_state import Passage
 from frameloom.models.wan_vae import WanVAE
 from frameloom.ops.registry import Policy
+from frameloom.ops.vae_rewrites import NORM_SILU_TILED
 from frameloom.pipeline import stages
 from frameloom.platform import allocator
 
 SPEC = VaeSpec.from_config({"base_dim": 96, "z_dim": 16})  # Wan 2.1
 LATENTS = (1, 16, 5, 60, 104)  # 17 frames of 480x832
+CHOICES = VaeChoices(kernels={}, norm=NORM_SILU_TILED.name, channels_last=True)
 
 
-def planner(budget: int | None, choices: VaeChoices | None = None) -> VaePlanner:
-    choices = choices or VaeChoices(kernels={}, norm=None, channels_last=True)
+def planner(budget: int | None, choices: VaeChoices = CHOICES) -> VaePlanner:
     return VaePlanner(spec=SPEC, dtype=torch.float32, choices=choices, device=torch.device("cpu"), budget_bytes=budget)
 
 
@@ -59,9 +60,7 @@ def test_less_memory_means_narrower_bands_then_fewer_frames() -> None:
 def test_what_is_not_counted_is_never_more_than_was_assumed(vae: str, encode: bool, steps: int, rows: int) -> None:
     spec = VaeSpec.from_config(dict(CONFIGS[vae]))
     kernels = {"vae.conv_winograd": ("encoder.conv_in", "decoder.conv_in", "decoder.mid_block.resnets.0.conv1")}
-    choices = VaeChoices(
-        kernels={name: way for way, names in kernels.items() for name in names}, norm=None, channels_last=True
-    )
+    choices = dataclasses.replace(CHOICES, kernels={name: way for way, names in kernels.items() for name in names})
     plan = dataclasses.replace(planner(None, choices), spec=spec)
     for batch, height, width in ((1, 2, 2), (2, 7, 3), (1, 16, 16)):
         scale = spec.spatial_scale
@@ -92,7 +91,7 @@ def test_a_budget_below_the_narrowest_band_says_how_much_is_needed() -> None:
 
 
 def test_without_bands_a_short_budget_is_refused() -> None:
-    whole_only = VaeChoices(kernels={}, norm=None, channels_last=True, bands=False)
+    whole_only = dataclasses.replace(CHOICES, bands=False)
     with pytest.raises(RequestError, match="needs at least"):
         planner(4_500_000_000, whole_only).decode(LATENTS)
 
@@ -100,7 +99,7 @@ def test_without_bands_a_short_budget_is_refused() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("shape", [(1, 16, 5, 8, 16), (1, 16, 2, 1, 1), LATENTS])
 def test_bands_and_chunks_that_were_asked_for_by_name_are_used_for_every_picture(device, shape) -> None:
-    choices = VaeChoices(kernels={}, norm=None, channels_last=True, always_bands=True, always_chunks=True)
+    choices = dataclasses.replace(CHOICES, always_bands=True, always_chunks=True)
     plan = dataclasses.replace(planner(10**15, choices), device=torch.device(device))
     passages = [*plan.decode(shape), *plan.encode((1, 3, 4 * shape[2] - 3, 8 * shape[3], 8 * shape[4]))]
     assert all(passage.rows is not None and passage.rows < 8 * shape[3] for passage in passages)
