@@ -36,6 +36,7 @@ class LentVae:
         with on_meta():
             self._vae = WanVAE(spec).eval()
         set_attention(self._vae, AttentionBlock, expected=2)
+        self._modules = dict(self._vae.named_modules())
         self._slots = {name: _slot(self._vae, name) for name, _ in self._vae.named_parameters()}
         self._shapes = {name: parameter.shape for name, parameter in self._vae.named_parameters()}
         self._ways: dict[tuple[torch.device, torch.dtype], _Way] = {}
@@ -79,9 +80,8 @@ class LentVae:
 
     def keep(self, weights: Mapping[str, Tensor]) -> None:
         """Keep what was computed of the weights that are bound, for the next binding."""
-        modules = dict(self._vae.named_modules())
         for name, bound in self._stamps.items():
-            module = modules[name]
+            module = self._modules[name]
             assert isinstance(module, CausalConv3d | Resample)
             if name not in self._made and module.kernel is not None and getattr(module.kernel, "is_prepared", True):
                 prefix = _convolution_name(name, module)
@@ -118,8 +118,7 @@ class LentVae:
         key = (first.device, first.dtype)
         if key not in self._ways:
             planner = kernels_for(self._vae, policy=self._policy, budget_bytes=self._budget_bytes)
-            modules = dict(self._vae.named_modules())
-            computed = {name: _computed_bytes(modules[name]) for name in of_other_numbers(planner.choices)}
+            computed = {name: _computed_bytes(self._modules[name]) for name in of_other_numbers(planner.choices)}
             orders = memory_orders(self._vae, planner.choices)
             self._ways[key] = _Way(planner=planner, orders=orders, computed=computed)
         return self._ways[key]
@@ -138,17 +137,17 @@ class LentVae:
         weight.data = weight.detach().permute(order).contiguous().permute(_inverse(order))
 
     def _of(self, name: str) -> tuple[Tensor, Tensor | None]:
-        conv = convolution_of(self._vae.get_submodule(name))
+        conv = convolution_of(self._modules[name])
         return conv.weight, conv.bias
 
     def _empty(self) -> None:
         for module, attribute in self._slots.values():
             module._parameters[attribute] = None
-        for module in self._vae.modules():
+        for module in self._modules.values():  # nn.Module's own way to set is slow
             if isinstance(module, CausalConv3d | Resample):
-                module.kernel = None
+                vars(module)["kernel"] = None
             elif isinstance(module, RMSNorm):
-                module.fused = None
+                vars(module)["fused"] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
