@@ -16,6 +16,8 @@ HEAD_BYTES: Final = 64 * 1024
 CONNECTIONS: Final = 2_000
 """More are told to come again."""
 KEEP_ALIVE_S: Final = 75
+TAKE_S: Final = 240.0
+"""What a client is given to take what is kept of an answer that still goes on."""
 
 
 class PatientProtocol(H11Protocol):
@@ -28,6 +30,7 @@ class PatientProtocol(H11Protocol):
     def __init__(self, config: Config, **rest: Any) -> None:
         super().__init__(config, **rest)
         self._waiting: asyncio.TimerHandle | None = None
+        self._taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: its first request is awaited."""
@@ -39,7 +42,19 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._wait_no_more()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """An answer goes on faster than its client takes it."""
+        super().pause_writing()
+        self._taking = self.loop.call_later(TAKE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has taken nearly all of what was kept."""
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
 
     def handle_events(self) -> None:
         """Whatever of requests has come."""

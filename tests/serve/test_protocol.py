@@ -23,9 +23,12 @@ LARGE = b"x" * 2**25  # far more than the system keeps for a reader
 
 
 async def application(scope, receive, send):
-    body = LARGE if scope["path"] == "/large" else b"ok"
+    body = b"ok" if scope["path"] == "/" else LARGE
+    piece = 2**18 if scope["path"] == "/streamed" else len(body)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
-    await send({"type": "http.response.body", "body": body})
+    for start in range(0, len(body), piece):
+        more = start + piece < len(body)
+        await send({"type": "http.response.body", "body": body[start : start + piece], "more_body": more})
 
 
 @contextlib.contextmanager
@@ -58,6 +61,13 @@ def port(monkeypatch):
 
 def connected(port):
     return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def until(is_so):
+    end = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def answer_of(connection):
@@ -124,10 +134,29 @@ def test_an_answer_that_nobody_takes_is_given_up(way):
         if way == "half":
             assert stalled.recv(1) == b"H"
             stalled.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + 30
-        while server.server_state.total_requests == 0 or server.server_state.connections:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: server.server_state.total_requests and not server.server_state.connections)
+
+
+@pytest.mark.parametrize("way", ["open", "half"])
+def test_a_streamed_answer_that_nobody_takes_is_given_up(way, monkeypatch):
+    monkeypatch.setattr(protocol, "TAKE_S", 0.1)
+    with served() as (server, port), connected(port) as stalled:
+        stalled.sendall(b"GET /streamed HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert stalled.recv(1) == b"H"
+        if way == "half":
+            stalled.shutdown(socket.SHUT_WR)
+        until(lambda: not (server.server_state.connections or server.server_state.tasks))
+        assert server.server_state.total_requests == 0  # the answer did not end
+
+
+def test_a_streamed_answer_whose_client_goes_on_taking_it_comes_whole():
+    with served() as (server, port), connected(port) as slow:
+        slow.sendall(b"GET /streamed HTTP/1.1\r\nHost: here\r\n\r\n")
+        until(lambda: server.server_state.connections)
+        (one,) = server.server_state.connections
+        until(lambda: one._taking is not None)
+        assert answer_of(slow)[2] == LARGE
+        until(one._taking.cancelled)  # else it ends the connection later
 
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x00\x05hello\r\n\r\n", HEAD + b"X: " + b"y" * 2 * HEAD_BYTES])
