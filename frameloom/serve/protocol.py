@@ -30,6 +30,7 @@ class PatientProtocol(H11Protocol):
     def __init__(self, config: Config, **rest: Any) -> None:
         super().__init__(config, **rest)
         self._waiting: asyncio.TimerHandle | None = None
+        self._patience = 0.0
         self._taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -88,8 +89,10 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
     def _wait(self, seconds: float) -> None:
-        """For what the client owes; whatever else it sends meanwhile does not renew the patience."""
-        if self._waiting is None:
+        """For what the client owes; the patience begins anew where that changes, not with whatever else it sends."""
+        if self._waiting is None or seconds != self._patience:
+            self._wait_no_more()
+            self._patience = seconds
             self._waiting = self.loop.call_later(seconds, self._lose_patience)
 
     def _wait_no_more(self) -> None:

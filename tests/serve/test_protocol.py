@@ -116,6 +116,18 @@ def test_an_answered_request_does_not_hold_its_connection_by_a_body_that_comes_l
             assert late.recv(100) == b""
 
 
+def test_a_half_request_after_a_late_body_is_given_as_long_as_any_other(monkeypatch):
+    with served(timeout_keep_alive=60) as (server, port), connected(port) as late:
+        late.sendall(HEAD + b"Content-Length: 2\r\n\r\n")
+        assert answer_of(late)[0] == 200
+        (one,) = server.server_state.connections
+        late.sendall(b"x")
+        until(lambda: one._waiting is not None)
+        monkeypatch.setattr(protocol, "HEAD_S", 0.1)
+        late.sendall(b"y" + HEAD)
+        assert late.recv(100) == b""
+
+
 def test_a_body_that_nobody_reads_is_not_listened_to_for_ever():
     with served(timeout_keep_alive=0.3) as (_, port), connected(port) as long:
         long.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n")
