@@ -4,12 +4,13 @@ import io
 import json
 import logging
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 
-from frameloom.serve.logs import TALK, Talk, logging_to
+from frameloom.serve.logs import TALK, Talk, _are_written, logging_to
 
 LOG = logging.getLogger("frameloom")
 
@@ -103,7 +104,26 @@ with logs.logging_to():
         assert process.stderr.read().startswith(b"20")
 
 
-def test_a_reader_that_takes_its_time_gets_all_lines():
+def test_the_end_waits_for_lines_as_long_as_any_are_written():
+    lines = queue.Queue()
+
+    class Slow(threading.Condition):
+        """While one waits, the time ends, and another line is written."""
+
+        def wait(self, timeout=None):
+            self.release()
+            lines.task_done()
+            self.acquire()
+            return False
+
+    for number in range(50):
+        lines.put(number)
+    lines.all_tasks_done = Slow(lines.mutex)
+    assert _are_written(lines)
+
+
+def test_a_reader_that_takes_its_time_gets_all_lines(monkeypatch):
+    monkeypatch.setattr("frameloom.serve.logs._STALLED_S", 30.0)
     reader, writer = os.pipe()
     lines = []
 
