@@ -1,6 +1,6 @@
 """A VAE that computes with the weights of somebody else, such as a live model's, and keeps no second copy of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -98,10 +98,15 @@ class LentVae:
         """Let go what was computed of weights."""
         self._made.clear()
 
+    @property
+    def moved(self) -> Set[str]:
+        """Names of the weights that were brought into another memory order."""
+        return self._lay.keys()
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def release(self, weights: Mapping[str, Tensor]) -> None:
-        """Bring weights back into the memory order they had, and let all else go."""
+        """Bring those of `moved` back into the memory order they had, and let all else go."""
         self.forget()
         self._empty()
         for name, lay in self._lay.items():

@@ -76,10 +76,10 @@ class Metrics:
         """A job was not accepted."""
         self._refused.labels(code).inc()
 
-    def started(self, job: Job) -> None:
-        """An attempt has begun."""
+    def started(self, job: Job, *, is_first: bool) -> None:
+        """An attempt has begun; the wait is that before the first."""
         self._attempts.inc()
-        if job.fence == 1 and job.started_at is not None:
+        if is_first and job.started_at is not None:
             self._wait_s.observe(max(0.0, job.started_at - job.created_at))
 
     def together(self, jobs: Sequence[Job]) -> None:

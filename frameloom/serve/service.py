@@ -50,8 +50,8 @@ class Witness(Protocol):
         """A job was not accepted, with the code of its RefusedError."""
         ...
 
-    def started(self, job: Job) -> None:
-        """An attempt has begun."""
+    def started(self, job: Job, *, is_first: bool) -> None:
+        """An attempt has begun, the first one or another."""
         ...
 
     def together(self, jobs: Sequence[Job]) -> None:
@@ -80,7 +80,7 @@ class Nobody:
     def refused(self, code: str) -> None:
         """Nothing is kept."""
 
-    def started(self, job: Job) -> None:
+    def started(self, job: Job, *, is_first: bool) -> None:
         """Nothing is kept."""
 
     def together(self, jobs: Sequence[Job]) -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from frameloom.serve.api.app import make_app
 from frameloom.serve.api.asking import Shape
+from frameloom.serve.api.body import Turns
+from frameloom.serve.api.errors import ApiError
 from frameloom.serve.api.inputs import Examiner, Given
 from frameloom.serve.config import Key, ServeConfig
 from frameloom.wire import Foreseen
@@ -224,6 +226,21 @@ def test_numbers_of_parts_that_the_model_has_are_taken(site):
         estimate = client.get("/v1/estimate?guidance_scale_2=2")
         assert estimate.status_code == status
     service.card = ALL
+
+
+def test_who_waits_too_long_for_a_turn_is_asked_to_come_again(monkeypatch):
+    monkeypatch.setattr("frameloom.serve.api.body._TURN_S", 0.01)
+
+    async def story():
+        turns = Turns()
+        async with turns.one(), turns.one():
+            with pytest.raises(ApiError) as caught:
+                await turns.one().__aenter__()
+            assert (caught.value.status, caught.value.code, caught.value.retry_s) == (503, "busy", 10)
+        async with turns.one(), turns.one():
+            pass
+
+    asyncio.run(story())
 
 
 def test_of_many_requests_few_have_their_videos_in_memory_at_a_time(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ class Witnessed:
     def refused(self, code):
         self.told.append(("refused", code))
 
-    def started(self, job):
+    def started(self, job, *, is_first):
         self.told.append(("started", job.id))
 
     def advanced(self, job, stage, step):
@@ -248,7 +248,7 @@ def test_the_time_of_a_step_is_the_longest_that_is_known():
 
     unknown, foreseen = live(), live(work_s=120.0, resolved={"steps": 4})
     assert [unknown.still_s(now) for now in (100.0, 107.0)] == [0.0, 7.0]
-    assert [foreseen.still_s(now) for now in (100.0, 150.0)] == [30.0, 50.0]
+    assert [foreseen.still_s(now) for now in (100.0, 150.0, 90_000.0)] == [30.0, 50.0, 60.0]  # a hang earns no time
     unknown.hear(News(job="video_1", fence=0, stage="denoise", step=1, total=2), 109.0)
     assert unknown.still_s(110.0) == 9.0
     foreseen.company = 3

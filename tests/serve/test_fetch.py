@@ -122,14 +122,18 @@ def test_a_name_is_resolved_once_and_all_its_addresses_are_public():
 
 def test_what_comes_is_accounted_for_and_ends_where_there_is_no_room():
     pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n", *[b"x" * 100] * 3]
-    reader = BodyReader(limit=60)
+    reader = BodyReader(limit=150, held=350)  # of others; 600 in all
     with Listener(pieces) as listener:
         url = f"http://a.example:{listener.port}/"
-        allowed = fetcher(listener.port, resolves=[["127.0.0.1"]] * 2, allows=lambda address: True)
+        allowed = fetcher(listener.port, resolves=[["127.0.0.1"]] * 3, allows=lambda address: True)
         with reader.holding() as hold, pytest.raises(ApiError) as caught:
             get(allowed, url, hold)
-        assert (caught.value.status, caught.value.code, reader.held) == (503, "busy", 0)
-        reader = BodyReader(limit=75)
+        assert (caught.value.status, caught.value.code, reader.held) == (503, "busy", 350)
+        reader = BodyReader(limit=149)  # of which one request may bring twice as much, and is not asked to come again
+        with reader.holding() as hold, pytest.raises(ApiError) as caught:
+            get(allowed, url, hold)
+        assert (caught.value.status, caught.value.code, reader.held) == (413, "request_too_large", 0)
+        reader = BodyReader(limit=150)
         with reader.holding() as hold:
             assert get(allowed, url, hold) == b"x" * 300
             assert reader.held == 300

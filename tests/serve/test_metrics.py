@@ -39,16 +39,15 @@ def test_jobs_are_counted_as_they_went():
     metrics.refused("queue_full")
     metrics.refused("queue_full")
 
-    good = replace(good, attempts=1, fence=1, started_at=103.0)
-    metrics.started(good)
+    good = replace(good, attempts=1, started_at=103.0)
+    metrics.started(good, is_first=True)
     metrics.lost(good, "together")  # counts for none of its attempts
-    good = replace(good, fence=2)
-    metrics.started(good)
+    metrics.started(good, is_first=False)
     metrics.ended(replace(good, status="completed", completed_at=133.0))
-    metrics.started(replace(bad, attempts=1, fence=1, started_at=100.5))
+    metrics.started(replace(bad, attempts=1, started_at=100.5), is_first=True)
     metrics.ended(replace(bad, status="failed", error=JobError(code="cancelled", message="it was cancelled")))
     for attempt in (1, 2, 3):
-        metrics.started(replace(poison, attempts=attempt, fence=attempt, started_at=110.0))
+        metrics.started(replace(poison, attempts=attempt, started_at=110.0), is_first=attempt == 1)
         metrics.lost(poison, "died")
     metrics.ended(replace(poison, status="failed", error=JobError(code="attempts_exhausted", message="three times")))
 

@@ -158,13 +158,14 @@ class Told(Nobody):
     """Who was begun together, and who was begun."""
 
     def __init__(self):
-        self.batches, self.begun, self.lost_for = [], [], []
+        self.batches, self.begun, self.first, self.lost_for = [], [], [], []
 
     def together(self, jobs):
         self.batches.append([job.id for job in jobs])
 
-    def started(self, job):
+    def started(self, job, *, is_first):
         self.begun.append((job.id, job.attempts))
+        self.first += [job.id] * is_first
 
     def lost(self, job, reason):
         self.lost_for.append((job.id, reason))
@@ -285,6 +286,7 @@ def test_a_batch_that_fails_costs_nobody_an_attempt(tmp_path):
             assert (refused.status, refused.attempts, refused.error.code) == ("failed", 1, "invalid_request")
             assert [len(batch) for batch in server.told.batches] == [3]
             assert {reason for _, reason in server.told.lost_for} == {"together"}
+            assert sorted(server.told.first) == sorted({name for name, _ in server.told.begun})  # once each
 
     asyncio.run(story())
 

@@ -161,7 +161,8 @@ class _LiveVae:
         with self._lock:
             self._is_released = True
             if module is not None:
-                self.lent.release({name: _kept(module, name, weight) for name, weight in _weights(module).items()})
+                moved = ((name, weight) for name, weight in _weights(module).items() if name in self.lent.moved)
+                self.lent.release({name: _kept(module, name, weight) for name, weight in moved})
 
     @contextlib.contextmanager
     def _at_work(self, module: nn.Module) -> Iterator[tuple[WanVAE, VaePlanner] | None]:

@@ -19,6 +19,10 @@ _LISTEN_S: Final = 10.0
 _SILENT_S: Final = 1.0
 _AT_ONCE: Final = 4
 """So many of the largest bodies are held at the same time; what is read of one may take several times as much."""
+_OF_ONE: Final = 2
+"""As much as so many of the largest bodies may come from the URLs of one request."""
+_TURNS: Final = 2
+_TURN_S: Final = 60.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,11 +50,16 @@ class BodyReader:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[Hold]:
-        """Gives what is to be told of bytes that are held until the block ends; it raises ApiError 503."""
+        """Gives what is to be told of bytes that are held until the block ends; it raises ApiError 413 or 503."""
         taken = 0
 
         def hold(num_bytes: int) -> None:
             nonlocal taken
+            if taken + num_bytes > self.limit * _OF_ONE:
+                most = f"{self.limit * _OF_ONE / 2**20:g} MiB"
+                raise ApiError(
+                    413, "request_too_large", f"its URLs bring more than {most}; give fewer or smaller files"
+                )
             if self.held + num_bytes > self.limit * _AT_ONCE:
                 raise ApiError(503, "busy", "too many large requests at once; come again soon", retry_s=2)
             self.held += num_bytes
@@ -80,6 +89,27 @@ class BodyReader:
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self.limit:
             raise _TooLargeError(self.limit)
+
+
+class Turns:
+    """So few requests at a time have what they gave as pictures and videos, read and made from it, in memory."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(_TURNS)
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """A turn until the block ends. Raises ApiError 503 where none comes in a minute."""
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._free.acquire()
+        except TimeoutError:
+            message = "too many requests with pictures or videos at once; come again soon"
+            raise ApiError(503, "busy", message, retry_s=10) from None
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 def _joined(chunks: list[bytes]) -> bytes:

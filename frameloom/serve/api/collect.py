@@ -35,7 +35,7 @@ async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Ke
     """Get, look at and name what the parameters give. Raises ApiError.
 
     What came from URLs is accounted for as bodies are until the block ends. What is read and made beyond that may take
-    `MAX_SOURCE_BYTES` and more, so few requests are in the block at a time.
+    `MAX_SOURCE_BYTES` and more, so requests take turns in the block.
     """
     params = [param for param in FIELD_OF if param in found]
     if not params:
@@ -43,7 +43,7 @@ async def collect(found: Mapping[str, Any], kind: str, *, site: Site, caller: Ke
         return
     with site.bodies.holding() as hold:
         came = {param: await _came(found[param], param, site, caller, hold) for param in params}
-        async with site.examiner.turn:
+        async with site.turns.one():
             given = await _examined(came, kind, site)
             job = came.get("video", [None])[0]
             yield Collected(
@@ -62,7 +62,7 @@ async def copied(source: Job, site: Site) -> AsyncIterator[Collected]:
     if not names:
         yield Collected(shapes={}, files={}, source=source.id)
         return
-    async with site.examiner.turn:
+    async with site.turns.one():
         files = {name.removeprefix("inputs/"): await _read(site, source.id, name) for name in names}
         yield Collected(shapes={}, files=files, source=source.id)
 

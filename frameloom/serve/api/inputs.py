@@ -65,11 +65,10 @@ def bytes_of_data_url(url: str, param: str) -> bytes:
 
 
 class Examiner:
-    """Looks at what was given. `turn`: for a request, as long as it has pictures and videos in memory."""
+    """Looks at what was given."""
 
-    def __init__(self, limits: Limits, *, at_once: int = 2) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.turn = asyncio.Semaphore(at_once)
 
     async def image(self, data: bytes, param: str, name: str) -> Given:
         """An image, to be kept as PNG in `name`.png. Raises ApiError 400."""

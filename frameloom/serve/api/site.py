@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from frameloom.serve.api.auth import Doorkeeper
-from frameloom.serve.api.body import BodyReader
+from frameloom.serve.api.body import BodyReader, Turns
 from frameloom.serve.api.errors import no_video
 from frameloom.serve.api.fetch import Fetcher
 from frameloom.serve.api.inputs import Examiner
@@ -27,6 +27,7 @@ class Site:
     config: ServeConfig
     doorkeeper: Doorkeeper
     bodies: BodyReader
+    turns: Turns = field(default_factory=Turns)
     examiner: Examiner
     fetcher: Fetcher
     metrics: Metrics

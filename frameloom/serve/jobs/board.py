@@ -17,6 +17,7 @@ End = Literal["cancelled", "deadline_exceeded", "drained"]
 """Why an attempt is stopped."""
 _RECENT: Final = 1000  # jobs that have ended and are remembered, so that asking for them waits for no disk either
 _APART_S: Final = 0.05  # between two standings that a watcher is told
+_SILENCE_S: Final = 60.0
 _TELLING: Final = 3  # percent after which the time since the start foretells the rest
 
 
@@ -25,8 +26,8 @@ class Live:
     """A job that has not ended. `phase`: it waits in line, a worker's lane has it, or it is being ended.
 
     `company`: how many are made together with it, itself included. `ending`: why it is to stop. `reasons`: what became
-    of its attempts. `gap_s`: the longest between two signs of progress of this attempt. Times are those of the event
-    loop.
+    of its attempts. `gap_s`: the longest between two signs of progress of this attempt. `was_begun`: a worker has begun
+    one since the server was started. Times are those of the event loop.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Live:
     heard: float = 0.0
     company: int = 1
     gap_s: float = 0.0
+    was_begun: bool = False
     reasons: list[str] = field(default_factory=list)
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,10 +71,13 @@ class Live:
         self.tell()
 
     def still_s(self, now: float) -> float:
-        """The longest that this attempt gave no sign of progress, gives none now, or is foreseen to give none."""
+        """The longest that this attempt gave no sign of progress, or is foreseen to give none, by its work.
+
+        What it gives none now counts for a minute at most: who hangs is not given the more time the longer it hangs.
+        """
         steps = self.job.ask.resolved.get("steps")
         foreseen_s = self.company * self.job.ask.work_s / steps if steps else 0.0
-        return max(self.gap_s, now - self.heard, foreseen_s)
+        return max(self.gap_s, min(now - self.heard, _SILENCE_S), foreseen_s)
 
 
 class Board:

@@ -224,7 +224,8 @@ class Dispatcher:
         if over is None and not worker.is_ready:
             return None
         _LOG.info("attempt %d begun", job.attempts, extra=_of(job, worker))
-        desk.witness.started(job)
+        desk.witness.started(job, is_first=job.attempts == 1 and not live.was_begun)
+        live.was_begun = True
         try:
             return await (over or worker.run(order, lambda news: self._hear(live, news)))
         except Exception:
