@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from attempts import REQUEST, order_in, until, workshop
 
 import frameloom
+from frameloom.engine.worker.batch import Batch as WorkersBatch
 from frameloom.pipeline.reader import each_frame
 from frameloom.serve.config import Keeping, Patience, ServeConfig
 from frameloom.serve.jobs.board import Board, Live
@@ -28,7 +30,7 @@ from frameloom.serve.service import Nobody
 from frameloom.serve.workers.pool import Pool
 from frameloom.serve.workers.worker import Died
 from frameloom.types import EngineConfig
-from frameloom.wire import Cancelled, Card, Done, Failed
+from frameloom.wire import Cancelled, Card, Done, Failed, Together
 
 LONG_S = 240.0
 CPU = EngineConfig(device="cpu", compilation="off")
@@ -110,6 +112,16 @@ def test_one_of_a_batch_is_cancelled_and_the_other_goes_on(shop, tmp_path):
     assert max(batch.steps(second, until=batch.heard[first.job])) < 200
     assert isinstance(batch.ends(1), Done)
     assert not list((tmp_path / "0").iterdir())
+
+
+def test_an_attempt_is_over_before_it_is_told(tmp_path):
+    """Else a cancel of what comes next, by the same name, would find nothing to stop."""
+    said = []
+    line = SimpleNamespace(tell=lambda _: said.append("told"), done_with=lambda _: said.append("over"))
+    (order,) = orders_in(tmp_path, LONG)
+    batch = WorkersBatch(None, line, Together(runs=(order,)))
+    batch._end(batch._attempts[0], Cancelled(job=order.job, fence=order.fence))
+    assert said == ["over", "told"]
 
 
 def test_a_batch_that_nobody_wants_stops_at_that_step(shop, tmp_path):

@@ -106,8 +106,8 @@ class Batch:
         self._open.remove(attempt)
         if not isinstance(told, Done):
             attempt.tidy()
-        self._line.tell(told)
         self._line.done_with(attempt.order)
+        self._line.tell(told)
 
 
 def _failed(order: Run, error: Exception) -> Failed:

@@ -57,7 +57,10 @@ class Line:
             other.sendall(frame(Stop()))
 
     def done_with(self, order: Run) -> None:
-        """An attempt is over: what is said of it now comes too late."""
+        """An attempt is over: what is said of it now comes too late.
+
+        To be called before that is told: an order that comes after it may have the same name, and can be cancelled.
+        """
         with self._changing:
             self._current.pop((order.job, order.fence), None)
 

@@ -66,7 +66,6 @@ class _Worker:
                 Batch(self._engine, self._line, order).run()
             else:
                 is_well = self._carry_out(order)
-                self._line.done_with(order)
             gc.collect()
             if not is_well:
                 return 1
@@ -79,6 +78,7 @@ class _Worker:
             engine=self._engine, line=self._line, order=order, draws=self._card.previews, is_first=self._is_first
         )
         if self._engine.team is not None and self._is_first and (refusal := _refusal(attempt)) is not None:
+            self._line.done_with(order)
             self._line.tell(refusal)
             return True
         self._line.pass_on(order)
@@ -94,6 +94,7 @@ class _Worker:
             log.log(level, "the attempt failed: %s", error, exc_info=not isinstance(error, FrameloomError))
             # Nobody knows where the other ranks stand after an error that the first one has had.
             told = failed(order, error, ends=self._engine.team is not None)
+        self._line.done_with(order)
         if told is None or not self._is_first:
             return True
         if not isinstance(told, Done):
